@@ -1,0 +1,205 @@
+"""What every engine is: named tensors in, named tensors out.
+
+The checks of names, dtypes and shapes live here, once, and run before any SDK sees a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from .errors import EngineClosedError, TensorMismatchError
+
+Array: TypeAlias = NDArray[Any]
+"""A numpy array. (Engines on a device may hand out their own arrays; they speak DLPack.)"""
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
+"""Names of the element types that a tensor of a bundle may have."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and symbolic shape of an engine's input or output.
+
+    Attributes:
+        name: Name in the graph.
+        dtype: One of :data:`DTYPES`.
+        shape: One entry a dimension: a length, or the name of a symbol such as ``"batch"``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A compiled component. ``open`` before use; opening, running and closing are safe from many threads."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Inputs by name."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Outputs by name."""
+        ...
+
+    def open(self) -> Self:
+        """Load the graph into the SDK; a second call does nothing. Returns the engine itself."""
+        ...
+
+    def bind(self, feeds: Mapping[str, Array]) -> None:
+        """Keep these inputs (on the device, where there is one) for this thread's runs until bound again."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute all outputs from ``feeds`` together with what is bound."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        ...
+
+
+def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
+    """Check names, dtypes and shapes of ``feeds`` against ``inputs``.
+
+    A symbol must stand for one length throughout a call.
+
+    Raises:
+        TensorMismatchError: naming the tensor, what was received and what is expected.
+    """
+    if missing := [name for name in inputs if name not in feeds]:
+        raise TensorMismatchError(f"missing input {missing[0]!r}; expected {_join(inputs)}, received {_join(feeds)}")
+    if unknown := [name for name in feeds if name not in inputs]:
+        raise TensorMismatchError(f"unknown input {unknown[0]!r}; expected {_join(inputs)}")
+    symbols: dict[str, tuple[int, str]] = {}
+    for name, spec in inputs.items():
+        array = feeds[name]
+        if str(array.dtype) != spec.dtype:
+            raise TensorMismatchError(f"input {name!r} is {array.dtype}, expected {spec.dtype}")
+        if len(array.shape) != len(spec.shape):
+            raise TensorMismatchError(f"input {name!r} has shape {tuple(array.shape)}, expected {spec}")
+        for length, expected in zip(array.shape, spec.shape, strict=True):
+            if isinstance(expected, str):
+                known, where = symbols.setdefault(expected, (length, name))
+                if known != length:
+                    raise TensorMismatchError(
+                        f"input {name!r} has {expected}={length}, but input {where!r} has {expected}={known}"
+                    )
+            elif expected != length:
+                raise TensorMismatchError(f"input {name!r} has shape {tuple(array.shape)}, expected {spec}")
+
+
+def _join(names: Mapping[str, object]) -> str:
+    return ", ".join(names) or "none"
+
+
+class BaseEngine(ABC):
+    """Shared part of the engines: bound inputs, checks, the closed state and the context manager.
+
+    A subclass sets :attr:`inputs` and :attr:`outputs` while opening, and implements :meth:`_open`,
+    :meth:`_run` and :meth:`_close`.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        """What messages call this engine, e.g. ``"unet (onnxruntime)"``."""
+        self._inputs: Mapping[str, TensorSpec] = {}
+        self._outputs: Mapping[str, TensorSpec] = {}
+        self._local = threading.local()
+        self._opened = False
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Inputs by name."""
+        self._require_open()
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Outputs by name."""
+        self._require_open()
+        return self._outputs
+
+    def _require_open(self) -> None:
+        if not self._opened:
+            raise EngineClosedError(f"{self.label} is not open; call open() first, or use it in a with statement")
+
+    def open(self) -> Self:
+        """Load the graph into the SDK; a second call does nothing."""
+        if not self._opened:
+            self._inputs, self._outputs = self._open()
+            self._opened = True
+        return self
+
+    def bind(self, feeds: Mapping[str, Array]) -> None:
+        """Keep ``feeds`` as inputs of this thread's following runs; a name bound again is replaced."""
+        self._require_open()
+        if unknown := [name for name in feeds if name not in self._inputs]:
+            raise TensorMismatchError(f"{self.label}: unknown input {unknown[0]!r}; expected {_join(self._inputs)}")
+        self._local.__dict__.setdefault("bound", {}).update(feeds)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute all outputs.
+
+        Args:
+            feeds: Every input that is not bound, by name; a name that is bound is overridden for this run.
+
+        Raises:
+            TensorMismatchError: before the SDK is called.
+            EngineError: if the SDK fails.
+        """
+        self._require_open()
+        merged = {**self._local.__dict__.get("bound", {}), **feeds}
+        try:
+            check_feeds(self._inputs, merged)
+        except TensorMismatchError as error:
+            raise TensorMismatchError(f"{self.label}: {error}") from None
+        return self._run(merged)
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        if self._opened:
+            self._opened = False
+            self._local = threading.local()
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @abstractmethod
+    def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]: ...
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
+
+    def _close(self) -> None:
+        return None
+
+
+def nbytes(spec: TensorSpec, lengths: Mapping[str, int]) -> int:
+    """Size of a tensor in bytes once its symbols have lengths.
+
+    Raises:
+        KeyError: for a symbol without a length.
+    """
+    item = 2 if spec.dtype == "bfloat16" else np.dtype(spec.dtype).itemsize
+    return item * math.prod(size if isinstance(size, int) else lengths[size] for size in spec.shape)

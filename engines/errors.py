@@ -1,0 +1,64 @@
+"""Every error that LatentRT raises on purpose.
+
+One base, :class:`LatentRTError`; each class also inherits the builtin that fits, so that code which
+knows nothing of LatentRT (``except ValueError``) still does the right thing. A message is one sentence
+that says what was received, what was expected and, where there is one, the way out.
+"""
+
+from __future__ import annotations
+
+
+class LatentRTError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidRequestError(LatentRTError, ValueError):
+    """A request cannot be served as asked: a size, a step count, a sampler, a guidance scale."""
+
+
+class TensorMismatchError(LatentRTError, ValueError):
+    """A tensor's name, dtype or shape is not what an engine takes."""
+
+
+class BundleError(LatentRTError, ValueError):
+    """A bundle is missing, damaged, hostile, or lacks what was asked of it."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle was written in a format that this version does not read."""
+
+
+class BundleIntegrityError(BundleError):
+    """A file of a bundle is not the one its manifest lists: size, hash, kind or place differ."""
+
+
+class SourceError(LatentRTError, ValueError):
+    """A model to export is missing, damaged, or of a kind that is not supported."""
+
+
+class ExportError(LatentRTError, RuntimeError):
+    """A component could not be turned into ONNX."""
+
+
+class VerificationError(ExportError):
+    """An exported component or engine does not compute what its source computes."""
+
+
+class EngineError(LatentRTError, RuntimeError):
+    """An inference SDK failed; the SDK's own exception is the cause."""
+
+
+class EngineUnavailableError(EngineError):
+    """An engine cannot run or build here: its package or its device is missing."""
+
+
+class EngineClosedError(EngineError):
+    """An engine was used before it was opened or after it was closed."""
+
+
+class OutputError(LatentRTError, OSError):
+    """A result could not be written; nothing was left half written."""
+
+
+class LatentRTWarning(UserWarning):
+    """Something works, but not in the way a reader of the code would expect."""

@@ -1,0 +1,6 @@
+"""The ``latentrt`` command."""
+
+
+def main() -> int:
+    """Run the command line."""
+    return 2
