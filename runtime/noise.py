@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
 from latentrt.engines.errors import InvalidRequestError
@@ -52,7 +53,7 @@ class TorchGenerator:
         InvalidRequestError: if the seed is no integer or out of range.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: SupportsIndex) -> None:
         number = _integer(seed, "seed")
         if not 0 <= number <= MAX_SEED:
             raise InvalidRequestError(f"seed is {number}, expected an integer from 0 to 2**64 - 1")
@@ -60,7 +61,7 @@ class TorchGenerator:
         self._engine = np.random.RandomState(number & 0xFFFFFFFF)
         self._spare: float | None = None
 
-    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+    def randn(self, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:
         """Draw standard normal deviates, as ``torch.randn(shape, generator=generator)`` does.
 
         Args:
@@ -115,7 +116,7 @@ class TorchGenerator:
         return self._engine.randint(0, 2**32, size=count, dtype=np.uint32)
 
 
-def torch_randn(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
+def torch_randn(seed: SupportsIndex, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:
     """The first draw of a fresh generator: ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))``.
 
     Args:

@@ -1,0 +1,198 @@
+"""CLIP's tokenizer from a ``tokenizer.json``: text to the ids that a CLIP text encoder takes.
+
+Ids equal those of transformers' ``CLIPTokenizer(text, padding="max_length", truncation=True)``: byte-level BPE with an
+end-of-word suffix (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
+section 2.4; file format: the ``tokenizers`` library).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTError
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+MAX_PROMPT_BYTES = 1_000_000
+"""Longest prompt in UTF-8; everything after the first ``max_length`` tokens is cut off anyway, but costs time first."""
+MAX_FILE_BYTES = 64 * 2**20
+"""Largest ``tokenizer.json`` that is read; CLIP's own is under 4 MB."""
+
+_PROBE = "a photo of 2 cat's 😀!"
+
+
+class ClipTokenizer:
+    """Text to token ids; immutable once loaded, so one serves all threads. Make one with :meth:`load`.
+
+    Args:
+        tokenizer: Without truncation and padding of its own; nothing may change it afterwards.
+        max_length: Length of every encoded prompt, the start and end tokens included.
+        pad_token_id: Id that fills what a prompt leaves free.
+        end_token_id: Id of the end-of-text token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, pad_token_id: int, end_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+        self.pad_token_id = pad_token_id
+        self.end_token_id = end_token_id
+
+    @classmethod
+    def load(cls, directory: Path, max_length: int = 77, pad_token_id: int | None = None) -> Self:
+        """Read ``tokenizer.json``; truncation and padding written in it are replaced by the arguments.
+
+        Args:
+            directory: Where the file lies.
+            max_length: Number of ids that an encoded prompt has, at least 2.
+            pad_token_id: Id to pad with. By default the end-of-text token, as SD 1.x does; SD 2.x and the second
+                encoder of SDXL pad with id 0.
+
+        Raises:
+            BundleError: if the file is missing, damaged or no CLIP tokenizer, or does not know ``pad_token_id``.
+        """
+        path = directory / "tokenizer.json"
+        if max_length < 2:
+            raise BundleError(f"{path}: max_length is {max_length}, expected at least 2, for start and end of text")
+        text = _read(path)
+        _check_kind(path, text)
+        with _translated(
+            BundleError(f"{path} is not a tokenizer that the tokenizers library can load; export it again")
+        ):
+            tokenizer = Tokenizer.from_str(text)
+            # A file saved after use carries the truncation and padding of its last call. They are the library's shared
+            # mutable state as well: without them, encoding only reads.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            empty = tokenizer.encode("").ids
+            probe = tokenizer.encode(_PROBE).ids
+        if len(empty) != 2 or [probe[0], probe[-1]] != empty or len(probe) < 3:
+            raise BundleError(
+                f"{path} encodes an empty prompt as {empty}, expected the start and end tokens of a CLIP tokenizer"
+            )
+        end = int(empty[1])
+        pad = end if pad_token_id is None else pad_token_id
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+        if not 0 <= pad < size:
+            raise BundleError(f"{path}: pad_token_id is {pad}, expected an id of its vocabulary, 0 to {size - 1}")
+        return cls(tokenizer, max_length, pad, end)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, special ones included; ids are below it."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Token ids of one prompt: start, words, end, padding.
+
+        Args:
+            text: At most :data:`MAX_PROMPT_BYTES` in UTF-8. What exceeds ``max_length`` tokens is cut off.
+
+        Returns:
+            int64 ``[max_length]``.
+
+        Raises:
+            InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+        """
+        ids = self._ids(text)
+        row = np.full(self.max_length, self.pad_token_id, np.int64)
+        kept = ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], self.end_token_id]
+        row[: len(kept)] = kept
+        return row
+
+    def encode_batch(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Token ids of several prompts.
+
+        Args:
+            texts: Any number of prompts, in a list or tuple.
+
+        Returns:
+            int64 ``[len(texts), max_length]``.
+
+        Raises:
+            InvalidRequestError: as :meth:`encode`, or if ``texts`` is itself a string.
+        """
+        if isinstance(texts, str):
+            raise InvalidRequestError("prompts are one string, expected a list of strings; use encode for one prompt")
+        rows = [self.encode(text) for text in texts]
+        return np.stack(rows) if rows else np.empty((0, self.max_length), np.int64)
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a prompt before truncation, start and end included.
+
+        Raises:
+            InvalidRequestError: as :meth:`encode`.
+        """
+        return len(self._ids(text))
+
+    def _ids(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"prompt is {type(text).__name__}, expected a string")
+        try:
+            # Every character takes a byte or more, so a hopeless prompt need not be encoded to be refused.
+            size = len(text) if len(text) > MAX_PROMPT_BYTES else len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"prompt has a lone surrogate at position {error.start}, expected text that UTF-8 can hold"
+            ) from None
+        if size > MAX_PROMPT_BYTES:
+            raise InvalidRequestError(
+                f"prompt is {size} bytes or more, expected at most {MAX_PROMPT_BYTES}; shorten it"
+            )
+        with _translated(BundleError("tokenizer.json fails on this prompt; export the tokenizer again")):
+            return list(self._tokenizer.encode(text).ids)
+
+
+def _read(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        BundleError: if it cannot be read, is too large or no UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}; export the tokenizer again") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BundleError(f"{path} is larger than {MAX_FILE_BYTES} bytes, expected a tokenizer.json of a few megabytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8 text; export the tokenizer again") from error
+
+
+def _check_kind(path: Path, text: str) -> None:
+    """Refuse other tokenizers by what the file says, since many load without complaint and give ids that mean nothing.
+
+    Raises:
+        BundleError: if the file is no JSON, or describes anything but BPE with CLIP's end-of-word suffix.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON; export the tokenizer again") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    kind, suffix = (model.get("type"), model.get("end_of_word_suffix")) if isinstance(model, dict) else (None, None)
+    if (kind, suffix) != ("BPE", "</w>"):
+        raise BundleError(
+            f"{path} holds a model of type {kind!r} with word ending {suffix!r}, expected CLIP's: 'BPE' with '</w>'"
+        )
+
+
+@contextmanager
+def _translated(failure: LatentRTError) -> Iterator[None]:
+    """Raise ``failure`` in place of whatever the ``tokenizers`` library raises."""
+    try:
+        yield
+    except Exception as error:
+        raise failure from error
+    except BaseException as error:
+        # A panic of the Rust code arrives as an exception that is no Exception and that no module exports.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise failure from error
