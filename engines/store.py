@@ -251,7 +251,7 @@ class EngineStore:
                     sdk_version=sdk_version,
                     target=target,
                     built_seconds=round(seconds, 3),
-                    created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                    created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 )
                 text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(record)}, indent=2)
                 (temporary / RECORD_NAME).write_text(text + "\n", encoding="utf-8")

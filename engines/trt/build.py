@@ -85,7 +85,7 @@ def build_target(sdk: Sdk, options: BuildOptions) -> str:
         return ",".join(_architectures(options)) or "sm_80+"
     if options.compute_capabilities:
         raise InvalidRequestError(
-            f"{sdk.title} builds for the GPU of this machine only; leave compute capabilities out, or build with tensorrt-rtx"
+            f"{sdk.title} builds for the GPU of this machine only; leave compute capabilities out, or use tensorrt-rtx"
         )
     devices = cuda_devices()
     if not devices:
@@ -215,7 +215,7 @@ def _add_profile(sdk: Sdk, builder: Any, network: Any, config: Any, profile: Pro
         )
         if not fits:
             raise TensorMismatchError(
-                f"input {name!r} has shape {shape} (-1 is dynamic), the profile says {low} to {high}; change the profile"
+                f"input {name!r} has shape {shape} (-1 is dynamic), its profile {low} to {high}; change the profile"
             )
     if not profile.shapes:
         return

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-from typing_extensions import Self
+from typing import Self
 
 from ..base import TensorSpec
 from ..errors import InvalidRequestError
@@ -117,7 +116,7 @@ class ShapeRange:
         )
         if not ordered:
             raise InvalidRequestError(
-                f"shapes {self.min}, {self.opt}, {self.max} are no profile; expected one rank and 1 <= min <= opt <= max"
+                f"shapes {self.min}, {self.opt}, {self.max} are no profile; expected one rank, 1 <= min <= opt <= max"
             )
 
 

@@ -132,7 +132,7 @@ class SdkLog:
             self._captures[:] = [other for other in self._captures if other is not errors]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sdk_log(sdk: Sdk) -> SdkLog:
     """The one log of an SDK. (It keeps the logger that it is given first for the whole process.)"""
     return SdkLog(sdk.module)
