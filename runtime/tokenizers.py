@@ -23,6 +23,8 @@ MAX_PROMPT_BYTES = 1_000_000
 MAX_FILE_BYTES = 64 * 2**20
 """Largest ``tokenizer.json`` that is read; CLIP's own is under 4 MB."""
 
+_LONG = 4096
+"""Bytes from which a prompt takes a millisecond or more."""
 _PROBE = "a photo of 2 cat's 😀!"
 
 
@@ -144,7 +146,10 @@ class ClipTokenizer:
                 f"prompt is {size} bytes or more, expected at most {MAX_PROMPT_BYTES}; shorten it"
             )
         with _translated(BundleError("tokenizer.json fails on this prompt; export the tokenizer again")):
-            return list(self._tokenizer.encode(text).ids)
+            # The library holds the GIL in encode and lets it go in encode_batch; the latter starts a thread pool, which
+            # only a prompt that would keep other threads waiting is worth.
+            encoding = self._tokenizer.encode(text) if size < _LONG else self._tokenizer.encode_batch([text])[0]
+            return list(encoding.ids)
 
 
 def _read(path: Path) -> str:

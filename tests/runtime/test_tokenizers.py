@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +197,17 @@ def test_a_prompt_of_100_kilobytes_is_truncated_quickly(tokenizer: ClipTokenizer
     ids = tokenizer.encode(prompt)
     assert time.perf_counter() - begin < 5
     np.testing.assert_array_equal(ids, expected(reference, [prompt])[0])
+
+
+def test_a_long_prompt_does_not_hold_up_other_threads(tokenizer: ClipTokenizer) -> None:
+    """While one thread encodes a prompt of hundreds of kilobytes, others keep running."""
+    worker = threading.Thread(target=tokenizer.encode, args=("1" * 300_000,))
+    worker.start()
+    ticks = 0
+    while worker.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 10
 
 
 def test_a_prompt_beyond_the_limit_is_refused(tokenizer: ClipTokenizer) -> None:
