@@ -32,7 +32,6 @@ from .onnx_guard import check_graph, plain_file
 if sys.platform != "win32":
     import fcntl
 
-_CHUNK = 1 << 20
 _PARTIAL = ".partial"  # a bundle being written, or what a killed writer left
 _OLDER = ".older"  # the older bundle while it is being replaced in two steps
 
@@ -178,11 +177,9 @@ def _read_manifest(directory: Path, label: str) -> bytes:
 
 def _sha256(path: Path, *, sync: bool = False) -> str:
     """SHA-256 of a file, in pieces; with ``sync`` its content is on the disk afterwards."""
-    digest = hashlib.sha256()
     # Windows only lets a file be synchronised that was opened for writing.
     with path.open("rb+" if sync and sys.platform == "win32" else "rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()

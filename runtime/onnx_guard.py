@@ -407,8 +407,6 @@ class _Reader:
                 data_location = low
             elif field.name == "dims":
                 dims += self._numbers(low, high)
-                if len(dims) > _MAX_DIMENSIONS:
-                    break
             elif field.name == "raw_data":
                 raw = high - low
             elif field.name in _ELEMENT_FIELDS:

@@ -215,7 +215,7 @@ def test_deep_scheduler() -> None:
     value: Any = 1
     for _ in range(100):
         value = [value]
-    with pytest.raises(BundleError, match="scheduler.x is nested too deeply"):
+    with pytest.raises(BundleError, match=r"scheduler\.x is nested too deeply"):
         Manifest.from_json(edited("scheduler", "x", value=value))
 
 
@@ -239,7 +239,10 @@ def test_paths_that_cannot_be_listed(extra: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda: removed("files", "unet/model.onnx"), "opset20-fp16 names 'unet/model.onnx', which files does not list"),
+        (
+            lambda: removed("files", "unet/model.onnx"),
+            "opset20-fp16 names 'unet/model.onnx', which files does not list",
+        ),
         (lambda: removed("files", "unet/model.onnx.data"), "'unet/model.onnx.data', which files does not list"),
         (lambda: removed("files", "tokenizer/tokenizer.json"), "tokenizers.tokenizer needs 'tokenizer/tokenizer.json'"),
         (
@@ -288,13 +291,30 @@ def test_any_text(text: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "..", "a/../b", "./a", "a//b", "a/", "", "a\\b", "C:/x", "C:x", "a\0b", "a\nb", "con", "a/NUL.txt"]
-    + ["a.", "a ", " a", "*/_ORT_MEM_ADDR_/*", "x" * 256, "a/" * 600 + "a", "\u202ea", "a?", 5, None, ["a"]],
+    [
+        *(
+            "/etc/passwd",
+            "..",
+            "a/../b",
+            "./a",
+            "a//b",
+            "a/",
+            "",
+            "a\\b",
+            "C:/x",
+            "C:x",
+            "a\0b",
+            "a\nb",
+            "con",
+            "a/NUL.txt",
+        ),
+        *("a.", "a ", " a", "*/_ORT_MEM_ADDR_/*", "x" * 256, "a/" * 600 + "a", "\u202ea", "a?", 5, None, ["a"]),
+    ],
     ids=lambda path: repr(path)[:20],
 )
 def test_paths_refused(path: object) -> None:
     """Paths that leave the bundle, or mean something else on another system, are refused by name of their key."""
-    with pytest.raises(BundleError, match="^the key "):
+    with pytest.raises(BundleError, match=r"^the key "):
         check_path(path, "the key")
 
 
