@@ -70,10 +70,12 @@ class Bundle:
         try:
             directory = given.resolve(strict=True)
             content = _read_manifest(directory, str(given))
+        except BundleError:
+            raise
         except FileNotFoundError as error:
             raise BundleError(f"{given} does not exist; make a bundle with latentrt build-engine") from error
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-            raise BundleError(f"{given} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a path that cannot be one
+            raise BundleError(f"{str(given)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         origin = str(given / MANIFEST_FILE)
         try:
             text = content.decode()
@@ -178,7 +180,7 @@ def _read_manifest(directory: Path, label: str) -> bytes:
 def _sha256(path: Path, *, sync: bool = False) -> str:
     """SHA-256 of a file, in pieces; with ``sync`` its content is on the disk afterwards."""
     # Windows only lets a file be synchronised that was opened for writing.
-    with path.open("rb+" if sync and sys.platform == "win32" else "rb") as file:
+    with path.open("rb+") if sync and sys.platform == "win32" else path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
@@ -231,11 +233,11 @@ class BundleWriter:
                 _sync_directory(Path(parent))
             _place(self.directory, self.target)
             self.committed = True
-            self.release()
+            self._release()
             _sync_directory(self.target.parent)
         return complete
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Give up the claim on the directory; a second call does nothing."""
         if self._claim is not None:
             os.close(self._claim)
@@ -297,7 +299,7 @@ def write_bundle(target: str | os.PathLike[str]) -> Iterator[BundleWriter]:
     finally:
         # Once committed, this is the older bundle, if there was one.
         shutil.rmtree(writer.directory, ignore_errors=True)
-        writer.release()
+        writer._release()
 
 
 @contextmanager
