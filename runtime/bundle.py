@@ -177,14 +177,9 @@ def _read_manifest(directory: Path, label: str) -> bytes:
         return file.read(MAX_JSON_BYTES + 1)
 
 
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    """SHA-256 of a file, in pieces; with ``sync`` its content is on the disk afterwards."""
-    # Windows only lets a file be synchronised that was opened for writing.
-    with path.open("rb+") if sync and sys.platform == "win32" else path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        if sync:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -230,11 +225,11 @@ class BundleWriter:
                 file.flush()
                 os.fsync(file.fileno())
             for parent, _, _ in os.walk(self.directory, topdown=False):
-                _sync_directory(Path(parent))
+                _sync(Path(parent))
             _place(self.directory, self.target)
             self.committed = True
             self._release()
-            _sync_directory(self.target.parent)
+            _sync(self.target.parent)
         return complete
 
     def _release(self) -> None:
@@ -257,9 +252,9 @@ class BundleWriter:
                 if relative == MANIFEST_FILE:
                     raise BundleError(f"{path} exists already; {MANIFEST_FILE} is written by commit")
                 plain_file(self.directory, relative)
-                digest = _sha256(path, sync=True)
+                _sync(path)
                 if not relative.startswith(f"{ENGINES_DIRECTORY}/"):
-                    entries[relative] = FileEntry(status.st_size, digest)
+                    entries[relative] = FileEntry(status.st_size, _sha256(path))
         return entries
 
 
@@ -479,11 +474,11 @@ def _renameat2() -> Callable[..., int] | None:
     return function  # type: ignore[no-any-return]
 
 
-def _sync_directory(directory: Path) -> None:
-    """Put a directory's entries on the disk, so that a rename outlives a power cut."""
+def _sync(path: Path) -> None:
+    """Put a file's content, or a directory's entries, on the disk, so that they outlive a power cut."""
     if sys.platform == "win32":
-        return
-    handle = os.open(directory, os.O_RDONLY)
+        return  # directories cannot be opened there, and files only for writing
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -153,7 +153,7 @@ class Manifest:
         defaults: What a request gets that does not say otherwise.
         source: Where the bundle comes from.
         tools: Versions of the tools that made it, by name.
-        quality: What was measured when it was made, e.g. ``unet_psnr`` in decibels.
+        quality: What was measured when it was made, e.g. PSNR in decibels by graph.
     """
 
     format_version: int
@@ -530,7 +530,10 @@ def _manifest(record: dict[str, Any]) -> Manifest:
         defaults=_defaults(record["defaults"], "defaults", latent.factor),
         source=_source(record["source"], "source"),
         tools=_mapping(record["tools"], "tools", _text),
-        quality=_mapping(record["quality"], "quality", lambda value, key: _number(value, key, -1e300, 1e300)),
+        quality={
+            _text(key, "a key in quality", limit=1024): _number(value, f"quality.{key}", -1e300, 1e300)
+            for key, value in _object(record["quality"], "quality").items()
+        },
     )
     _check_references(manifest)
     return manifest

@@ -50,7 +50,7 @@ MANIFEST = Manifest(
     defaults=Defaults("dpmpp-2m", 20, 7.5, 512, 768, 0),
     source=Source("a model 🐈", "", "abc"),
     tools={"torch": "2.9.0+cpu"},
-    quality={"unet_psnr": 81.25},
+    quality={"unet/model.onnx": 81.25},
 )
 
 
@@ -151,7 +151,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("source", "name"), 5),
     (("source", "fingerprint"), "\ud800"),
     (("tools", "torch"), 2),
-    (("quality", "unet_psnr"), "good"),
+    (("quality", "unet/model.onnx"), "good"),
 ]
 
 
