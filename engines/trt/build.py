@@ -150,6 +150,7 @@ def _build(sdk: Sdk, graph: Path, output: Path, profile: Profile, options: Build
             raise EngineError(f"{sdk.title} cannot use {graph.name}: {_parser_errors(parser, errors)}")
     monitor.check()
     with sdk_errors(sdk, "configure the build"):
+        _let_attention_decompose(sdk, network)
         _configure(sdk, config, options)
         _add_profile(sdk, builder, network, config, profile)
         config.progress_monitor = monitor.handle
@@ -164,6 +165,20 @@ def _build(sdk: Sdk, graph: Path, output: Path, profile: Profile, options: Build
     monitor.check()
     monitor.report("Writing the plan", TOTAL - 1)
     _write(output, lambda file: file.write(plan), monitor)
+
+
+def _let_attention_decompose(sdk: Sdk, network: Any) -> None:
+    """Let every ONNX ``Attention`` that no fused kernel serves be built from simpler operators, rather than fail.
+
+    Fused kernels exist for some head sizes and types only, and which they are depends on the SDK's version.
+    """
+    boundary = getattr(sdk.module.LayerType, "ATTENTION_INPUT", None)
+    if boundary is None:
+        return  # TensorRT before 10.14 has no attention layer, its parser makes simpler ones
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == boundary:
+            layer.__class__ = sdk.module.IAttentionInputLayer  # the bindings hand out every layer as an ILayer
+            layer.attention.decomposable = True
 
 
 def _configure(sdk: Sdk, config: Any, options: BuildOptions) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from latentrt.engines.errors import BundleIntegrityError, BundleVersionError, OutputError
 from latentrt.engines.store import EngineRecord, EngineStore, engine_key, file_sha256
 

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import pytest
-from latentrt.engines.trt import Sdk
 from onnx import TensorProto, helper, numpy_helper
+
+from latentrt.engines.trt import Sdk
 
 
 class FakeModule(ModuleType):
@@ -45,6 +46,8 @@ class FakeModule(ModuleType):
         self.BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")
         self.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
+        self.layers: list[SimpleNamespace] = []
+        self.LayerType = SimpleNamespace(CONVOLUTION="CONVOLUTION")
         if capabilities:
             self.ComputeCapability = SimpleNamespace(__members__={name: name for name in capabilities})
 
@@ -66,7 +69,12 @@ class FakeModule(ModuleType):
 
             def create_network(self, flags: int) -> Any:
                 module.calls.append(("create_network", flags))
-                return SimpleNamespace(num_inputs=len(module.inputs), get_input=module.inputs.__getitem__)
+                return SimpleNamespace(
+                    num_inputs=len(module.inputs),
+                    get_input=module.inputs.__getitem__,
+                    num_layers=len(module.layers),
+                    get_layer=module.layers.__getitem__,
+                )
 
             def create_builder_config(self) -> Any:
                 return Config()

@@ -7,8 +7,9 @@ import importlib.util
 import re
 from pathlib import Path
 
-import latentrt.engines.trt
 import pytest
+
+import latentrt.engines.trt
 
 BOTH = {
     "Builder": [
@@ -29,10 +30,12 @@ BOTH = {
         "set_memory_pool_limit",
     ],
     "ILogger": ["Severity", "log"],
-    "INetworkDefinition": ["get_input", "num_inputs"],
+    "INetworkDefinition": ["get_input", "get_layer", "num_inputs", "num_layers"],
     "IOptimizationProfile": ["set_shape"],
+    "ILayer": ["type"],
     "IProgressMonitor": ["phase_finish", "phase_start", "step_complete"],
     "ITensor": ["name", "shape"],
+    "LayerType": ["__members__"],
     "MemoryPoolType": ["WORKSPACE"],
     "NetworkDefinitionCreationFlag": ["STRONGLY_TYPED"],
     "OnnxParser": ["get_error", "num_errors", "parse_from_file"],
@@ -40,6 +43,8 @@ BOTH = {
 }
 ONLY_RTX = {
     "ComputeCapability": ["__members__"],
+    "IAttention": ["decomposable"],
+    "IAttentionInputLayer": ["attention"],
     "IBuilderConfig": ["num_compute_capabilities", "set_compute_capability"],
 }
 SEVERITIES = ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto
+
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
 from latentrt.engines.store import EngineRecord, EngineStore, engine_key, file_sha256
 from latentrt.engines.trt import (
@@ -26,7 +28,6 @@ from latentrt.engines.trt import (
 )
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.engines.trt.progress import TOTAL
-from onnx import TensorProto
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
 
@@ -88,6 +89,19 @@ def test_external_weights_are_found(sdk: Sdk, write_graph: WriteGraph, output: P
     (external.parent / "graph.data").unlink()
     with pytest.raises(EngineError, match=r"cannot use external.onnx: .*weight0"):
         build_plan(sdk, external, output, PROFILE)
+
+
+def test_attention_without_a_fused_kernel(sdk: Sdk, tmp_path: Path, output: Path) -> None:
+    """An Attention operator whose heads no fused kernel serves (size 4) is decomposed; the SDK alone refuses it."""
+    shape = ["batch", 2, 16, 4]
+    q, k, v, y = (onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in "qkvy")
+    attention = onnx.helper.make_node("Attention", ["q", "k", "v"], ["y"], name="attention")
+    graph = onnx.helper.make_graph([attention], "attention", [q, k, v], [y])
+    path = tmp_path / "attention.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10), path)
+    heads = ShapeRange((1, 2, 16, 4), (1, 2, 16, 4), (2, 2, 16, 4))
+    build_plan(sdk, path, output, Profile(dict.fromkeys("qkv", heads)))
+    assert output.stat().st_size > 0
 
 
 def _unknown_operator(model: onnx.ModelProto) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.engines.trt import Profile, Range, ShapeRange, parse_ranges

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 import pytest
+
 from latentrt.engines.errors import EngineError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt import Sdk, load_sdk
 from latentrt.engines.trt.sdk import sdk_errors, sdk_log

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from latentrt.engines.errors import EngineClosedError, EngineUnavailableError
 from latentrt.engines.trt import TensorRTEngine, session
 from latentrt.engines.trt.cuda import CudaDevice, cuda_devices
