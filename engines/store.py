@@ -330,10 +330,13 @@ def _check_key(key: str) -> None:
 def _read_directory(directory: Path, key: str, verify_hash: bool) -> EngineRecord:
     if not stat.S_ISDIR(os.lstat(directory).st_mode):
         raise BundleIntegrityError(f"engine {key} is not a directory; delete {directory} and build it again")
-    record = _read_record(directory, key)
-    _check_file(directory, record)
-    if verify_hash and file_sha256(directory / record.file) != record.sha256:
-        raise _damaged(directory, f"the SHA-256 of {record.file} is not the recorded one")
+    try:
+        record = _read_record(directory, key)
+        _check_file(directory, record)
+        if verify_hash and file_sha256(directory / record.file) != record.sha256:
+            raise _damaged(directory, f"the SHA-256 of {record.file} is not the recorded one")
+    except OSError as error:
+        raise _damaged(directory, f"it cannot be read ({error.strerror or error})") from error
     return record
 
 

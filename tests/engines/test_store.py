@@ -306,6 +306,17 @@ def test_engine_repaired_meanwhile_survives(store: EngineStore, added: EngineRec
     assert left_in(store.root) == [KEY]
 
 
+def test_unreadable_engine(store: EngineStore, added: EngineRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operating-system error while an engine is read names the engine and the error."""
+
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("latentrt.engines.store.file_sha256", fail)
+    with pytest.raises(BundleIntegrityError, match=rf"{KEY} is damaged: it cannot be read \(Input/output error\)"):
+        store.find(KEY)
+
+
 def test_other_format_version(store: EngineStore, added: EngineRecord) -> None:
     """A record of another format version is named as such, and rebuilt under repair=True."""
     _edit(store, format_version=2)
