@@ -58,7 +58,3 @@ class EngineClosedError(EngineError):
 
 class OutputError(LatentRTError, OSError):
     """A result could not be written; nothing was left half written."""
-
-
-class LatentRTWarning(UserWarning):
-    """Something works, but not in the way a reader of the code would expect."""

@@ -9,33 +9,84 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request, parse_request
+from .consistency import lcm, tcd
 from .ddim import ddim
-from .dpm_multistep import dpmpp_2m
+from .ddpm import ddpm
+from .deis import deis
+from .dpm_multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
+from .edm import edm_euler
 from .euler import euler, euler_ancestral
+from .flow import flow_euler, flow_heun, flow_shift_mu
+from .lms import lms
 from .plan import Plan, run_plan, step
+from .pndm import pndm
+from .second_order import dpm2, dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, heun
+from .unipc import unipc
 
-__all__ = ["SAMPLERS", "Plan", "compile_plan", "default_sampler", "run_plan", "step"]
+__all__ = ["SAMPLERS", "Plan", "compile_plan", "default_sampler", "flow_shift_mu", "run_plan", "step"]
 
 # Each sampler with the arguments of compile_plan, besides steps, that it takes.
 _COMPILERS: dict[str, tuple[Callable[[Config, Request], Plan], tuple[str, ...]]] = {
     "ddim": (ddim, ("eta",)),
+    "ddpm": (ddpm, ("timesteps",)),
+    "pndm": (pndm, ()),
+    "lms": (lms, ()),
     "euler": (euler, ("timesteps", "sigmas")),
     "euler-a": (euler_ancestral, ()),
+    "heun": (heun, ("timesteps",)),
+    "dpm2": (dpm2, ()),
+    "dpm2-a": (dpm2_ancestral, ()),
+    "dpmpp-2s-a": (dpmpp_2s_ancestral, ("timesteps", "sigmas")),
     "dpmpp-2m": (dpmpp_2m, ("timesteps", "mu")),
+    "dpmpp-2m-sde": (dpmpp_2m_sde, ("timesteps", "mu")),
+    "dpmpp-sde": (dpmpp_sde, ()),
+    "dpmpp-3m-sde": (dpmpp_3m_sde, ("timesteps", "mu")),
+    "unipc": (unipc, ("sigmas", "mu")),
+    "deis": (deis, ("mu",)),
+    "lcm": (lcm, ("timesteps",)),
+    "tcd": (tcd, ("timesteps", "eta")),
+    "edm-euler": (edm_euler, ()),
+    "flow-euler": (flow_euler, ("timesteps", "sigmas", "mu")),
+    "flow-heun": (flow_heun, ()),
 }
 
 SAMPLERS: tuple[str, ...] = tuple(_COMPILERS)
 """Names that :func:`compile_plan` takes."""
 
 _DEFAULTS = {
+    "DDIMParallelScheduler": "ddim",
     "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler-a",
+    "DDPMParallelScheduler": "ddpm",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
     "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "DPMSolverSDEScheduler": "dpmpp-sde",
+    "EDMEulerScheduler": "edm-euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "EulerDiscreteScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "flow-euler",
+    "FlowMatchHeunDiscreteScheduler": "flow-heun",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "dpm2-a",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
+    "TCDScheduler": "tcd",
+    "UniPCMultistepScheduler": "unipc",
 }
+
+# Kinds of model whose schedule is not a table of trained noise levels: classes, and the samplers for them.
+_KINDS = (
+    ("flow", ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), ("flow-euler", "flow-heun")),
+    ("edm", ("EDMEulerScheduler",), ("edm-euler",)),
+)
+# Solvers that also run flow models, where the config has use_flow_sigmas.
+_FLOW_SOLVERS = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde", "unipc", "deis")
 
 # Classes whose noise schedule can be read, but whose own sampler is not here.
 _SOURCES = (
@@ -43,7 +94,6 @@ _SOURCES = (
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverSinglestepScheduler",
     "IPNDMScheduler",
-    "PNDMScheduler",
     "SASolverScheduler",
 )
 
@@ -85,6 +135,7 @@ def compile_plan(
             f"scheduler config: _class_name is {config.class_name!r}, expected one of "
             f"{', '.join(sorted((*_DEFAULTS, *_SOURCES)))}"
         )
+    _check_kind(sampler, config)
     compiler, accepts = _COMPILERS[sampler]
     request = parse_request(steps, timesteps, sigmas, eta, mu)
     for name in ("timesteps", "sigmas", "eta", "mu"):
@@ -103,6 +154,22 @@ def compile_plan(
         ) from error
 
 
+def _check_kind(sampler: str, config: Config) -> None:
+    """Refuse to read a flow model's config as a noise schedule or the other way round: the keys mean other things."""
+    for kind, classes, samplers in _KINDS:
+        own = config.class_name in classes
+        bridged = kind == "flow" and config.flag("use_flow_sigmas") and sampler in (*samplers, *_FLOW_SOLVERS)
+        if config.class_name and own != (sampler in samplers) and not bridged:
+            raise InvalidRequestError(
+                f"sampler {sampler!r} cannot run from the config of {config.class_name!r}: "
+                + (
+                    f"for a model of kind {kind}, expected {' or '.join(samplers)}"
+                    if own
+                    else f"it is for {kind} models"
+                )
+            )
+
+
 def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
     """The sampler that a scheduler config was written for.
 
@@ -115,4 +182,7 @@ def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
             f"scheduler config: _class_name is {config.class_name!r}, which has no sampler here; "
             f"name one of {', '.join(SAMPLERS)}"
         )
-    return _DEFAULTS[config.class_name]
+    sampler = _DEFAULTS[config.class_name]
+    if sampler == "dpmpp-2m" and config.values.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpmpp-3m-sde" if config.values.get("solver_order") == 3 else "dpmpp-2m-sde"
+    return sampler

@@ -125,7 +125,7 @@ class Request:
         timesteps: Custom timesteps, descending, or None.
         sigmas: Custom noise levels, in the form that the sampler's diffusers class takes, or None.
         eta: Amount of noise for the samplers that have a choice, or None for the sampler's own default.
-        mu: Dynamic shift of a flow schedule, or None.
+        mu: Dynamic shift of a flow schedule, read where the config says ``use_dynamic_shifting``, or None.
     """
 
     steps: int | None

@@ -27,8 +27,31 @@ def dpmpp_2m(config: Config, request: Request) -> Plan:
     return _multistep(config, request, "dpmsolver++" if algorithm == "deis" else algorithm)
 
 
+def dpmpp_2m_sde(config: Config, request: Request) -> Plan:
+    """As :func:`dpmpp_2m` with ``algorithm_type`` ``sde-dpmsolver++``.
+
+    At ``solver_order`` 3 this differs from diffusers, whose weight of the bend has a constant of the wrong sign and
+    tends to -1 rather than 0 for short steps, and agrees with :func:`dpmpp_3m_sde`.
+    """
+    return _multistep(config, request, "sde-dpmsolver++")
+
+
+def dpmpp_3m_sde(config: Config, request: Request) -> Plan:
+    """DPM-Solver++(3M) for the SDE: k-diffusion's ``sample_dpmpp_3m_sde`` with eta 1, from independent noise.
+
+    Noise levels are those of diffusers' DPMSolverMultistepScheduler. As in k-diffusion, orders rise to 3 and stay,
+    whatever ``solver_order``, ``solver_type``, ``lower_order_final`` and ``euler_at_final`` say; only a step to noise
+    level zero is of first order.
+    """
+    final = config.choice("final_sigmas_type", ("zero", "sigma_min"), "zero")
+    levels = _levels(config, request, final)
+    orders = [min(i + 1, 3) for i in range(len(levels.timesteps))]
+    if final == "zero":
+        orders[-1] = 1
+    return _build(levels, "sde-dpmsolver++", True, orders)
+
+
 def _multistep(config: Config, request: Request, algorithm: str) -> Plan:
-    config.refuse_thresholding()
     if config.values.get("variance_type") in ("learned", "learned_range"):
         raise InvalidRequestError(
             f"scheduler config: variance_type is {config.values['variance_type']!r}, "
@@ -46,7 +69,24 @@ def _multistep(config: Config, request: Request, algorithm: str) -> Plan:
         raise InvalidRequestError(
             "scheduler config: algorithm_type 'sde-dpmsolver' has solver_order 1 and 2, received 3"
         )
-    levels = vp_schedule(
+    levels = _levels(config, request, final)
+    if levels.prediction == "flow_prediction" and not algorithm.endswith("++"):
+        raise InvalidRequestError(
+            f"scheduler config: algorithm_type {algorithm!r} takes no flow_prediction, expected 'dpmsolver++'"
+        )
+    steps = len(levels.timesteps)
+    short = config.flag("lower_order_final", True) and steps < 15
+    orders = [min(order, i + 1) for i in range(steps)]
+    if short:
+        orders[-2:-1] = [min(value, 2) for value in orders[-2:-1]]
+    if short or config.flag("euler_at_final") or final == "zero":
+        orders[-1] = 1
+    return _build(levels, algorithm, heun, orders)
+
+
+def _levels(config: Config, request: Request, final: str) -> VpSchedule:
+    config.refuse_thresholding()
+    return vp_schedule(
         config,
         request,
         noise_schedule(config),
@@ -56,31 +96,23 @@ def _multistep(config: Config, request: Request, algorithm: str) -> Plan:
         round_cosine=False,
         lu=True,
     )
-    if levels.prediction == "flow_prediction" and not algorithm.endswith("++"):
-        raise InvalidRequestError(
-            f"scheduler config: algorithm_type {algorithm!r} takes no flow_prediction, expected 'dpmsolver++'"
-        )
-    steps = len(levels.timesteps)
-    short = config.flag("lower_order_final", True) and steps < 15
-    first_order_last = short or config.flag("euler_at_final") or final == "zero"
-    stochastic = algorithm.startswith("sde-")
-    builder = PlanBuilder(order)
-    x, *history = builder.basis[:order]
-    output, noise = builder.basis[order:]
-    for i in range(steps):
+
+
+def _build(levels: VpSchedule, algorithm: str, heun: bool, orders: Sequence[int]) -> Plan:
+    most = max(orders)
+    builder = PlanBuilder(most)
+    x, *history = builder.basis[:most]
+    output, noise = builder.basis[most:]
+    for i, order in enumerate(orders):
         model = levels.denoised(i, x, output)
         if not algorithm.endswith("++"):
             model = (x - levels.alpha(i) * model) / levels.sigma(i)
-        use = min(order, i + 1)
-        if i == steps - 1 and first_order_last:
-            use = 1
-        elif i == steps - 2 and short:
-            use = min(use, 2)
         if levels.levels[i] == levels.levels[i + 1]:
-            use = 1  # A step of no length (sigma_min twice) changes nothing, and has no slope in units of its length.
-        differences = _differences(levels, i, [model, *history][:use])
-        latent = multistep_update(levels, i, algorithm, heun, x, differences, noise)
-        builder.append(levels.timesteps[i], [latent, *[model, *history][: order - 1]], draws=stochastic)
+            order = 1  # A step of no length (sigma_min twice) changes nothing, and has no slope in units of its length.
+        differences = _differences(levels, i, [model, *history][:order])
+        latent = _update(levels, i, algorithm, heun, x, differences, noise)
+        kept = [model, *history][: most - 1]
+        builder.append(levels.timesteps[i], [latent, *kept], draws=algorithm.startswith("sde-"))
     return builder.build()
 
 
@@ -98,7 +130,7 @@ def _differences(levels: VpSchedule, i: int, models: Sequence[Floats]) -> list[F
     return [models[0], slope + r0 * bend, bend]
 
 
-def multistep_update(
+def _update(
     levels: VpSchedule, i: int, algorithm: str, heun: bool, x: Floats, differences: Sequence[Floats], noise: Floats
 ) -> Floats:
     """One step of order 1 to 3, as many as there are ``differences``.

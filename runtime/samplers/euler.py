@@ -6,7 +6,7 @@ import math
 
 from .config import Config, Request
 from .plan import Plan, PlanBuilder
-from .schedule import denoised_ve, input_scale_ve, noise_schedule
+from .schedule import input_scale_ve, noise_schedule
 from .ve import ve_schedule
 
 
@@ -18,9 +18,9 @@ def euler(config: Config, request: Request) -> Plan:
     levels = ve_schedule(config, request, noise_schedule(config), final_sigma=True, log_linear=True, continuous=True)
     builder = PlanBuilder(1)
     x, output, _ = builder.basis
-    for t, sigma, following in zip(levels.timesteps, levels.sigmas[:-1], levels.sigmas[1:], strict=False):
-        derivative = (x - denoised_ve(levels.prediction, x, output, sigma)) / sigma
-        builder.append(t, [x + derivative * (following - sigma)], input_scale=input_scale_ve(sigma))
+    for t, sigma, following in levels.steps():
+        latent = x + levels.derivative(x, output, sigma) * (following - sigma)
+        builder.append(t, [latent], input_scale=input_scale_ve(sigma))
     return builder.build(levels.init_scale)
 
 
@@ -30,8 +30,7 @@ def ancestral_split(sigma: float, following: float) -> tuple[float, float]:
     Returns:
         The level that the deterministic part ends at, and that of the fresh noise.
     """
-    up = min(following, math.sqrt(max(following**2 * (sigma**2 - following**2), 0.0)) / sigma)
-    return math.sqrt(max(following**2 - up**2, 0.0)), up
+    return following**2 / sigma, following * math.sqrt(max(1 - (following / sigma) ** 2, 0.0))
 
 
 def euler_ancestral(config: Config, request: Request) -> Plan:
@@ -42,9 +41,8 @@ def euler_ancestral(config: Config, request: Request) -> Plan:
     levels = ve_schedule(config, request, noise_schedule(config), respace=False)
     builder = PlanBuilder(1)
     x, output, noise = builder.basis
-    for t, sigma, following in zip(levels.timesteps, levels.sigmas[:-1], levels.sigmas[1:], strict=True):
+    for t, sigma, following in levels.steps():
         down, up = ancestral_split(sigma, following)
-        derivative = (x - denoised_ve(levels.prediction, x, output, sigma)) / sigma
-        latent = x + derivative * (down - sigma) + up * noise
+        latent = x + levels.derivative(x, output, sigma) * (down - sigma) + up * noise
         builder.append(t, [latent], input_scale=input_scale_ve(sigma), draws=True)
     return builder.build(levels.init_scale)

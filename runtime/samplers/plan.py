@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from latentrt.engines.errors import InvalidRequestError
 from numpy.typing import NDArray
+
+from latentrt.engines.errors import InvalidRequestError
 
 Floats: TypeAlias = NDArray[np.float64]
 Latents: TypeAlias = NDArray[np.float32]

@@ -15,8 +15,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from latentrt.engines.errors import InvalidRequestError
 from numpy.typing import NDArray
+
+from latentrt.engines.errors import InvalidRequestError
 
 from .beta import beta_quantile
 from .config import Config

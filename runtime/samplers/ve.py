@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request
@@ -15,6 +17,7 @@ from .schedule import (
     PREDICTIONS,
     SPACINGS,
     NoiseSchedule,
+    denoised_ve,
     respaced_sigmas,
     respacing,
     sigma_to_timestep,
@@ -29,16 +32,31 @@ class VeSchedule:
     Attributes:
         timesteps: float64 [N].
         sigmas: float64 [N + 1 or more], noise level before each step, then after the last.
-        trained: float32 values [T] of the trained noise levels, ascending.
+        trained: float32 [T], the trained noise levels.
         prediction: Prediction type.
         init_scale: The first latent is this times unit normal noise.
     """
 
     timesteps: Floats
     sigmas: Floats
-    trained: Floats
+    trained: NDArray[np.float32]
     prediction: str
     init_scale: float
+
+    def steps(self) -> Iterator[tuple[float, float, float]]:
+        """Timestep, noise level before and noise level after, of each step."""
+        count = len(self.timesteps)
+        yield from zip(
+            self.timesteps.tolist(), self.sigmas[:count].tolist(), self.sigmas[1 : count + 1].tolist(), strict=True
+        )
+
+    def timestep(self, sigma: float) -> float:
+        """The timestep of a noise level between those of two steps."""
+        return float(sigma_to_timestep(np.array([sigma]), self.trained)[0])
+
+    def derivative(self, x: Floats, output: Floats, sigma: float) -> Floats:
+        """dx / dsigma of the probability-flow ODE, (x - x_0) / sigma, as an expression."""
+        return (x - denoised_ve(self.prediction, x, output, sigma)) / sigma
 
 
 def ve_schedule(
@@ -47,7 +65,7 @@ def ve_schedule(
     schedule: NoiseSchedule,
     *,
     respace: bool = True,
-    bounds: bool = True,
+    karras_bounds: bool = True,
     final_sigma: bool = False,
     log_linear: bool = False,
     continuous: bool = False,
@@ -60,7 +78,7 @@ def ve_schedule(
         request: What the caller asks for.
         schedule: The trained noise schedule.
         respace: Whether the class knows Karras, exponential and beta spacing.
-        bounds: Whether ``sigma_min`` and ``sigma_max`` bound the respaced levels.
+        karras_bounds: Whether ``sigma_min`` and ``sigma_max`` bound Karras levels; they always bound the others.
         final_sigma: Whether the class knows ``final_sigmas_type``.
         log_linear: Whether the class knows ``interpolation_type``.
         continuous: Whether the class knows ``timestep_type``.
@@ -104,8 +122,9 @@ def ve_schedule(
             sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
         if kind:
             high, low = config.positive("sigma_max"), config.positive("sigma_min")
-            high = high if bounds and high is not None else float(sigmas[0])
-            low = low if bounds and low is not None else float(sigmas[-1])
+            bounded = karras_bounds or kind != "karras"
+            high = high if bounded and high is not None else float(sigmas[0])
+            low = low if bounded and low is not None else float(sigmas[-1])
             sigmas = respaced_sigmas(kind, high, low, count)
             timesteps = sigma_to_timestep(sigmas, trained)
             if kind == "karras" and convert is not None:
@@ -119,7 +138,7 @@ def ve_schedule(
     return VeSchedule(
         timesteps=timesteps,
         sigmas=sigmas,
-        trained=trained.astype(np.float64),
+        trained=trained,
         prediction=prediction,
         init_scale=math.hypot(highest, 1.0) if spacing == "leading" else highest,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request
@@ -67,6 +69,7 @@ def vp_schedule(
     *,
     final: str,
     final_follows_levels: bool,
+    flow_levels: Callable[[Config, Request, int, int], Floats] | None = None,
     clip_log_snr: bool = False,
     round_cosine: bool = True,
     lu: bool = False,
@@ -79,6 +82,8 @@ def vp_schedule(
         schedule: The trained noise schedule.
         final: ``zero`` or ``sigma_min``: where the last step ends.
         final_follows_levels: Whether ``sigma_min`` is the last respaced level rather than the lowest trained one.
+        flow_levels: Levels of a flow from config, request, number of steps and number of trained timesteps, in place
+            of those of the DPM-Solver and DEIS classes.
         clip_log_snr: Whether the class knows ``lambda_min_clipped``.
         round_cosine: Whether timesteps of Karras levels are rounded under the cosine schedule too.
         lu: Whether the class knows ``use_lu_lambdas`` (evenly spaced log-SNR).
@@ -93,10 +98,15 @@ def vp_schedule(
         kind = "lu"
     flow = config.flag("use_flow_sigmas")
     prediction = config.choice("prediction_type", (*PREDICTIONS, "flow_prediction"), "epsilon")
-    given = request.custom_timesteps(train)
-    if given is not None and kind:
+    if flow and kind:
         raise InvalidRequestError(
-            f"custom timesteps cannot be had with {kind} sigmas: "
+            f"scheduler config: use_flow_sigmas and use_{kind}_{'lambdas' if kind == 'lu' else 'sigmas'} are both true, "
+            "expected at most one of them"
+        )
+    given = request.custom_timesteps(train)
+    if given is not None and (kind or flow):
+        raise InvalidRequestError(
+            f"custom timesteps cannot be had with {kind or 'flow'} sigmas: "
             "switch those off in the scheduler config, or leave them out"
         )
     count = request.count(train)
@@ -114,9 +124,7 @@ def vp_schedule(
         timesteps = sigma_to_timestep(levels, trained)
         timesteps = timesteps if schedule.cosine else timesteps.round()
     elif flow:
-        shift = config.number("flow_shift", 1.0) if request.mu is None else math.exp(request.mu)
-        plain = np.linspace(1, 1 / train, count + 1)
-        levels = np.flip(shift * (1 - plain) / (1 + (shift - 1) * (1 - plain)))[:-1]
+        levels = (flow_levels or _flow_levels)(config, request, count, train)
         timesteps = levels * train
     else:
         last = train - _clipped(config, schedule) if clip_log_snr else train
@@ -137,6 +145,14 @@ def vp_schedule(
         prediction=prediction,
         flow=flow,
     )
+
+
+def _flow_levels(config: Config, request: Request, count: int, train: int) -> Floats:
+    shift = config.number("flow_shift", 1.0)
+    if request.mu is not None and config.flag("use_dynamic_shifting"):
+        shift = math.exp(request.mu)
+    plain = 1 - np.linspace(1, 1 / train, count + 1)
+    return np.asarray(np.flip(shift * plain / (1 + (shift - 1) * plain))[:-1])
 
 
 def _clipped(config: Config, schedule: NoiseSchedule) -> int:

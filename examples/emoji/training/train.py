@@ -260,7 +260,7 @@ def train_unet(pictures: list[Picture], work: Path, steps: int, seed: int) -> No
         nearest = torch.cdist(small, thumbs).argmin(1)
         return {"nearest_is_right": float((nearest == torch.tensor(chosen)).float().mean())}
 
-    trainer.train(loss_of, show, every=400)
+    trainer.train(loss_of, show)
 
 
 def assemble(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+
 from latentrt.runtime.samplers.beta import beta_quantile
 from latentrt.runtime.samplers.config import Config
 from latentrt.runtime.samplers.schedule import noise_schedule, sigma_to_timestep, spaced_timesteps

@@ -1,0 +1,120 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .base import Array, BaseEngine, TensorSpec
+from .errors import EngineError, EngineUnavailableError, InvalidRequestError
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions:
+    """Settings of a session.
+
+    Attributes:
+        threads: Threads inside an operator; 0 leaves the choice to ONNX Runtime (one a physical core).
+        spinning: Let idle threads spin for the next operator: faster for a single picture, wasteful where several
+            sessions share the processor.
+    """
+
+    threads: int = 0
+    spinning: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise InvalidRequestError(f"threads is {self.threads}, expected 0 (automatic) or more")
+
+
+class OnnxRuntimeEngine(BaseEngine):
+    """One ONNX graph in an ONNX Runtime session on the CPU.
+
+    A session may run in many threads at once.
+
+    Args:
+        path: The graph. It must have passed :meth:`latentrt.runtime.bundle.Bundle.graph_path`, since ONNX Runtime
+            itself opens whatever files a graph names.
+        options: Session settings.
+        label: What messages call the engine.
+    """
+
+    def __init__(self, path: Path, options: OnnxRuntimeOptions | None = None, label: str | None = None) -> None:
+        super().__init__(label or f"{path.parent.name} (onnxruntime)")
+        self.path = path
+        self.options = options or OnnxRuntimeOptions()
+        self._session: Any = None
+        self._output_names: list[str] = []
+
+    def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+        ort = load_sdk()
+        settings = ort.SessionOptions()
+        settings.log_severity_level = _ERRORS_ONLY
+        settings.intra_op_num_threads = self.options.threads
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.options.spinning else "0")
+        with translated(f"{self.label} could not load {self.path.name}"):
+            self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+        inputs = {node.name: _spec(node) for node in self._session.get_inputs()}
+        outputs = {node.name: _spec(node) for node in self._session.get_outputs()}
+        self._output_names = list(outputs)
+        return inputs, outputs
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        session = self._session
+        if session is None:
+            raise EngineError(f"{self.label} was closed while it was in use")
+        with translated(f"{self.label} failed"):
+            results = session.run(self._output_names, feeds)
+        return dict(zip(self._output_names, results, strict=True))
+
+    def _close(self) -> None:
+        self._session = None
+
+
+def load_sdk() -> ModuleType:
+    """Import ONNX Runtime.
+
+    Raises:
+        EngineUnavailableError: if it is not installed.
+    """
+    # Python packages of CPU builds look for GPUs at import; nothing of that is of use to the reader of our output.
+    os.environ.setdefault("ORT_LOGGING_LEVEL", str(_ERRORS_ONLY))
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineUnavailableError("ONNX Runtime is not installed; install it with: pip install onnxruntime") from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn any exception of the SDK into an :class:`EngineError` that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base class
+        reason = str(error).strip().splitlines()
+        raise EngineError(f"{what}: {reason[0][:300] if reason else type(error).__name__}") from error
+
+
+def _spec(node: Any) -> TensorSpec:
+    if node.type not in _DTYPES:
+        raise EngineError(f"the graph's tensor {node.name!r} is a {node.type}, which is not supported")
+    shape = tuple(d if isinstance(d, int) else str(d) if d else f"{node.name}_{axis}" for axis, d in enumerate(node.shape))
+    return TensorSpec(node.name, _DTYPES[node.type], shape)

@@ -1,0 +1,1 @@
+"""Commands of ``latentrt`` that need the exporter."""

@@ -1,0 +1,76 @@
+"""``latentrt build-engine``: export a model and compile its engines into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from latentrt.engines.errors import InvalidRequestError
+from latentrt.engines.trt import Range, parse_ranges
+from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
+
+from ..build import BuildRequest, build_bundle
+from ..targets import OPSETS, PRECISIONS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a diffusers directory with safetensors weights")
+    parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    parser.add_argument("--engine", action="append", choices=tuple(OPSETS), help="engine to build for; may be repeated")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="element type of weights and activations")
+    parser.add_argument("--height", type=int, metavar="H", help="height in pixels that compiled engines are built for")
+    parser.add_argument("--width", type=int, metavar="W", help="width in pixels that compiled engines are built for")
+    parser.add_argument("--batch", type=int, metavar="B", help="pictures at a time that compiled engines are built for")
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="NAME=MIN:OPT:MAX",
+        help="range of batch, height or width (pixels) that compiled engines are built for; may be repeated",
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="sampler steps that the bundle uses by default")
+    parser.add_argument("--guidance", type=float, default=7.5, metavar="G", help="guidance that the bundle uses by default")
+    parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build, and say what was built."""
+    ranges = parse_ranges(arguments.profile)
+    for name in ("batch", "height", "width"):
+        if (length := getattr(arguments, name)) is not None:
+            if name in ranges:
+                raise InvalidRequestError(f"--{name} and --profile {name}=... exclude each other; give one of them")
+            ranges[name] = Range.fixed(length)
+    request = BuildRequest(
+        source=arguments.source,
+        output=arguments.output,
+        engines=tuple(arguments.engine or ("onnxruntime",)),
+        precision=arguments.precision,
+        ranges=ranges,
+        verify=not arguments.no_verify,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        sampler=arguments.sampler,
+    )
+    console = BuildConsole(quiet=arguments.json)
+    try:
+        report = build_bundle(request, console)
+    finally:
+        console.close()
+    if arguments.json:
+        print_json(
+            {
+                "bundle": str(report.path),
+                "exported": report.exported,
+                "quality_db": report.quality,
+                "engines": [{**dataclasses.asdict(built.record), "reused": built.reused} for built in report.engines],
+                "seconds": round(report.seconds, 2),
+            }
+        )
+    else:
+        print(f"{arguments.output}: ready after {seconds(report.seconds)}")
+    return 0

@@ -1,0 +1,153 @@
+"""From a torch module to an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from latentrt.engines import TensorSpec
+from latentrt.engines.errors import ExportError
+from latentrt.runtime.manifest import Graph
+
+from .components import Component
+from .targets import Form
+
+EXTERNAL_THRESHOLD = 1_500_000_000
+"""Weights above this many bytes go to a file of their own: a protobuf message ends at 2 GiB."""
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+
+
+def cast_inputs(component: Component, inputs: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """Inputs in the element type that a graph of ``precision`` takes."""
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    keep = component.keep_fp32
+    return {n: t.to(dtype) if t.is_floating_point() and n not in keep else t for n, t in inputs.items()}
+
+
+def export_component(component: Component, form: Form, directory: Path) -> Graph:
+    """Export one component into ``directory/<name>/``.
+
+    The module is left in the precision of ``form``.
+
+    Args:
+        component: What to export.
+        form: Operator set and precision.
+        directory: The bundle under construction.
+
+    Returns:
+        The graph's entry for the manifest.
+
+    Raises:
+        ExportError: if torch cannot export the module, or the graph is not well typed.
+    """
+    module = component.module.to(torch.float16 if form.precision == "fp16" else torch.float32)
+    example = cast_inputs(component, component.example, form.precision)
+    try:
+        with _quiet(), torch.no_grad():
+            # Traced here, without strict mode: the exporter would try named dimensions first, which must hold for
+            # every length, fail on guards such as "not divisible by 4", and start over with a slower tracer.
+            free = {name: dict.fromkeys(component.dynamic[name], torch.export.Dim.DYNAMIC) for name in example}
+            traced = torch.export.export(module, tuple(example.values()), dynamic_shapes=free, strict=False)
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                opset_version=form.opset,
+                input_names=list(example),
+                output_names=list(component.outputs),
+                verbose=False,
+            )
+    except Exception as error:  # the exporter lets any exception of the traced model through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"{component.name} could not be exported to ONNX (opset {form.opset}): {reason}") from error
+    if program is None:
+        raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
+    _name_dimensions(program.model, component)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces of this machine are no part of a model
+    program.model.metadata_props.clear()
+    folder = directory / component.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"model{form.suffix}.onnx"
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    external = f"{path.name}.data" if weights > EXTERNAL_THRESHOLD else None
+    ir.save(program.model, path, external_data=external)
+    check_graph(path, component.name)
+    return Graph(
+        file=f"{component.name}/{path.name}",
+        precision=form.precision,
+        opset=form.opset,
+        inputs=tuple(_spec(value) for value in program.model.graph.inputs),
+        outputs=tuple(_spec(value) for value in program.model.graph.outputs),
+        external=(f"{component.name}/{external}",) if external else (),
+    )
+
+
+def _name_dimensions(model: ir.Model, component: Component) -> None:
+    """Replace the tracer's symbols (``s53``) by our names in every shape of a graph."""
+    names = {}
+    for value in model.graph.inputs:
+        for axis, name in component.dynamic[value.name or ""].items():
+            symbol = value.shape[axis] if value.shape is not None else None
+            if not isinstance(symbol, ir.SymbolicDim) or symbol.value is None:
+                raise ExportError(f"{component.name}: dimension {axis} of {value.name!r} became fixed while tracing")
+            names[str(symbol.value)] = name
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                ir.SymbolicDim(pattern.sub(lambda match: names[match[0]], str(length.value)))
+                if isinstance(length, ir.SymbolicDim) and length.value is not None
+                else length
+                for length in value.shape
+            )
+
+
+def check_graph(path: Path, label: str) -> None:
+    """Type-check a graph strictly, as a strongly typed engine will.
+
+    Raises:
+        ExportError: naming the first operator whose inputs do not fit each other.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # onnx has several exception classes with no common base
+        lines = str(error).strip().splitlines()
+        raise ExportError(f"{label}: the exported graph is not valid: {lines[0] if lines else type(error).__name__}") from error
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise ExportError(f"the exported graph does not give a type to {value.name!r}")
+    shape = tuple(int(d) if isinstance(d, int) else str(d.value if isinstance(d, ir.SymbolicDim) else d) for d in value.shape)
+    return TensorSpec(value.name, _DTYPES[value.dtype.name], shape)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter about itself out of our output."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

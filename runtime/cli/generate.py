@@ -1,0 +1,112 @@
+"""``latentrt generate``: draw pictures with a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+from statistics import median
+
+from ..images import GenerationParameters, sheet, write_png
+from ..pipeline import Pipeline, Result, StepInfo
+from ..samplers import SAMPLERS
+from .console import bar, print_json, seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
+    parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the noise, as torch's CPU generator takes it")
+    parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
+    parser.add_argument("--width", type=int, metavar="W", help="width in pixels")
+    parser.add_argument("--height", type=int, metavar="H", help="height in pixels")
+    parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
+    parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
+    parser.add_argument("--engine", default="auto", metavar="NAME", help="onnxruntime, tensorrt, tensorrt-rtx or auto")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), help="precision of the graphs to run")
+    parser.add_argument("--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic")
+    parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw, write the picture, and say what was done."""
+    loaded = Pipeline.load(
+        arguments.bundle,
+        arguments.engine,
+        precision=arguments.precision,
+        threads=arguments.threads,
+        verify_hash=arguments.verify_hash,
+    )
+    with loaded as pipe:
+        stream = pipe.stream(
+            arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+            seed=arguments.seed,
+            sampler=arguments.sampler,
+            width=arguments.width,
+            height=arguments.height,
+            images=arguments.images,
+            clip_skip=arguments.clip_skip,
+        )
+        result = _draw(stream)
+        model, engine = pipe.manifest.source.name, pipe.engines["unet"]
+    request, timings = result.request, result.timings
+    parameters = GenerationParameters(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        steps=request.steps,
+        sampler=request.sampler,
+        guidance=request.guidance,
+        seed=request.seed,
+        width=request.width,
+        height=request.height,
+        model=model,
+        clip_skip=request.clip_skip,
+    )
+    pixels = sheet(result.images, columns=min(4, request.images)) if request.images > 1 else result.images[0]
+    write_png(arguments.output, pixels, parameters.to_text())
+    if arguments.json:
+        print_json(
+            {
+                "output": str(arguments.output),
+                "request": dataclasses.asdict(request),
+                "truncated_tokens": result.truncated,
+                "engine": getattr(engine, "label", type(engine).__name__),
+                "seconds": dataclasses.asdict(timings),
+            }
+        )
+        return 0
+    if result.truncated:
+        print(f"note: {result.truncated} tokens did not fit the text encoder and were cut off")
+    print(
+        f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
+        f"{request.steps} steps of {seconds(median(timings.step))}, total {seconds(timings.total)}"
+    )
+    return 0
+
+
+def _draw(stream: Generator[StepInfo, None, Result]) -> Result:
+    """Run a stream to its end behind a progress bar."""
+    progress = None
+    try:
+        while True:
+            try:
+                step = next(stream)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if progress is None:
+                progress = bar(step.total, "Drawing", "step")
+            progress.update(1)
+    finally:
+        if progress is not None:
+            progress.close()

@@ -1,0 +1,127 @@
+"""One request, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from latentrt.engines.errors import InvalidRequestError
+
+from .manifest import Manifest
+from .samplers import SAMPLERS
+
+MAX_SIDE = 16384
+"""Largest width or height in pixels."""
+MAX_PIXELS = 2**28
+"""Most pixels that the pictures of one request may have together (3 GiB as fp32)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text-to-image request with every default filled in.
+
+    Attributes:
+        prompt: What to draw; what exceeds the tokenizer's length is cut off.
+        negative_prompt: What to steer away from.
+        steps: Sampler steps. (A sampler of second order calls the model twice in a step.)
+        guidance: Scale of classifier-free guidance; at 1 or below the negative prompt is not computed at all.
+        seed: Seed of the noise, 0 to 2**64 - 1: the same as ``torch.Generator("cpu").manual_seed(seed)``.
+        sampler: One of :data:`latentrt.runtime.samplers.SAMPLERS`.
+        width: Width in pixels.
+        height: Height in pixels.
+        images: Pictures to draw, all from one noise stream.
+        clip_skip: Layers of the text encoder to leave out: 0 or 1.
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    seed: int
+    sampler: str
+    width: int
+    height: int
+    images: int
+    clip_skip: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half is computed."""
+        return self.guidance > 1
+
+    @classmethod
+    def create(
+        cls,
+        manifest: Manifest,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
+        sampler: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        images: int = 1,
+        clip_skip: int | None = None,
+    ) -> Request:
+        """Fill in a bundle's defaults and check everything.
+
+        ``seed=None`` draws a seed, which the request then carries.
+
+        Raises:
+            InvalidRequestError: naming the first value that is wrong, what was received and what is expected.
+        """
+        defaults, factor = manifest.defaults, manifest.latent.factor
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"{name} is a {type(text).__name__}, expected a string")
+        request = cls(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=_integer("steps", defaults.steps if steps is None else steps, 1, 10_000),
+            guidance=_scale(defaults.guidance if guidance is None else guidance),
+            seed=_integer("seed", secrets.randbits(32) if seed is None else seed, 0, 2**64 - 1),
+            sampler=defaults.sampler if sampler is None else sampler,
+            width=_side("width", defaults.width if width is None else width, factor),
+            height=_side("height", defaults.height if height is None else height, factor),
+            images=_integer("images", images, 1, 4096),
+            clip_skip=_integer("clip_skip", defaults.clip_skip if clip_skip is None else clip_skip, 0, 1),
+        )
+        if request.sampler not in SAMPLERS:
+            raise InvalidRequestError(f"unknown sampler {request.sampler!r}; known samplers: {', '.join(SAMPLERS)}")
+        if (pixels := request.images * request.width * request.height) > MAX_PIXELS:
+            raise InvalidRequestError(
+                f"{request.images} pictures of {request.width}x{request.height} have {pixels:,} pixels, "
+                f"at most {MAX_PIXELS:,} fit one request; ask for fewer or smaller ones"
+            )
+        return request
+
+
+def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InvalidRequestError(f"{name} is {value!r}, expected a whole number")
+    if not least <= value <= most:
+        raise InvalidRequestError(f"{name} is {value}, expected {least} to {most}")
+    return int(value)
+
+
+def _scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidRequestError(f"guidance is {value!r}, expected a number")
+    if not (math.isfinite(value) and 0 <= value <= 1000):
+        raise InvalidRequestError(f"guidance is {float(value)}, expected 0 to 1000 (7.5 is usual, 1 is none)")
+    return float(value)
+
+
+def _side(name: str, value: Any, factor: int) -> int:
+    pixels = _integer(name, value, factor, MAX_SIDE)
+    if pixels % factor:
+        below = pixels // factor * factor
+        raise InvalidRequestError(
+            f"{name} is {pixels}, expected a multiple of {factor}; the nearest are {below} and {below + factor}"
+        )
+    return pixels
