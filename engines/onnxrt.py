@@ -99,7 +99,9 @@ def load_sdk() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineUnavailableError("ONNX Runtime is not installed; install it with: pip install onnxruntime") from error
+        raise EngineUnavailableError(
+            "ONNX Runtime is not installed; install it with: pip install onnxruntime"
+        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -108,7 +110,7 @@ def translated(what: str) -> Iterator[None]:
     """Turn any exception of the SDK into an :class:`EngineError` that begins with ``what``."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base class
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise EngineError(f"{what}: {reason[0][:300] if reason else type(error).__name__}") from error
 
@@ -116,5 +118,7 @@ def translated(what: str) -> Iterator[None]:
 def _spec(node: Any) -> TensorSpec:
     if node.type not in _DTYPES:
         raise EngineError(f"the graph's tensor {node.name!r} is a {node.type}, which is not supported")
-    shape = tuple(d if isinstance(d, int) else str(d) if d else f"{node.name}_{axis}" for axis, d in enumerate(node.shape))
+    shape = tuple(
+        d if isinstance(d, int) else str(d) if d else f"{node.name}_{axis}" for axis, d in enumerate(node.shape)
+    )
     return TensorSpec(node.name, _DTYPES[node.type], shape)

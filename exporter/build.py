@@ -55,7 +55,7 @@ class BuildRequest:
     precision: str = "fp32"
     ranges: Mapping[str, Range] = field(default_factory=dict)
     verify: bool = True
-    options: BuildOptions = BuildOptions()
+    options: BuildOptions = field(default_factory=BuildOptions)
     steps: int = 20
     guidance: float = 7.5
     sampler: str | None = None
@@ -333,7 +333,9 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
     """
     reporter = reporter or Silent()
     if bundle.manifest.source.fingerprint != source.fingerprint:
-        raise BundleError(f"{bundle.path.name} was not built from {source.name}: the fingerprints of the weights differ")
+        raise BundleError(
+            f"{bundle.path.name} was not built from {source.name}: the fingerprints of the weights differ"
+        )
     figures: dict[str, float] = {}
     for name, entry in bundle.manifest.components.items():
         component = load_component(source, name)

@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]`` and text states to a prediction like the latents."""
+    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states to a prediction shaped as the latents."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

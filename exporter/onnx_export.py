@@ -122,7 +122,9 @@ def check_graph(path: Path, label: str) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # onnx has several exception classes with no common base
         lines = str(error).strip().splitlines()
-        raise ExportError(f"{label}: the exported graph is not valid: {lines[0] if lines else type(error).__name__}") from error
+        raise ExportError(
+            f"{label}: the exported graph is not valid: {lines[0] if lines else type(error).__name__}"
+        ) from error
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -133,7 +135,9 @@ def parameter_count(module: nn.Module) -> int:
 def _spec(value: ir.Value) -> TensorSpec:
     if value.name is None or value.dtype is None or value.shape is None:
         raise ExportError(f"the exported graph does not give a type to {value.name!r}")
-    shape = tuple(int(d) if isinstance(d, int) else str(d.value if isinstance(d, ir.SymbolicDim) else d) for d in value.shape)
+    shape = tuple(
+        int(d) if isinstance(d, int) else str(d.value if isinstance(d, ir.SymbolicDim) else d) for d in value.shape
+    )
     return TensorSpec(value.name, _DTYPES[value.dtype.name], shape)
 
 

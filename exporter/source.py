@@ -89,7 +89,9 @@ class Source:
             entry = index.get(component)
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
             if found not in classes:
-                raise SourceError(f"{component} of {path.name} has the class {found!r}, expected {' or '.join(classes)}")
+                raise SourceError(
+                    f"{component} of {path.name} has the class {found!r}, expected {' or '.join(classes)}"
+                )
         configs = {name: read_json(path / name / "config.json", f"{name} is incomplete") for name in _WEIGHTS}
         for name, config in configs.items():
             _check_bounds(config, f"{name}/config.json")
@@ -136,7 +138,7 @@ class Source:
         directory = self.path / "tokenizer"
         try:
             return CLIPTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - the library raises whatever its parsers raise
+        except Exception as error:
             raise SourceError(f"the tokenizer of {self.path.name} cannot be read: {_first_line(error)}") from error
 
 

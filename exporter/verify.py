@@ -66,7 +66,9 @@ def other_size(component: Component, *, batch: int = 1, seed: int = 1) -> dict[s
         ]
         if example.is_floating_point():
             drawn = torch.rand(shape, generator=generator) * float(example.max() - example.min()) + float(example.min())
-            inputs[name] = drawn if name in component.keep_fp32 else torch.randn(shape, generator=generator) * example.std()
+            inputs[name] = (
+                drawn if name in component.keep_fp32 else torch.randn(shape, generator=generator) * example.std()
+            )
         else:
             inputs[name] = torch.randint(int(example.max()) + 1, shape, generator=generator)
     return inputs
@@ -107,7 +109,12 @@ def overflows(component: Component) -> str | None:
 
     def watch(name: str) -> None:
         def hook(_module: torch.nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not found and float(output.abs().max()) > limit:
+            if (
+                isinstance(output, Tensor)
+                and output.is_floating_point()
+                and not found
+                and float(output.abs().max()) > limit
+            ):
                 found.append(name)
 
         handles.append(component.module.get_submodule(name).register_forward_hook(hook))

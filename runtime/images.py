@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentrt.engines.errors import InvalidRequestError, OutputError
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+
+from latentrt.engines.errors import InvalidRequestError, OutputError
 
 KEYWORD = "parameters"
 """Keyword of the PNG text chunk."""

@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
-from latentrt.engines.errors import InvalidRequestError
 from numpy.typing import NDArray
+
+from latentrt.engines.errors import InvalidRequestError
 
 MAX_SEED = 2**64 - 1
 """Largest seed; seeds that differ only above bit 31 give the same noise, here as in PyTorch."""

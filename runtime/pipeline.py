@@ -247,11 +247,15 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def _run(engine: Engine, **feeds: Array) -> dict[str, Array]:
     """Run an engine with every input cast to the element type that its graph takes."""
     specs = engine.inputs
-    return engine.run({name: array.astype(specs[name].dtype, copy=False) if name in specs else array for name, array in feeds.items()})
+    return engine.run(
+        {name: array.astype(specs[name].dtype, copy=False) if name in specs else array for name, array in feeds.items()}
+    )

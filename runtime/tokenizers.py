@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTError
 
 MAX_PROMPT_BYTES = 1_000_000
 """Longest prompt in UTF-8; everything after the first ``max_length`` tokens is cut off anyway, but costs time first."""

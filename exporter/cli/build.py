@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a diffusers directory with safetensors weights")
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--engine", action="append", choices=tuple(OPSETS), help="engine to build for; may be repeated")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="element type of weights and activations")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="element type of weights and activations"
+    )
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels that compiled engines are built for")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels that compiled engines are built for")
     parser.add_argument("--batch", type=int, metavar="B", help="pictures at a time that compiled engines are built for")
@@ -30,8 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=MIN:OPT:MAX",
         help="range of batch, height or width (pixels) that compiled engines are built for; may be repeated",
     )
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="sampler steps that the bundle uses by default")
-    parser.add_argument("--guidance", type=float, default=7.5, metavar="G", help="guidance that the bundle uses by default")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="sampler steps that the bundle uses by default"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=7.5, metavar="G", help="guidance that the bundle uses by default"
+    )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")

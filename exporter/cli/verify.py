@@ -15,7 +15,9 @@ from ..source import Source
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("--source", type=Path, required=True, metavar="SOURCE", help="the diffusers directory it comes from")
+    parser.add_argument(
+        "--source", type=Path, required=True, metavar="SOURCE", help="the diffusers directory it comes from"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -41,7 +41,9 @@ class Entry:
 
 
 COMMANDS = {
-    "build-engine": Entry("latentrt.exporter.cli.build", "export a model and compile its engines into a bundle", "export"),
+    "build-engine": Entry(
+        "latentrt.exporter.cli.build", "export a model and compile its engines into a bundle", "export"
+    ),
     "generate": Entry("latentrt.runtime.cli.generate", "draw pictures with a bundle"),
     "inspect": Entry("latentrt.runtime.cli.inspect", "show what a bundle holds"),
     "verify": Entry("latentrt.exporter.cli.verify", "compare a bundle with the model it was built from", "export"),
@@ -102,7 +104,8 @@ def _load(entry: Entry) -> Command:
         if entry.extra is None or (error.name or "").startswith("latentrt"):
             raise
         raise LatentRTError(
-            f'{error.name} is not installed, which this command needs; install it with: pip install "latentrt[{entry.extra}]"'
+            f"{error.name} is not installed, which this command needs; "
+            f'install it with: pip install "latentrt[{entry.extra}]"'
         ) from error
     return module
 

@@ -19,7 +19,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns aligned with spaces; the widest cell decides."""
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def size(count: float) -> str:

@@ -78,7 +78,11 @@ def _tensorrt(name: str) -> Finding:
     except EngineUnavailableError as error:
         return Finding(name, "", False, False, str(error))
     has_gpu = bool(cuda_devices())
-    detail = "running needs an NVIDIA GPU; none was found" if not has_gpu else "this version builds plans and does not run them"
+    detail = (
+        "running needs an NVIDIA GPU; none was found"
+        if not has_gpu
+        else "this version builds plans and does not run them"
+    )
     return Finding(name, sdk.version, False, has_gpu or sdk.builds_without_gpu, detail)
 
 
@@ -90,5 +94,7 @@ def _export() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        return Finding("export", "", False, False, f'{missing[0]} is missing; install it with: pip install "latentrt[export]"')
+        return Finding(
+            "export", "", False, False, f'{missing[0]} is missing; install it with: pip install "latentrt[export]"'
+        )
     return Finding("export", importlib.metadata.version("torch"), False, True, "torch to ONNX")

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet"
+    )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
@@ -30,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument("--engine", default="auto", metavar="NAME", help="onnxruntime, tensorrt, tensorrt-rtx or auto")
     parser.add_argument("--precision", choices=("fp32", "fp16"), help="precision of the graphs to run")
-    parser.add_argument("--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic"
+    )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 

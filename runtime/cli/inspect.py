@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{manifest.source.name}: {manifest.family}, {manifest.prediction_type}, licence {manifest.source.licence}")
     print(
         f"latents: {latent.channels} channels, 1/{latent.factor} of the picture's size, scaling {latent.scaling:.5g}; "
-        f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, guidance {defaults.guidance:g}"
+        f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
+        f"guidance {defaults.guidance:g}"
     )
     graphs = [
         (
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
     if records:
         engines_table = [
-            (r.component, r.engine, r.sdk_version, r.precision, size(r.size), r.target, r.key, _profile(r.profile)) for r in records
+            (r.component, r.engine, r.sdk_version, r.precision, size(r.size), r.target, r.key, _profile(r.profile))
+            for r in records
         ]
         header = ("component", "engine", "version", "precision", "size", "target", "key", "profile")
         print("\n" + table(header, engines_table))
@@ -60,4 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _profile(profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
     """Shapes as ``sample 1x8x16x16:2x8x16x16:2x8x16x16``."""
-    return "; ".join(f"{name} {':'.join('x'.join(map(str, shape)) for shape in shapes)}" for name, shapes in profile.items())
+    return "; ".join(
+        f"{name} {':'.join('x'.join(map(str, shape)) for shape in shapes)}" for name, shapes in profile.items()
+    )

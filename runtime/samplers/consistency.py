@@ -31,7 +31,8 @@ def _schedule(config: Config, request: Request) -> tuple[NoiseSchedule, Floats]:
     original = config.integer("original_inference_steps", 50, 1, train)
     if steps > original:
         raise InvalidRequestError(
-            f"steps is {steps}, expected at most the {original} original_inference_steps that the model was distilled on"
+            f"steps is {steps}, expected at most the {original} original_inference_steps that the model was "
+            "distilled on"
         )
     distilled = np.arange(1, original + 1) * (train // original) - 1
     indices = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)

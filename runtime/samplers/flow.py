@@ -6,6 +6,7 @@ Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (2209.03003); the timeste
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -128,7 +129,7 @@ def flow_heun(config: Config, request: Request) -> Plan:
     levels = np.append(shift * plain / (1 + (shift - 1) * plain), 0.0)
     builder = PlanBuilder(2)
     x, kept, velocity, _ = builder.basis
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, following in itertools.pairwise(levels):
         width = following - sigma
         builder.append(sigma * train, [x + width * velocity, x + width / 2 * velocity])
         if following > 0:

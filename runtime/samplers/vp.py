@@ -100,8 +100,8 @@ def vp_schedule(
     prediction = config.choice("prediction_type", (*PREDICTIONS, "flow_prediction"), "epsilon")
     if flow and kind:
         raise InvalidRequestError(
-            f"scheduler config: use_flow_sigmas and use_{kind}_{'lambdas' if kind == 'lu' else 'sigmas'} are both true, "
-            "expected at most one of them"
+            f"scheduler config: use_flow_sigmas and use_{kind}_{'lambdas' if kind == 'lu' else 'sigmas'} are both "
+            "true, expected at most one of them"
         )
     given = request.custom_timesteps(train)
     if given is not None and (kind or flow):

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
 from latentrt.engines.errors import (
     BundleError,
     BundleIntegrityError,
@@ -33,7 +35,6 @@ from latentrt.runtime.manifest import (
     Source,
     Tokenizer,
 )
-from onnx import TensorProto, helper, numpy_helper
 
 FORM = "opset18-fp32"
 GRAPH = Graph("unet/model.onnx", "fp32", 18, (), (), ("unet/model.onnx.data",))

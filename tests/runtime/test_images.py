@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
+
 from latentrt.engines.errors import InvalidRequestError, OutputError
 from latentrt.runtime.images import GenerationParameters, read_parameters, sheet, write_png
-from PIL import Image, PngImagePlugin
 
 LATIN = "a red apple, café\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7"
 WIDE = "ein roter Apfel 🍎, 苹果\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 7"

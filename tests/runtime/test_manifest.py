@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from latentrt.engines.base import TensorSpec
 from latentrt.engines.errors import BundleError, BundleVersionError
 from latentrt.runtime.manifest import (

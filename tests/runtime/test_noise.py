@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.noise import TorchGenerator, torch_randn
 

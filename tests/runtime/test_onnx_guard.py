@@ -15,11 +15,12 @@ import onnx.external_data_helper
 import pytest
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
+from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
+
 from latentrt.engines.errors import BundleIntegrityError
 from latentrt.runtime import onnx_guard
 from latentrt.runtime.manifest import Graph
 from latentrt.runtime.onnx_guard import ExternalTensor, check_graph, external_tensors, plain_file
-from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
 GRAPH = Graph("unet/model.onnx", "fp32", 18, (), (), ("unet/model.onnx.data",))
 FLOAT = TensorProto.FLOAT

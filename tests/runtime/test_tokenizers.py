@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import BundleError, InvalidRequestError
-from latentrt.runtime.tokenizers import MAX_PROMPT_BYTES, ClipTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTokenizer
+
+from latentrt.engines.errors import BundleError, InvalidRequestError
+from latentrt.runtime.tokenizers import MAX_PROMPT_BYTES, ClipTokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "emoji" / "training" / "model.py"
 CAPTIONS = [

@@ -26,7 +26,7 @@ NEAR_DUPLICATE_MSE = 0.008
 _ZWJ, _VS16 = "\u200d", "\ufe0f"
 _FLAG_LETTERS = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")
 _EXCLUDED_NAMES = re.compile(
-    r"flag|keycap|button|o’clock|-thirty|skin_tone|arrow|square|input_|banknote|^anger_symbol|kaaba|circled"
+    r"flag|keycap|button|o.clock|-thirty|skin_tone|arrow|square|input_|banknote|^anger_symbol|kaaba|circled"
 )
 
 
@@ -69,7 +69,7 @@ def draw(text: str) -> np.ndarray | None:
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Average RGB pictures to 16x16: uint8 or float ``[..., H, W, 3]`` in 0..255 to float32 ``[..., 768]`` in [0, 1]."""
+    """Average RGB pictures to 16x16: ``[..., H, W, 3]`` in 0..255 to float32 ``[..., 768]`` in [0, 1]."""
     height, width = pixels.shape[-3], pixels.shape[-2]
     blocks = pixels.reshape(*pixels.shape[:-3], 16, height // 16, 16, width // 16, 3)
     means: np.ndarray = blocks.astype(np.float32).mean(axis=(-4, -2)) / 255
@@ -91,7 +91,7 @@ def load_pictures() -> list[Picture]:
             continue
         if _EXCLUDED_NAMES.search(raw):
             continue
-        name = re.sub(r"[^a-z0-9' -]+", " ", raw.lower().replace("_", " ").replace("’", "'")).strip()
+        name = re.sub(r"[^a-z0-9' -]+", " ", raw.lower().replace("_", " ").replace("\u2019", "'")).strip()
         if not name or name in names:
             continue
         pixels = draw(text.replace(_VS16, ""))

@@ -74,7 +74,10 @@ def train_tokenizer(captions: list[str], directory: Path) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(
-        captions, trainers.BpeTrainer(vocab_size=512 + MERGES, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=512 + MERGES, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        ),
     )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:MERGES]
     tokens = [*alphabet, *(character + "</w>" for character in alphabet)]
@@ -85,7 +88,9 @@ def train_tokenizer(captions: list[str], directory: Path) -> CLIPTokenizer:
     (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"), model_max_length=77
+    )
     tokenizer.save_pretrained(str(directory))
     return tokenizer
 

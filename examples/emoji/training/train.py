@@ -24,6 +24,7 @@ import torch
 from data import Picture, load_pictures, thumbnail
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from model import WIDTH, new_scheduler, new_text_encoder, new_unet, new_vae, train_tokenizer
+from muon import Muon
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,9 +38,38 @@ Step = Callable[[torch.Generator], Tensor]
 class Trainer:
     """AdamW with warm-up and cosine decay, an exponential moving average of the weights, and resumption."""
 
-    def __init__(self, name: str, modules: nn.ModuleDict, work: Path, *, steps: int, rate: float, average: float, seed: int) -> None:
-        self.name, self.modules, self.work, self.steps, self.rate, self.average = name, modules, work, steps, rate, average
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    def __init__(
+        self,
+        name: str,
+        modules: nn.ModuleDict,
+        work: Path,
+        *,
+        steps: int,
+        rate: float,
+        average: float,
+        seed: int,
+        muon: bool = False,
+    ) -> None:
+        self.name, self.modules, self.work, self.steps, self.rate, self.average = (
+            name,
+            modules,
+            work,
+            steps,
+            rate,
+            average,
+        )
+        hidden = {
+            p
+            for n, p in modules.named_parameters()
+            if p.ndim > 1 and not any(k in n for k in ("embedding", "conv_in", "conv_out"))
+        }
+        hidden = hidden if muon else set()
+        rest = [p for p in modules.parameters() if p not in hidden]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+        ]
+        if muon:
+            self.optimizers.append(Muon([p for p in modules.parameters() if p in hidden], lr=rate))
         self.smooth = copy.deepcopy(modules).requires_grad_(False)
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
@@ -47,7 +77,8 @@ class Trainer:
             saved = torch.load(self.state, weights_only=True)
             modules.load_state_dict(saved["modules"])
             self.smooth.load_state_dict(saved["smooth"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"] or [], strict=False):
+                optimizer.load_state_dict(state)
             self.generator.set_state(saved["generator"])
             self.step = saved["step"]
             print(f"{name}: resuming at step {self.step}", flush=True)
@@ -62,7 +93,7 @@ class Trainer:
             {
                 "modules": self.modules.state_dict(),
                 "smooth": self.smooth.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "generator": self.generator.get_state(),
                 "step": self.step,
             },
@@ -77,13 +108,14 @@ class Trainer:
         while self.step < self.steps:
             progress = self.step / self.steps
             rate = self.rate * min(1.0, (self.step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
             loss = loss_of(self.generator)
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self.step += 1
             decay = min(self.average, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -91,7 +123,11 @@ class Trainer:
             recent.append(loss.item())
             last = self.step == self.steps
             if self.step % 50 == 0 or last:
-                row: dict[str, object] = {"stage": self.name, "step": self.step, "loss": round(float(np.mean(recent)), 5)}
+                row: dict[str, object] = {
+                    "stage": self.name,
+                    "step": self.step,
+                    "loss": round(float(np.mean(recent)), 5),
+                }
                 row["seconds_per_step"] = round((time.perf_counter() - since) / len(recent), 3)
                 if self.step % every == 0 or last:
                     row |= {key: round(value, 4) for key, value in show(self.smooth).items()}
@@ -191,7 +227,9 @@ def train_text(pictures: list[Picture], work: Path, steps: int, seed: int) -> No
     target = left[:, :WIDTH] * strength[:WIDTH].sqrt()  # half-whitened principal components
     target = target / target.std()
     torch.manual_seed(seed)
-    modules = nn.ModuleDict({"text": new_text_encoder(len(tokenizer)), "head": nn.Linear(WIDTH, WIDTH), "logits": nn.Linear(WIDTH, WIDTH)})
+    modules = nn.ModuleDict(
+        {"text": new_text_encoder(len(tokenizer)), "head": nn.Linear(WIDTH, WIDTH), "logits": nn.Linear(WIDTH, WIDTH)}
+    )
     trainer = Trainer("text", modules, work, steps=steps, rate=1e-3, average=0.99, seed=seed)
     order = batches(len(pictures), 96, trainer.generator)
 
@@ -224,9 +262,20 @@ def train_unet(pictures: list[Picture], work: Path, steps: int, seed: int) -> No
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids[0]
     text = new_text_encoder(len(tokenizer))
     pretrained = torch.load(work / "text.pt", weights_only=True)["smooth"]
-    text.load_state_dict({key.removeprefix("text."): value for key, value in pretrained.items() if key.startswith("text.")})
+    text.load_state_dict(
+        {key.removeprefix("text."): value for key, value in pretrained.items() if key.startswith("text.")}
+    )
     torch.manual_seed(seed)
-    trainer = Trainer("unet", nn.ModuleDict({"unet": new_unet(), "text": text}), work, steps=steps, rate=1.2e-3, average=0.998, seed=seed)
+    trainer = Trainer(
+        "unet",
+        nn.ModuleDict({"unet": new_unet(), "text": text}),
+        work,
+        steps=steps,
+        rate=1.2e-3,
+        average=0.998,
+        seed=seed,
+        muon=True,
+    )
     scheduler = new_scheduler()
     signal, noise_level = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
     order = batches(len(pictures), 32, trainer.generator)
@@ -237,9 +286,10 @@ def train_unet(pictures: list[Picture], work: Path, steps: int, seed: int) -> No
         tokens = torch.where(torch.rand(len(rows), 1, generator=generator) < EMPTY_CAPTIONS, empty, tokens)
         noise = torch.randn(mean[rows].shape, generator=generator)
         latents = mean[rows] + std[rows] * torch.randn(noise.shape, generator=generator)
-        # one timestep in each of as many equal strata as the batch has rows: the same distribution, less variance
+        # One timestep in each of as many strata as the batch has rows: less variance. More of them where noise
+        # prevails, since there the picture has to come from the caption.
         strata = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
-        timesteps = (strata * len(signal)).long()
+        timesteps = (strata**0.7 * len(signal)).long()
         a, s = signal[timesteps].view(-1, 1, 1, 1), noise_level[timesteps].view(-1, 1, 1, 1)
         states = trainer.modules["text"](tokens).last_hidden_state
         predicted = trainer.modules["unet"](a * latents + s * noise, timesteps, states).sample

