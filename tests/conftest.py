@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,18 +100,32 @@ def tiny_source(tiny_sources: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sources["sd1"], tmp_path / "source"))
 
 
+@pytest.fixture(scope="session")
+def bundle_cache(pytestconfig: pytest.Config) -> Path:
+    """A directory that outlives the run, one for each state of the exporter's code.
+
+    Exporting takes most of a test run's time, and the exporter itself finds out whether a bundle still fits its
+    source. ``pytest --cache-clear`` starts afresh.
+    """
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "exporter").rglob("*.py")):
+        digest.update(file.read_bytes())
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("bundles") / digest.hexdigest()[:16]
+
+
 def _build(source: Path, output: Path) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     build_bundle(BuildRequest(source, output))
     return output
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles(tiny_sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tiny_bundles(tiny_sources: dict[str, Path], bundle_cache: Path) -> dict[str, Path]:
     """Bundles of the tiny sources for ONNX Runtime; never to be changed, :func:`tiny_bundle` gives a copy."""
-    root = tmp_path_factory.mktemp("bundles")
-    return {kind: _build(source, root / kind) for kind, source in tiny_sources.items()}
+    return {kind: _build(source, bundle_cache / kind) for kind, source in tiny_sources.items()}
 
 
 @pytest.fixture
@@ -120,6 +135,6 @@ def tiny_bundle(tiny_bundles: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emoji_bundle(emoji_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emoji_bundle(emoji_source: Path, bundle_cache: Path) -> Path:
     """The emoji model's bundle for ONNX Runtime; never to be changed."""
-    return _build(emoji_source, tmp_path_factory.mktemp("bundles") / "emoji")
+    return _build(emoji_source, bundle_cache / "emoji")
