@@ -1,0 +1,50 @@
+# make demo   build the emoji model's bundle and draw with it
+# make test   everything that CI checks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+# TensorRT-RTX builds plans without a GPU, on Linux and Windows for x86-64.
+TEST_EXTRAS ?= dev,tensorrt-rtx
+PROMPTS ?= "a red apple" "smiling face with sunglasses" "tropical fish" "hot beverage" "rocket" "red heart" "sunflower" "penguin"
+
+.PHONY: demo test lint layers types pytest clean
+
+demo: $(VENV)/export.stamp
+	$(BIN)/latentrt build-engine examples/emoji --output build/emoji --guidance 4
+	$(BIN)/python examples/emoji/demo.py build/emoji --output build/emoji-demo.png $(PROMPTS)
+
+test: lint layers types pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+layers: $(VENV)/dev.stamp
+	$(BIN)/lint-imports --no-cache
+
+# mypy cannot follow the mapping of folders to packages in an editable installation, so it sees a plain one.
+types: $(VENV)/dev.stamp
+	rm -rf build/types build/lib
+	$(PIP) --no-deps --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		-p latentrt.engines -p latentrt.runtime -p latentrt.exporter -p latentrt.benchmarks
+
+pytest: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/export.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing LatentRT with its exporter into $(VENV) (PyTorch for the CPU; a few minutes at the first time)"
+	$(PIP) --editable ".[export]"
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing LatentRT with all that its tests need into $(VENV) (a few minutes at the first time)"
+	$(PIP) --editable ".[$(TEST_EXTRAS)]"
+	@touch $@ $(VENV)/export.stamp
+
+clean:
+	rm -rf build $(VENV)
