@@ -62,7 +62,10 @@ class Engine(Protocol):
         ...
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Keep these inputs (on the device, where there is one) for this thread's runs until bound again."""
+        """Keep these inputs (on the device, where there is one) for this thread's runs until bound again.
+
+        An array must not be changed while it is bound: some engines copy it, some do not.
+        """
         ...
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -89,6 +92,8 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
     symbols: dict[str, tuple[int, str]] = {}
     for name, spec in inputs.items():
         array = feeds[name]
+        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+            raise TensorMismatchError(f"input {name!r} is a {type(array).__name__}, expected an array {spec}")
         if str(array.dtype) != spec.dtype:
             raise TensorMismatchError(f"input {name!r} is {array.dtype}, expected {spec.dtype}")
         if len(array.shape) != len(spec.shape):
@@ -122,6 +127,7 @@ class BaseEngine(ABC):
         self._outputs: Mapping[str, TensorSpec] = {}
         self._local = threading.local()
         self._opened = False
+        self._lock = threading.Lock()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -141,13 +147,20 @@ class BaseEngine(ABC):
 
     def open(self) -> Self:
         """Load the graph into the SDK; a second call does nothing."""
-        if not self._opened:
-            self._inputs, self._outputs = self._open()
-            self._opened = True
+        with self._lock:
+            if not self._opened:
+                self._inputs, self._outputs = self._open()
+                self._opened = True
         return self
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Keep ``feeds`` as inputs of this thread's following runs; a name bound again is replaced."""
+        """Keep ``feeds`` as inputs of this thread's following runs; a name bound again is replaced.
+
+        Shapes and element types are checked by :meth:`run`, where they meet the other inputs.
+
+        Raises:
+            TensorMismatchError: for a name that is no input.
+        """
         self._require_open()
         if unknown := [name for name in feeds if name not in self._inputs]:
             raise TensorMismatchError(f"{self.label}: unknown input {unknown[0]!r}; expected {_join(self._inputs)}")
@@ -173,10 +186,11 @@ class BaseEngine(ABC):
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
-        if self._opened:
-            self._opened = False
-            self._local = threading.local()
-            self._close()
+        with self._lock:
+            if self._opened:
+                self._opened = False
+                self._local = threading.local()
+                self._close()
 
     def __enter__(self) -> Self:
         return self.open()

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .base import Array, BaseEngine, TensorSpec
-from .errors import EngineError, EngineUnavailableError, InvalidRequestError
+from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -24,6 +24,9 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _ERRORS_ONLY = 3
+
+MAX_THREADS = 1024
+"""Most threads that a session may be given; they are started at once, needed or not."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class OnnxRuntimeOptions:
     spinning: bool = True
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise InvalidRequestError(f"threads is {self.threads}, expected 0 (automatic) or more")
+        if type(self.threads) is not int or not 0 <= self.threads <= MAX_THREADS:
+            raise InvalidRequestError(f"threads is {self.threads!r}, expected 0 (automatic) to {MAX_THREADS}")
 
 
 class OnnxRuntimeEngine(BaseEngine):
@@ -70,16 +73,16 @@ class OnnxRuntimeEngine(BaseEngine):
         settings.intra_op_num_threads = self.options.threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.options.spinning else "0")
         with translated(f"{self.label} could not load {self.path.name}"):
-            self._session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
-        inputs = {node.name: _spec(node) for node in self._session.get_inputs()}
-        outputs = {node.name: _spec(node) for node in self._session.get_outputs()}
-        self._output_names = list(outputs)
+            session = ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+        inputs = {node.name: _spec(node) for node in session.get_inputs()}
+        outputs = {node.name: _spec(node) for node in session.get_outputs()}
+        self._session, self._output_names = session, list(outputs)
         return inputs, outputs
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         session = self._session
         if session is None:
-            raise EngineError(f"{self.label} was closed while it was in use")
+            raise EngineClosedError(f"{self.label} was closed while it was in use")
         with translated(f"{self.label} failed"):
             results = session.run(self._output_names, feeds)
         return dict(zip(self._output_names, results, strict=True))
