@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from latentrt.engines.errors import InvalidRequestError
 
@@ -17,6 +18,23 @@ MAX_SIDE = 16384
 """Largest width or height in pixels."""
 MAX_PIXELS = 2**28
 """Most pixels that the pictures of one request may have together (3 GiB as fp32)."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keywords of a request besides the prompt: fields of :class:`Request`; ``None`` is the bundle's default."""
+
+    negative_prompt: str
+    steps: int | None
+    guidance: float | None
+    seed: int | None
+    sampler: str | None
+    width: int | None
+    height: int | None
+    images: int
+    clip_skip: int | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,9 @@ class Request:
             clip_skip=_integer("clip_skip", defaults.clip_skip if clip_skip is None else clip_skip, 0, 1),
         )
         if request.sampler not in SAMPLERS:
-            raise InvalidRequestError(f"unknown sampler {request.sampler!r}; known samplers: {', '.join(SAMPLERS)}")
+            raise InvalidRequestError(
+                f"unknown sampler {_show(request.sampler)}; known samplers: {', '.join(SAMPLERS)}"
+            )
         if (pixels := request.images * request.width * request.height) > MAX_PIXELS:
             raise InvalidRequestError(
                 f"{request.images} pictures of {request.width}x{request.height} have {pixels:,} pixels, "
@@ -101,20 +121,32 @@ class Request:
         return request
 
 
+def _show(value: object) -> str:
+    """What was received, in short; Python itself refuses to print an integer of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
+
+
 def _integer(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InvalidRequestError(f"{name} is {value!r}, expected a whole number")
-    if not least <= value <= most:
-        raise InvalidRequestError(f"{name} is {value}, expected {least} to {most}")
-    return int(value)
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected a whole number")
+    number = int(value)
+    if not least <= number <= most:
+        raise InvalidRequestError(f"{name} is {_show(number)}, expected {least} to {most}")
+    return number
 
 
 def _scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidRequestError(f"guidance is {value!r}, expected a number")
-    if not (math.isfinite(value) and 0 <= value <= 1000):
-        raise InvalidRequestError(f"guidance is {float(value)}, expected 0 to 1000 (7.5 is usual, 1 is none)")
-    return float(value)
+        raise InvalidRequestError(f"guidance is {_show(value)}, expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number <= 1000:  # NaN compares false
+        raise InvalidRequestError(f"guidance is {_show(value)}, expected 0 to 1000 (7.5 is usual, 1 is none)")
+    return number
 
 
 def _side(name: str, value: Any, factor: int) -> int:
