@@ -10,6 +10,9 @@ Example:
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from latentrt.engines.errors import (
     BundleError,
     BundleIntegrityError,
@@ -26,9 +29,10 @@ from latentrt.engines.errors import (
     VerificationError,
 )
 
-from .bundle import Bundle
-from .pipeline import Pipeline, Result, StepInfo, Timings
-from .request import Request
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .pipeline import Pipeline, Result, StepInfo, Timings
+    from .request import Request, RequestOptions
 
 __all__ = [
     "Bundle",
@@ -44,6 +48,7 @@ __all__ = [
     "OutputError",
     "Pipeline",
     "Request",
+    "RequestOptions",
     "Result",
     "SourceError",
     "StepInfo",
@@ -51,3 +56,20 @@ __all__ = [
     "Timings",
     "VerificationError",
 ]
+
+_HOMES = {
+    "Bundle": "bundle",
+    "Pipeline": "pipeline",
+    "Request": "request",
+    "RequestOptions": "request",
+    "Result": "pipeline",
+    "StepInfo": "pipeline",
+    "Timings": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name's module when the name is first used: ``latentrt --help`` waits for none of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -48,7 +48,7 @@ def choose_graph(component: Component, engine: str, precision: str | None) -> tu
             return min(fitting, key=lambda item: (item[1].opset > _LAST_DECOMPOSED_OPSET, item[1].opset))
     raise BundleError(
         f"the bundle has no graph of {component.name} for {engine} at {precision or 'any precision'}; "
-        f"it has {', '.join(component.graphs)}"
+        f"it has {', '.join(component.graphs) or 'none'}"
     )
 
 

@@ -33,6 +33,7 @@ SAMPLER_LABELS: Mapping[str, str] = {
     "deis": "DEIS",
     "dpm2": "DPM2",
     "dpm2-a": "DPM2 a",
+    "dpmpp-2s-a": "DPM++ 2S a",
     "dpmpp-2m": "DPM++ 2M",
     "dpmpp-2m-sde": "DPM++ 2M SDE",
     "dpmpp-3m-sde": "DPM++ 3M SDE",
@@ -207,6 +208,35 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
 
 
+def check_target(path: Path) -> Path:
+    """See whether a file could be put at ``path``, before work is spent on its content.
+
+    Returns:
+        The file's real place, links followed.
+
+    Raises:
+        OutputError: if something that is no file is there, or its directory does not exist.
+    """
+    try:
+        target = path.resolve()
+        # Renaming over a device or a pipe would destroy it.
+        if target.exists() and not target.is_file():
+            raise OutputError(f"cannot write {path}: it is {_kind(target)}, expected the name of a file")
+        if not target.parent.is_dir():
+            raise OutputError(f"cannot write {path}: there is no directory {target.parent}; create it first")
+    except OutputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: a NUL in the name. RuntimeError: a loop of links, before Python 3.13.
+        raise _unwritable(path, error) from error
+    return target
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return OutputError(f"cannot write {path}: {reason}; choose a place that can be written to")
+
+
 def _replace(path: Path, data: bytes) -> None:
     """Make ``data`` the content of ``path`` in one step.
 
@@ -215,12 +245,7 @@ def _replace(path: Path, data: bytes) -> None:
     """
     temporary: Path | None = None
     try:
-        target = path.resolve()
-        # Renaming over a device or a pipe would destroy it.
-        if target.exists() and not target.is_file():
-            raise OutputError(f"cannot write {path}: it is {_kind(target)}, expected the name of a file")
-        if not target.parent.is_dir():
-            raise OutputError(f"cannot write {path}: there is no directory {target.parent}; create it first")
+        target = check_target(path)
         temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
         with temporary.open("xb") as file:
             file.write(data)
@@ -230,10 +255,8 @@ def _replace(path: Path, data: bytes) -> None:
         temporary = None
     except OutputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        # ValueError: a NUL in the name. RuntimeError: a loop of links, before Python 3.13.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot write {path}: {reason}; choose a place that can be written to") from error
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             with suppress(OSError):

@@ -9,17 +9,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Array, Engine
+from latentrt.engines.errors import BundleError, EngineClosedError, EngineError, InvalidRequestError
 
 from .bundle import Bundle
 from .engine_choice import EngineSettings, make_engine
 from .noise import TorchGenerator
-from .request import Request
+from .request import Request, RequestOptions
 from .samplers import compile_plan
 from .samplers.plan import Plan, step
 from .tokenizers import ClipTokenizer
@@ -103,6 +104,9 @@ class Pipeline:
         self.bundle = bundle
         self.engines = dict(engines)
         self.manifest = bundle.manifest
+        self._closed = False
+        if "tokenizer" not in self.manifest.tokenizers:
+            raise BundleError(f"{bundle.path} has no tokenizer named 'tokenizer', which text to image needs")
         settings = self.manifest.tokenizers["tokenizer"]
         bundle.file(f"{settings.directory}/tokenizer.json")
         self.tokenizer = ClipTokenizer.load(
@@ -145,7 +149,7 @@ class Pipeline:
             stack.pop_all()
         return pipeline
 
-    def __call__(self, prompt: str, **options: Any) -> Result:
+    def __call__(self, prompt: str, **options: Unpack[RequestOptions]) -> Result:
         """Draw pictures of ``prompt``.
 
         Args:
@@ -156,7 +160,8 @@ class Pipeline:
 
         Raises:
             InvalidRequestError: before anything is computed.
-            EngineError: if an engine fails.
+            EngineError: if an engine fails, or computes values that are not finite.
+            EngineClosedError: if the pipeline was closed.
         """
         stream = self.stream(prompt, **options)
         while True:
@@ -166,7 +171,7 @@ class Pipeline:
                 result: Result = stop.value
                 return result
 
-    def stream(self, prompt: str, **options: Any) -> Generator[StepInfo, None, Result]:
+    def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> Generator[StepInfo, None, Result]:
         """Draw pictures, yielding after every call of the denoiser; the generator's return value is the result.
 
         The request is checked at once, before the first ``next``. Closing the generator (or dropping it) cancels
@@ -176,15 +181,25 @@ class Pipeline:
             >>> def draw(pipe):  # doctest: +SKIP
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
+        if self._closed:
+            raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
+        if unknown := options.keys() - RequestOptions.__annotations__.keys():
+            known = ", ".join(RequestOptions.__annotations__)
+            raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
         request = Request.create(self.manifest, prompt, **options)
-        plan_start = time.perf_counter()
-        plan = compile_plan(request.sampler, self.manifest.scheduler, request.steps)
-        return self._stream(request, plan, Timings(schedule=time.perf_counter() - plan_start))
-
-    def _stream(self, request: Request, plan: Plan, timings: Timings) -> Generator[StepInfo, None, Result]:
         start = time.perf_counter()
-        embeddings, truncated = self._encode(request)
-        timings.text_encoder = time.perf_counter() - start
+        plan = compile_plan(request.sampler, self.manifest.scheduler, request.steps)
+        planned = time.perf_counter()
+        tokens, truncated = self._tokenize(request)
+        timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
+        return self._stream(request, plan, tokens, truncated, timings)
+
+    def _stream(
+        self, request: Request, plan: Plan, tokens: NDArray[np.int64], truncated: int, timings: Timings
+    ) -> Generator[StepInfo, None, Result]:
+        start = time.perf_counter()
+        embeddings = self._encode(tokens, request)
+        timings.text_encoder += time.perf_counter() - start
 
         latent = self.manifest.latent
         shape = (request.images, latent.channels, request.height // latent.factor, request.width // latent.factor)
@@ -208,24 +223,29 @@ class Pipeline:
         timings.total = timings.schedule + timings.text_encoder + sum(timings.step) + timings.vae_decoder
         return Result(images, latents, timings, request, truncated)
 
-    def _encode(self, request: Request) -> tuple[Floats, int]:
-        """Text states of every row of the denoiser's batch, and how many tokens were cut off.
-
-        Under guidance the unconditional rows come first.
-        """
+    def _tokenize(self, request: Request) -> tuple[NDArray[np.int64], int]:
+        """Token ids ``[texts, max_length]``, the unconditional text first, and how many tokens were cut off."""
         texts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
         cut = sum(max(0, self.tokenizer.count(text) - self.tokenizer.max_length) for text in texts)
-        output = "penultimate_hidden_state" if request.clip_skip else "last_hidden_state"
-        states = _run(self.engines["text_encoder"], input_ids=self.tokenizer.encode_batch(texts))[output]
-        return np.repeat(states, request.images, axis=0), cut
+        return self.tokenizer.encode_batch(texts), cut
+
+    def _encode(self, tokens: NDArray[np.int64], request: Request) -> Floats:
+        """Text states of every row of the denoiser's batch: all unconditional rows, then all conditional ones.
+
+        As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers.
+        """
+        states = self._run("text_encoder", "last_hidden_state", input_ids=tokens)
+        if request.clip_skip:
+            skipped = self._run("text_encoder", "penultimate_hidden_state", input_ids=tokens[-1:])
+            states = np.concatenate([states[:-1], skipped])
+        return np.repeat(states, request.images, axis=0)
 
     def _predict(self, latents: Floats, index: int, plan: Plan, embeddings: Floats, request: Request) -> Floats:
         """The denoiser's prediction for ``latents`` at one row of the plan, guidance applied."""
         scaled = latents * np.float32(plan.input_scale[index])
         sample = np.concatenate([scaled, scaled]) if request.guided else scaled
         timestep = np.full(len(sample), plan.timesteps[index], np.float32)
-        outputs = _run(self.engines["unet"], sample=sample, timestep=timestep, encoder_hidden_states=embeddings)
-        prediction: Floats = outputs["out_sample"].astype(np.float32, copy=False)
+        prediction = self._run("unet", "out_sample", sample=sample, timestep=timestep, encoder_hidden_states=embeddings)
         if request.guided:
             unconditional, conditional = prediction[: len(latents)], prediction[len(latents) :]
             prediction = unconditional + np.float32(request.guidance) * (conditional - unconditional)
@@ -235,12 +255,37 @@ class Pipeline:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
         latent = self.manifest.latent
         sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        pixels = _run(self.engines["vae_decoder"], latent_sample=sample)["sample"].astype(np.float32, copy=False)
+        pixels = self._run("vae_decoder", "sample", latent_sample=sample)
         scaled = np.clip(pixels / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
-        return np.rint(scaled).astype(np.uint8)
+        return np.rint(scaled).astype(np.uint8, order="C")
+
+    def _run(self, component: str, output: str, **feeds: Array) -> Floats:
+        """One output of an engine in float32; every input is cast to the element type that its graph takes.
+
+        Raises:
+            EngineError: if the engine fails, or the output holds NaN or infinity, which would end in a black picture.
+        """
+        engine = self.engines[component]
+        specs = engine.inputs
+        outputs = engine.run(
+            {
+                name: array.astype(specs[name].dtype, copy=False) if name in specs else array
+                for name, array in feeds.items()
+            }
+        )
+        if output not in outputs:
+            raise BundleError(f"{component} has no output {output!r}; it has {', '.join(outputs)}")
+        values: Floats = outputs[output].astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise EngineError(
+                f"{component} computed values that are not finite (NaN or infinity); "
+                "run it at precision fp32, or with a lower guidance"
+            )
+        return values
 
     def close(self) -> None:
-        """Close the engines; a second call does nothing."""
+        """Close the engines; a second call does nothing. Requests that are being served fail."""
+        self._closed = True
         for engine in self.engines.values():
             engine.close()
 
@@ -251,11 +296,3 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _run(engine: Engine, **feeds: Array) -> dict[str, Array]:
-    """Run an engine with every input cast to the element type that its graph takes."""
-    specs = engine.inputs
-    return engine.run(
-        {name: array.astype(specs[name].dtype, copy=False) if name in specs else array for name, array in feeds.items()}
-    )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from latentrt.engines.errors import InvalidRequestError, LatentRTError
 
@@ -62,12 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names and prompts may hold what it cannot encode
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("latentrt: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has gone
         return FAILED
     except (LatentRTError, OSError, MemoryError) as error:
         if debug:
@@ -75,10 +81,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error) or type(error).__name__
         print(f"latentrt: {' '.join(message.split())}", file=sys.stderr)
         return MISUSED if isinstance(error, InvalidRequestError) else FAILED
+    finally:
+        _give_up_unwritten()
+
+
+def _give_up_unwritten() -> None:
+    """Drop output that cannot be written; Python would try once more at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other error is reported, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidRequestError(f"{message}; see: {self.prog} --help")
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="latentrt", description="Build and run optimised engines of latent-diffusion models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"latentrt {version('latentrt')}")
@@ -92,7 +115,10 @@ def _dispatch(arguments: list[str]) -> int:
         if name == chosen:
             command = _load(entry)
             command.add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or DONE)
     assert command is not None, "argparse lets no unknown command through"
     return command.run(parsed)
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one JSON document on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as one JSON document on standard output, in ASCII, which every terminal and pipe can carry."""
+    print(json.dumps(value, indent=2))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from pathlib import Path
 from statistics import median
 
-from ..images import GenerationParameters, sheet, write_png
+from ..images import GenerationParameters, check_target, sheet, write_png
 from ..pipeline import Pipeline, Result, StepInfo
 from ..samplers import SAMPLERS
 from .console import bar, print_json, seconds
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the picture, and say what was done."""
+    check_target(arguments.output)
     loaded = Pipeline.load(
         arguments.bundle,
         arguments.engine,

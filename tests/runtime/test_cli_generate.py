@@ -1,0 +1,321 @@
+"""``latentrt generate``: pictures on disk, and every way to fail in one line that leaves no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentrt.runtime import Pipeline
+from latentrt.runtime.cli import main
+from latentrt.runtime.images import read_parameters
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def bundle(tiny_bundles: dict[str, Path]) -> Path:
+    """The tiny SD 1.x bundle, not to be changed."""
+    return tiny_bundles["sd1"]
+
+
+def generate(bundle: Path, output: Path, *options: str, prompt: str = "a red apple") -> int:
+    return main(
+        ["generate", str(bundle), prompt, "--output", str(output), "--steps", "1", "--sampler", "euler", *options]
+    )
+
+
+def assert_fails(capsys: Captured, status: int, expected: int, message: str) -> None:
+    """One line on stderr that holds ``message``, nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert status == expected
+    assert out == ""
+    assert err.startswith("latentrt: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_the_picture_is_the_pipelines(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """The file holds what Pipeline draws, and the line on stdout names it; stderr stays empty."""
+    options = ("--seed", "7", "--guidance", "3", "--width", "48", "--height", "24", "--negative-prompt", "a leaf")
+    assert generate(bundle, tmp_path / "o.png", *options) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"{tmp_path / 'o.png'}: 48x24, seed 7, euler, 1 steps of ")
+    with Pipeline.load(bundle) as pipe:
+        expected = pipe(
+            "a red apple", negative_prompt="a leaf", steps=1, sampler="euler", seed=7, guidance=3, width=48, height=24
+        )
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "o.png")), expected.images[0])
+
+
+def test_several_pictures_become_one_sheet(bundle: Path, tmp_path: Path) -> None:
+    """Five pictures lie in rows of four, in order."""
+    assert generate(bundle, tmp_path / "o.png", "--images", "5", "--seed", "7") == 0
+    with Pipeline.load(bundle) as pipe:
+        images = pipe("a red apple", steps=1, sampler="euler", seed=7, images=5).images
+    pixels = np.asarray(Image.open(tmp_path / "o.png"))
+    assert pixels.shape == (64, 128, 3)
+    np.testing.assert_array_equal(pixels[:32, 96:], images[3])
+    np.testing.assert_array_equal(pixels[32:, :32], images[4])
+
+
+def test_the_file_says_how_it_was_made(bundle: Path, tmp_path: Path) -> None:
+    """The PNG carries prompt and parameters, the seed that was drawn among them."""
+    assert generate(bundle, tmp_path / "o.png", "--guidance", "3", "--negative-prompt", "a leaf") == 0
+    text = read_parameters(tmp_path / "o.png")
+    assert text is not None
+    assert text.startswith("a red apple\nNegative prompt: a leaf\nSteps: 1, Sampler: Euler, CFG scale: 3")
+    seed = text.partition("Seed: ")[2].partition(",")[0]
+    assert generate(bundle, tmp_path / "p.png", "--guidance", "3", "--negative-prompt", "a leaf", "--seed", seed) == 0
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "o.png")), np.asarray(Image.open(tmp_path / "p.png"))
+    )
+
+
+def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """One JSON document with the whole request, the engine and all timings."""
+    prompt = 'ein "Apfel" \N{RED APPLE}\n'
+    assert generate(bundle, tmp_path / "o.png", "--json", "--seed", "7", prompt=prompt) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output"] == str(tmp_path / "o.png")
+    assert report["request"]["prompt"] == prompt
+    assert (report["request"]["seed"], report["request"]["width"], report["truncated_tokens"]) == (7, 32, 0)
+    assert report["engine"] == "unet (onnxruntime)"
+    assert report["seconds"].keys() == {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "total"}
+    assert len(report["seconds"]["step"]) == 1
+
+
+def test_an_empty_prompt_draws(bundle: Path, tmp_path: Path) -> None:
+    """It is what the unconditional half is given anyway."""
+    assert generate(bundle, tmp_path / "o.png", prompt="") == 0
+    assert Image.open(tmp_path / "o.png").size == (32, 32)
+
+
+def test_a_long_prompt_draws_with_a_note(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """100 kB are cut to what the text encoder takes; that is said, and the file still carries all of it."""
+    prompt = "a red apple, " * 7700
+    assert generate(bundle, tmp_path / "o.png", prompt=prompt) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("note: 30725 tokens did not fit the text encoder and were cut off\n")
+    text = read_parameters(tmp_path / "o.png")
+    assert text is not None
+    assert text.startswith(prompt.strip())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "33"], "width is 33, expected a multiple of 2; the nearest are 32 and 34"),
+        (["--height", "0"], "height is 0, expected 2 to 16384"),
+        (["--steps", "0"], "steps is 0, expected 1 to 10000"),
+        (["--steps", "-1"], "steps is -1, expected 1 to 10000"),
+        (["--guidance", "nan"], "guidance is nan, expected 0 to 1000"),
+        (["--guidance", "inf"], "guidance is inf, expected 0 to 1000"),
+        (["--sampler", "magic"], "unknown sampler 'magic'; known samplers: ddim, "),
+        (["--sampler", "flow-euler"], "sampler 'flow-euler' cannot run from the config of 'PNDMScheduler'"),
+        (["--engine", "magic"], "unknown engine 'magic'; known engines: onnxruntime, "),
+        (["--seed", "-1"], "seed is -1, expected 0 to 18446744073709551615"),
+        (["--seed", "9" * 30], "seed is 999999999999999999999999999999, expected 0 to"),
+        (["--images", "0"], "images is 0, expected 1 to 4096"),
+        (["--clip-skip", "2"], "clip_skip is 2, expected 0 to 1"),
+        (["--threads", "-1"], "threads is -1, expected 0 (automatic) to 1024"),
+        (["--width", "16384", "--height", "16384", "--images", "9"], "at most 268,435,456 fit one request"),
+    ],
+)
+def test_a_wrong_value(bundle: Path, tmp_path: Path, capsys: Captured, options: list[str], message: str) -> None:
+    """Status 2, one line, no file."""
+    assert_fails(capsys, generate(bundle, tmp_path / "o.png", *options), 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_no_text(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Bytes of the command line that are no UTF-8 are refused with their place."""
+    assert_fails(capsys, generate(bundle, tmp_path / "o.png", prompt="a\udcff"), 2, "lone surrogate at position 1")
+
+
+def test_a_file_name_that_is_no_text(bundle: Path, tmp_path: Path) -> None:
+    """A file name that is no UTF-8 is written all the same, and shown escaped."""
+    output = os.fsencode(tmp_path) + b"/\xff.png"
+    code = "import sys; from latentrt.runtime.cli import main; sys.exit(main())"
+    for extra in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "generate", str(bundle), "a", "--output", output, "--steps", "1", *extra],
+            capture_output=True,
+            timeout=120,
+            check=False,
+            env=os.environ | {"PYTHONUTF8": "1"},
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"\\udcff.png" in done.stdout
+    assert Image.open(output).size == (32, 32)
+
+
+def test_an_engine_without_a_plan(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """The way out is the command that builds one; status 1, since the command line was fine."""
+    status = generate(bundle, tmp_path / "o.png", "--engine", "tensorrt-rtx")
+    assert_fails(capsys, status, 1, "build one with: latentrt build-engine SOURCE --output")
+
+
+# --- output
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("missing/o.png", "there is no directory"), (".", "it is a directory, expected the name of a file")],
+)
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, capsys: Captured, output: str, message: str
+) -> None:
+    """Even the bundle is not looked at, let alone a picture drawn in vain."""
+    assert_fails(capsys, generate(tmp_path / "nowhere", tmp_path / output), 1, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_file(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """On a file system of 4 KiB the picture is not half there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4k", "latentrt-test", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        status = generate(bundle, disk / "o.png", "--width", "96", "--height", "96")
+        assert_fails(capsys, status, 1, "No space left on device; choose a place that can be written to")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- damaged bundles
+
+
+def change_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(bundle: Path) -> None:
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        change(manifest)
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def truncate(bundle: Path) -> None:
+    """Half a graph, as a copy that was cut off leaves it."""
+    graph = bundle / "unet" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+
+
+def truncate_and_hide(bundle: Path) -> None:
+    """Half a graph, and a manifest that says so."""
+    truncate(bundle)
+    size = (bundle / "unet" / "model.onnx").stat().st_size
+    change_manifest(lambda manifest: manifest["files"]["unet/model.onnx"].update(size=size))(bundle)
+
+
+def leave(manifest: dict[str, Any]) -> None:
+    manifest["components"]["unet"]["graphs"].popitem()
+    graph = manifest["components"]["vae_decoder"]["graphs"].popitem()[1]
+    manifest["components"]["unet"]["graphs"]["x"] = graph | {"file": "../../etc/model.onnx"}
+
+
+def link(bundle: Path) -> None:
+    graph = bundle / "unet" / "model.onnx"
+    graph.rename(bundle.parent / "elsewhere.onnx")
+    graph.symlink_to(bundle.parent / "elsewhere.onnx")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda bundle: (bundle / "bundle.json").unlink(), "is not a bundle: it has no bundle.json"),
+        (lambda bundle: (bundle / "bundle.json").write_text("{"), "bundle.json: is not JSON"),
+        (lambda bundle: (bundle / "bundle.json").write_bytes(b"\xff"), "is not UTF-8 text"),
+        (change_manifest(lambda m: m.update(format_version=99)), "upgrade latentrt"),
+        (change_manifest(leave), "which leaves its directory; expected a plain path inside the bundle"),
+        (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "unet/model.onnx"),
+        (lambda bundle: (bundle / "tokenizer" / "tokenizer.json").unlink(), "tokenizer/tokenizer.json"),
+        (truncate, "but the manifest says"),
+        (truncate_and_hide, "unet/model.onnx"),
+        (link, "unet/model.onnx"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_damaged_bundle(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: Captured,
+    command: str,
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    """Status 1 and one line that names the damage; no file is written."""
+    damage(tiny_bundle)
+    if command == "generate":
+        assert_fails(capsys, generate(tiny_bundle, tmp_path / "o.png"), 1, message)
+        assert not (tmp_path / "o.png").exists()
+    elif damage is not truncate_and_hide:  # inspect reads no graph
+        assert_fails(capsys, main(["inspect", str(tiny_bundle)]), 1, message)
+
+
+def test_a_bundle_that_is_missing(tmp_path: Path, capsys: Captured) -> None:
+    """The way out is the command that makes one."""
+    message = "does not exist; make a bundle with latentrt build-engine"
+    assert_fails(capsys, generate(tmp_path / "nowhere", tmp_path / "o.png"), 1, message)
+    assert_fails(capsys, main(["inspect", str(tmp_path / "nowhere")]), 1, message)
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_changed_byte_is_found_by_its_hash(tiny_bundle: Path, tmp_path: Path, capsys: Captured, command: str) -> None:
+    """With --verify-hash a file of the right size and wrong content fails; without it is not hashed."""
+    file = tiny_bundle / "vae_encoder" / "model.onnx"  # drawing does not open it
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+    def run(*options: str) -> int:
+        if command == "generate":
+            return generate(tiny_bundle, tmp_path / "o.png", *options)
+        return main(["inspect", str(tiny_bundle), *options])
+
+    assert_fails(capsys, run("--verify-hash"), 1, "vae_encoder/model.onnx has the SHA-256")
+    assert not (tmp_path / "o.png").exists()
+    assert run() == 0
+
+
+def test_a_sound_bundle_passes_its_hashes(bundle: Path, tmp_path: Path) -> None:
+    """--verify-hash draws the picture if nothing was changed."""
+    assert generate(bundle, tmp_path / "o.png", "--verify-hash") == 0
+
+
+def test_ctrl_c_while_drawing_leaves_no_file(
+    bundle: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption between steps ends in status 130, without a picture."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentrt.runtime.pipeline.step", interrupt)
+    assert generate(bundle, tmp_path / "o.png") == 130
+    assert capsys.readouterr() == ("", "latentrt: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_it_failed(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """The traceback comes before the usual line."""
+    assert generate(bundle, tmp_path / "o.png", "--steps", "0", "--debug") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "latentrt: steps is 0, expected 1 to 10000"

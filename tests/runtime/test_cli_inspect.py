@@ -1,0 +1,132 @@
+"""``latentrt inspect`` and ``latentrt doctor``: what they report is what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from latentrt.engines.errors import EngineUnavailableError
+from latentrt.engines.store import EngineStore
+from latentrt.engines.trt.cuda import CudaDevice
+from latentrt.runtime.cli import doctor, main
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_inspect_shows_components_and_defaults(tiny_bundles: dict[str, Path], capsys: Captured) -> None:
+    """Every component with its form, precision, size and inputs; the defaults of a request."""
+    bundle = tiny_bundles["sd1"]
+    assert main(["inspect", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    assert f"{manifest['source']['name']}: " in out
+    assert "latents: 4 channels, 1/2 of the picture's size, scaling 0.18215; default 32x32, pndm, " in out
+    for name, component in manifest["components"].items():
+        (form,) = component["graphs"]
+        assert any(line.split()[:3] == [name, form, "fp32"] for line in out.splitlines())
+    assert "sample: float32[" in out
+
+
+def test_inspect_json_is_the_manifest(tiny_bundles: dict[str, Path], capsys: Captured) -> None:
+    """--json carries bundle.json as it is, and no engines where there are none."""
+    bundle = tiny_bundles["sd2"]
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["manifest"] == json.loads((bundle / "bundle.json").read_text())
+    assert report["bundle"] == str(bundle.resolve())
+    assert report["engines"] == []
+
+
+def test_inspect_shows_compiled_engines(tiny_bundle: Path, capsys: Captured) -> None:
+    """A compiled engine appears with version, target and profile; a damaged one is found by its hash."""
+    record = EngineStore(tiny_bundle / "engines").add(
+        "0" * 24,
+        lambda path: path.write_bytes(b"plan") and None,
+        engine="tensorrt-rtx",
+        component="unet",
+        file="unet.plan",
+        precision="fp16",
+        profile={"sample": ((1, 4, 8, 8), (2, 4, 16, 16), (2, 4, 16, 16))},
+        sdk="tensorrt-rtx",
+        sdk_version="1.2.3",
+        target="sm_80+",
+    )
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if record.key in line]
+    for part in ("unet", "tensorrt-rtx", "1.2.3", "fp16", "4 B", "sm_80+", "sample 1x4x8x8:2x4x16x16:2x4x16x16"):
+        assert part in line
+    assert main(["inspect", str(tiny_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engines"][0]["key"] == record.key
+    (tiny_bundle / "engines" / record.key / "unet.plan").write_bytes(b"plaN")
+    assert main(["inspect", str(tiny_bundle), "--verify-hash"]) == 1
+    assert "the SHA-256 of unet.plan is not the recorded one" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without TensorRT of either kind."""
+
+    def missing(name: str) -> object:
+        raise EngineUnavailableError(f"{name} is not installed; install it with: pip install {name}")
+
+    monkeypatch.setattr(doctor, "load_sdk", missing)
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_doctor_reports_machine_and_engines(capsys: Captured) -> None:
+    """Versions are the installed ones; what is missing comes with the way to get it."""
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["latentrt"] == version("latentrt")
+    assert report["machine"]["python"] == platform.python_version()
+    assert report["machine"]["processors"] == os.cpu_count()
+    engines = {engine["name"]: engine for engine in report["engines"]}
+    assert list(engines) == ["onnxruntime", "tensorrt-rtx", "tensorrt", "export"]
+    assert engines["onnxruntime"] == {
+        "name": "onnxruntime",
+        "version": onnxruntime.__version__,
+        "runs": True,
+        "builds": True,
+        "detail": "CPU",
+    }
+    assert (engines["tensorrt"]["runs"], engines["tensorrt"]["builds"]) == (False, False)
+    assert "pip install tensorrt" in engines["tensorrt"]["detail"]
+    assert engines["export"]["version"] == version("torch")
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_doctor_prints_a_table(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row an engine; GPUs are listed by name."""
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: (CudaDevice("NVIDIA Test", "sm_90"),))
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "gpus: NVIDIA Test (sm_90)" in lines
+    assert any(line.split()[:4] == ["onnxruntime", onnxruntime.__version__, "yes", "yes"] for line in lines)
+    assert any(line.split()[:4] == ["tensorrt", "-", "no", "no"] for line in lines)
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_doctor_without_the_exporter(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lean installation is told which extra exports models."""
+    monkeypatch.setattr(doctor, "_EXPORT_PACKAGES", ("torch", "a-package-that-is-not-there"))
+    assert main(["doctor", "--json"]) == 0
+    export = json.loads(capsys.readouterr().out)["engines"][-1]
+    assert (export["builds"], export["detail"]) == (
+        False,
+        'a-package-that-is-not-there is missing; install it with: pip install "latentrt[export]"',
+    )
+
+
+def test_doctor_here(capsys: Captured) -> None:
+    """Whatever this machine has, doctor succeeds and writes nothing to stderr."""
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "onnxruntime" in out
