@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
+import os
 import platform
 import shutil
 import time
@@ -13,21 +13,23 @@ from pathlib import Path
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key
+from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engine_key
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
 from latentrt.runtime.bundle import Bundle, write_bundle
-from latentrt.runtime.samplers import SAMPLERS, default_sampler
+from latentrt.runtime.request import MAX_SIDE
+from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
 from .components import NAMES, latent_factor, load_component
-from .onnx_export import check_graph, export_component, parameter_count
+from .onnx_export import export_component, parameter_count
 from .progress import Reporter, Silent
 from .source import Source
-from .targets import Form, form_for
+from .targets import OPSETS, Form, form_for
 from .verify import check_component, overflows
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
-_PIXEL_AXES = ("height", "width")
+_LONGEST = {"batch": 4096, "height": MAX_SIDE, "width": MAX_SIDE}
+_MOST_STEPS, _MOST_GUIDANCE = 10_000, 1000  # what a manifest takes
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,21 @@ class BuildRequest:
     sampler: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.engines:
+            raise InvalidRequestError(f"no engine is named; known engines: {', '.join(OPSETS)}")
         for engine in self.engines:
             form_for(engine, self.precision)
-        if unknown := [name for name in self.ranges if name not in ("batch", *_PIXEL_AXES)]:
-            raise InvalidRequestError(f"unknown profile entry {unknown[0]!r}; known entries: batch, height, width")
+        for name, lengths in self.ranges.items():
+            if name not in _LONGEST:
+                raise InvalidRequestError(f"unknown profile entry {name!r}; known entries: {', '.join(_LONGEST)}")
+            if lengths.max > _LONGEST[name]:
+                raise InvalidRequestError(f"profile for {name!r}: {lengths} exceeds {_LONGEST[name]}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= _MOST_STEPS:
+            raise InvalidRequestError(f"steps is {self.steps!r}, expected a whole number from 1 to {_MOST_STEPS}")
+        if not 0 <= self.guidance <= _MOST_GUIDANCE:  # also when it is NaN
+            raise InvalidRequestError(
+                f"guidance is {self.guidance}, expected 0 to {_MOST_GUIDANCE} (7.5 is usual, 1 is none)"
+            )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise InvalidRequestError(f"unknown sampler {self.sampler!r}; known samplers: {', '.join(SAMPLERS)}")
 
@@ -107,6 +120,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     Raises:
         SourceError: if the source cannot be exported.
         ExportError: if an export fails, or does not compute what its source computes.
+        InvalidRequestError: before anything is exported, if sizes, steps or sampler do not suit the source.
         EngineUnavailableError: before anything is exported, if an engine cannot be built here.
         OutputError: if the bundle cannot be written; an older bundle is then as it was.
     """
@@ -117,6 +131,8 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     for sdk in sdks.values():
         build_target(sdk, request.options)
     ranges = _ranges(request, source)
+    defaults = _defaults(request, source)
+    compile_plan(defaults.sampler, source.scheduler, defaults.steps)  # refuses what no request could use
     forms = list(dict.fromkeys(form_for(engine, request.precision) for engine in request.engines))
     bundle, exported = _export(request, source, forms, reporter)
     engines = tuple(
@@ -139,13 +155,19 @@ def _export(
     """Bring the bundle at ``request.output`` to hold all ``forms``; graphs that it has already are kept."""
     older = _same_source(request, source)
     kept = {name: dict(older.manifest.components[name].graphs) if older else {} for name in NAMES}
-    missing = [(name, form) for name in NAMES for form in forms if form.name not in kept[name]]
+    quality = dict(older.manifest.quality) if older else {}
+    missing = [
+        (name, form)
+        for name in NAMES
+        for form in forms
+        if form.name not in kept[name] or (request.verify and kept[name][form.name].file not in quality)
+    ]
     defaults = _defaults(request, source)
-    if older and not missing and older.manifest.defaults == defaults:
+    origin = m.Source(source.name, source.licence, source.fingerprint)
+    if older and not missing and older.manifest.defaults == defaults and older.manifest.source == origin:
         reporter.stage("ONNX graphs")
         reporter.result("already exported from this source")
         return older, ()
-    quality = dict(older.manifest.quality) if older else {}
     exported: list[str] = []
     with write_bundle(request.output) as writer:
         if older:
@@ -153,15 +175,17 @@ def _export(
                 target = writer.directory / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(older.file(relative), target)
-            if older.engines_directory.is_dir():
-                shutil.copytree(older.engines_directory, writer.directory / m.ENGINES_DIRECTORY)
+            _carry_engines(older, writer.directory / m.ENGINES_DIRECTORY)
+        tokenizer = _write_tokenizer(source, writer.directory)
+        if missing:  # all weights are read once, so that damage in the last does not show after the first is exported
+            for part in source.configs:
+                source.load(part)
         for name in NAMES:
             wanted = [form for each, form in missing if each == name]
             if wanted:
                 graphs = _export_component(source, name, wanted, writer.directory, request.verify, quality, reporter)
                 exported += [graph.file for graph in graphs.values()]
                 kept[name] |= graphs
-        tokenizer = _write_tokenizer(source, writer.directory)
         writer.commit(
             m.Manifest(
                 format_version=m.FORMAT_VERSION,
@@ -171,9 +195,9 @@ def _export(
                 files={},
                 latent=_latent(source),
                 tokenizers={"tokenizer": tokenizer},
-                scheduler=_scheduler(source),
+                scheduler=source.scheduler,
                 defaults=defaults,
-                source=m.Source(source.name, source.licence, source.fingerprint),
+                source=origin,
                 tools=tool_versions(),
                 quality=quality,
             )
@@ -190,6 +214,20 @@ def _same_source(request: BuildRequest, source: Source) -> Bundle | None:
     known = older.manifest.source.fingerprint == source.fingerprint and older.manifest.tools == tool_versions()
     complete = set(NAMES) <= set(older.manifest.components)
     return older if known and complete else None
+
+
+def _carry_engines(older: Bundle, directory: Path) -> None:
+    """Copy an older bundle's compiled engines, which are still right for the graphs that stay."""
+    store = EngineStore(older.engines_directory)
+    for key in sorted(os.listdir(store.root)) if store.root.is_dir() else []:
+        try:
+            record = store.find(key, verify_hash=False)
+        except (BundleError, ValueError):
+            continue  # a damaged one is built anew; other names are no engines
+        if record is not None:
+            (directory / key).mkdir(parents=True)
+            for name in (record.file, RECORD_NAME):
+                shutil.copyfile(store.root / key / name, directory / key / name)
 
 
 def _export_component(
@@ -211,7 +249,6 @@ def _export_component(
             exported, note = Form(form.opset, "fp32"), f"; kept in fp32, since {layer} leaves the range of fp16"
         graph = export_component(component, exported, directory)
         path = directory / graph.file
-        check_graph(path, name)
         parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{path.stat().st_size / 1e6:.1f} MB"]
         if verify:
             with OnnxRuntimeEngine(path, label=name) as engine:
@@ -226,16 +263,11 @@ def _export_component(
 def _write_tokenizer(source: Source, directory: Path) -> m.Tokenizer:
     tokenizer = source.load_tokenizer()
     (directory / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer" / "tokenizer.json"))
+    # Its own method to save reports a full disk as a bare Exception.
+    (directory / "tokenizer" / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     positions = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
     length = min(positions, int(tokenizer.model_max_length))
     return m.Tokenizer("tokenizer", length, int(tokenizer.pad_token_id))
-
-
-def _scheduler(source: Source) -> dict[str, object]:
-    """The scheduler's configuration in JSON proper: diffusers writes ``-Infinity`` where it means "no limit"."""
-    unlimited = [k for k, v in source.scheduler.items() if isinstance(v, float) and not math.isfinite(v)]
-    return {key: value for key, value in source.scheduler.items() if key not in unlimited}
 
 
 def _latent(source: Source) -> m.Latent:
@@ -264,7 +296,12 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         "height": request.ranges.get("height", Range.fixed(defaults.height)),
         "width": request.ranges.get("width", Range.fixed(defaults.width)),
     }
-    latents = {f"latent_{axis}": size.divided_by(factor) for axis, size in pixels.items()}
+    latents = {}
+    for axis, size in pixels.items():
+        try:
+            latents[f"latent_{axis}"] = size.divided_by(factor)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{axis}: {error}, the pixels of a latent") from None
     both_halves = Range(pictures.min, 2 * pictures.opt, 2 * pictures.max)
     return {
         "text_encoder": {"batch": Range(1, 2, 2)},

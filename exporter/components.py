@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from latentrt.engines.errors import SourceError
 
 from .source import Source
 
@@ -23,7 +26,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode; states are ``[batch, length, width]``, the pooled state ``[batch, width]``."""
@@ -33,11 +36,11 @@ class TextEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states to a prediction shaped as the latents."""
+    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states to a prediction like latents."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet: Any = unet
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """Predict noise, velocity or sample, as the model was trained."""
@@ -50,7 +53,7 @@ class Decoder(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         """Decode to ``[batch, 3, h * factor, w * factor]``."""
@@ -63,7 +66,7 @@ class Encoder(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, sample: Tensor) -> Tensor:
         """Encode to the parameters of the posterior, before scaling."""
@@ -108,8 +111,10 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     Sizes differ from each other and from what the model was trained on, so that no length is mistaken for another.
 
     Raises:
-        SourceError: if the component cannot be built.
+        SourceError: if the component cannot be built, or none has that name.
     """
+    if name not in NAMES:
+        raise SourceError(f"{source.name} has no component {name!r}; it has {', '.join(NAMES)}")
     generator = torch.Generator().manual_seed(seed)
     text, unet, vae = (source.configs[part] for part in ("text_encoder", "unet", "vae"))
     length, channels = int(text.get("max_position_embeddings", 77)), int(unet.get("in_channels", 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import warnings
@@ -36,7 +37,7 @@ def cast_inputs(component: Component, inputs: Mapping[str, Tensor], precision: s
 def export_component(component: Component, form: Form, directory: Path) -> Graph:
     """Export one component into ``directory/<name>/``.
 
-    The module is left in the precision of ``form``.
+    The component's module is left as it is: a graph in half precision is exported from a copy.
 
     Args:
         component: What to export.
@@ -49,7 +50,7 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     Raises:
         ExportError: if torch cannot export the module, or the graph is not well typed.
     """
-    module = component.module.to(torch.float16 if form.precision == "fp16" else torch.float32)
+    module = _in_half_precision(component.module) if form.precision == "fp16" else component.module
     example = cast_inputs(component, component.example, form.precision)
     try:
         with _quiet(), torch.no_grad():
@@ -66,7 +67,7 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
                 verbose=False,
             )
     except Exception as error:  # the exporter lets any exception of the traced model through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ExportError(f"{component.name} could not be exported to ONNX (opset {form.opset}): {reason}") from error
     if program is None:
         raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
@@ -89,6 +90,18 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
         outputs=tuple(_spec(value) for value in program.model.graph.outputs),
         external=(f"{component.name}/{external}",) if external else (),
     )
+
+
+def _in_half_precision(module: nn.Module) -> nn.Module:
+    """A copy in fp16. Only the copy's weights take memory: those in fp32 are never there twice."""
+    tensors = [*module.parameters(), *module.buffers()]
+    half: dict[int, object] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            cast = tensor.detach().half()
+            is_weight = isinstance(tensor, nn.Parameter)
+            half[id(tensor)] = nn.Parameter(cast, requires_grad=False) if is_weight else cast
+    return copy.deepcopy(module, half)
 
 
 def _name_dimensions(model: ir.Model, component: Component) -> None:

@@ -7,12 +7,15 @@ and checked against its own configuration before anything is built from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import math
+import os
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentrt.engines.errors import SourceError
-from latentrt.runtime.samplers import default_sampler
+from latentrt.engines.errors import InvalidRequestError, SourceError
+from latentrt.runtime.manifest import PREDICTION_TYPES
+from latentrt.runtime.request import MAX_SIDE
+from latentrt.runtime.samplers import compile_plan, default_sampler
 
 PIPELINES = {"StableDiffusionPipeline": "stable-diffusion"}
 """Pipelines that can be exported, and the model family each belongs to."""
@@ -43,6 +48,10 @@ _MAX_SAFETENSORS_HEADER = 100 * 2**20
 _MAX_INTEGER = 10**6
 _MAX_LIST = 64
 _MAX_LAYERS = 256
+_MAX_LAYERS_PER_BLOCK = 16
+_MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
+_MAX_NESTING = 16
+_PROBE_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Source:
         path: The directory.
         family: Model family, a value of :data:`PIPELINES`.
         configs: ``config.json`` of each component with weights, by component name.
-        scheduler: ``scheduler_config.json``.
+        scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
         licence: What the model card says of the licence, or ``"unknown"``.
         fingerprint: SHA-256 over every file that decides the export.
     """
@@ -68,7 +77,7 @@ class Source:
     @property
     def name(self) -> str:
         """The directory's own name."""
-        return self.path.resolve().name
+        return os.fsencode(self.path.resolve().name).decode(errors="replace") or "model"
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -83,7 +92,7 @@ class Source:
             raise SourceError(f"source {str(path)!r} {hint}")
         index = read_json(path / "model_index.json", "the directory is not a diffusers pipeline")
         pipeline = index.get("_class_name")
-        if pipeline not in PIPELINES:
+        if not isinstance(pipeline, str) or pipeline not in PIPELINES:
             raise SourceError(f"{path.name} is a {pipeline!r}; supported pipelines: {', '.join(PIPELINES)}")
         for component, classes in COMPONENTS.items():
             entry = index.get(component)
@@ -95,10 +104,13 @@ class Source:
         configs = {name: read_json(path / name / "config.json", f"{name} is incomplete") for name in _WEIGHTS}
         for name, config in configs.items():
             _check_bounds(config, f"{name}/config.json")
-        scheduler = read_json(path / "scheduler" / "scheduler_config.json", "the scheduler is missing")
-        default_sampler(scheduler)  # refuses a scheduler class that is not known
-        files = [path / name / "config.json" for name in _WEIGHTS]
-        files += [file for name in _WEIGHTS for file in weight_files(path / name, _WEIGHTS[name])]
+        _check_geometry(**configs)
+        scheduler = _scheduler(path)
+        weights = [file for name in _WEIGHTS for file in weight_files(path / name, _WEIGHTS[name])]
+        for file in weights:
+            with _opened(file):
+                pass  # the lengths in its header fit the file
+        files = [path / name / "config.json" for name in _WEIGHTS] + weights
         files += [file for file in sorted((path / "tokenizer").glob("*")) if file.is_file()]
         files += [path / "scheduler" / "scheduler_config.json"]
         return cls(path, PIPELINES[pipeline], configs, scheduler, _licence(path), _fingerprint(path, files))
@@ -111,22 +123,26 @@ class Source:
         """
         config = self.configs[component]
         tensors = read_weights(self.path / component, _WEIGHTS[component])
-        try:
+
+        def build() -> nn.Module:
             if component == "text_encoder":
-                module: nn.Module = CLIPTextModel(CLIPTextConfig(**_known(config, CLIPTextConfig)))
-                tensors = _match_prefix(tensors, module)
-            else:
-                factory = UNet2DConditionModel if component == "unet" else AutoencoderKL
-                with torch.device("meta"):  # no memory for weights that are about to be replaced
-                    module = factory(**_known(config, factory))
-        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-            raise SourceError(f"{component}/config.json does not describe a model: {_first_line(error)}") from error
+                text_encoder: nn.Module = CLIPTextModel(CLIPTextConfig(**_known(config, CLIPTextConfig)))
+                return text_encoder
+            factory = UNet2DConditionModel if component == "unet" else AutoencoderKL
+            model: nn.Module = factory(**_known(config, factory))
+            return model
+
         try:
-            module.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            detail = lines[1] if len(lines) > 1 else lines[0]
-            raise SourceError(f"weights of {component} do not fit its config.json: {detail[:200]}") from error
+            with torch.device("meta"):  # whatever sizes it names, nothing is allocated before the weights fit
+                module = build()
+        except Exception as error:  # the libraries raise whatever their constructors run into
+            raise SourceError(f"{component}/config.json does not describe a model: {_first_line(error)}") from error
+        if component == "text_encoder":
+            tensors = _match_prefix(tensors, module)
+        _assign(module, tensors, component)
+        if any(buffer.is_meta for buffer in module.buffers()):  # tables that are not stored, such as position ids
+            module = build()
+            _assign(module, tensors, component)
         return module.eval().requires_grad_(False)
 
     def load_tokenizer(self) -> CLIPTokenizer:
@@ -136,10 +152,26 @@ class Source:
             SourceError: if a file is missing or damaged.
         """
         directory = self.path / "tokenizer"
+        kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+        if not any(all((directory / name).is_file() for name in names) for names in kinds):
+            # Without them transformers makes a tokenizer that knows no words.
+            raise SourceError(
+                f"the tokenizer of {self.path.name} is incomplete: tokenizer/ has neither tokenizer.json "
+                "nor vocab.json with merges.txt"
+            )
         try:
-            return CLIPTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            highest = max(tokenizer.get_vocab().values())
         except Exception as error:
             raise SourceError(f"the tokenizer of {self.path.name} cannot be read: {_first_line(error)}") from error
+        rows = int(self.configs["text_encoder"].get("vocab_size", 49408))
+        if highest >= rows:
+            raise SourceError(
+                f"the tokenizer of {self.path.name} has token ids up to {highest}, its text encoder only {rows} tokens"
+            )
+        if tokenizer.pad_token_id is None:
+            raise SourceError(f"the tokenizer of {self.path.name} has no padding token")
+        return tokenizer
 
 
 def read_json(path: Path, meaning: str) -> dict[str, Any]:
@@ -153,7 +185,10 @@ def read_json(path: Path, meaning: str) -> dict[str, Any]:
         SourceError: if it is missing, too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{path.parent.name}/{path.name} is no regular file; a configuration file is expected")
+        if status.st_size > _MAX_JSON:
             raise SourceError(f"{path.name} has over {_MAX_JSON // 2**20} MiB; a configuration file is expected")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,18 +206,12 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
     Raises:
         SourceError: if there are none; the message says so where there are pickled weights instead.
     """
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (directory / name).is_file():
-            return [directory / name]
-    index_path = directory / f"{stem}.safetensors.index.json"
-    if index_path.is_file():
-        shards = read_json(index_path, "the index of the weights is missing").get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) and shards else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise SourceError(f"{directory.name}/{index_path.name} does not name the shards of the weights")
-        if missing := [name for name in names if not (directory / name).is_file()]:
-            raise SourceError(f"{directory.name}/{missing[0]} is missing, but the index of the weights names it")
-        return [directory / name for name in names]
+    for variant in ("", ".fp16"):
+        if (directory / f"{stem}{variant}.safetensors").is_file():
+            return [directory / f"{stem}{variant}.safetensors"]
+        index_path = directory / f"{stem}.safetensors.index{variant}.json"
+        if index_path.is_file():
+            return _shards(index_path)
     pickled = sorted(file.name for pattern in _PICKLED for file in directory.glob(pattern))
     if pickled:
         raise SourceError(
@@ -190,6 +219,20 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
             "convert them to safetensors first"
         )
     raise SourceError(f"{directory.name}/{stem}.safetensors is missing")
+
+
+def _shards(index_path: Path) -> list[Path]:
+    directory = index_path.parent
+    shards = read_json(index_path, "the index of the weights is missing").get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise SourceError(
+            f"{directory.name}/{index_path.name} does not name the shards of the weights: "
+            "plain names that end with .safetensors are expected"
+        )
+    if missing := [name for name in sorted(names) if not (directory / name).is_file()]:
+        raise SourceError(f"{directory.name}/{missing[0]} is missing, but the index of the weights names it")
+    return [directory / name for name in sorted(names)]
 
 
 def read_weights(directory: Path, stem: str) -> dict[str, Tensor]:
@@ -200,23 +243,39 @@ def read_weights(directory: Path, stem: str) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory, stem):
-        _check_header(file)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    if name in tensors:
-                        raise SourceError(f"{directory.name}: the tensor {name!r} stands in two files")
-                    tensor = opened.get_tensor(name)
-                    if tensor.is_floating_point():
-                        tensor = tensor.float()
-                        if not bool(torch.isfinite(tensor).all()):
-                            raise SourceError(f"{directory.name}: the tensor {name!r} holds NaN or infinity")
-                    tensors[name] = tensor
-        except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, SourceError):
-                raise
-            raise SourceError(f"{directory.name}/{file.name} is damaged: {_first_line(error)}") from error
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                if name in tensors:
+                    raise SourceError(f"{directory.name}: the tensor {name!r} stands in two files")
+                tensor = opened.get_tensor(name)
+                if tensor.is_floating_point():
+                    tensor = tensor.float()
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise SourceError(f"{directory.name}: the tensor {name!r} holds NaN or infinity")
+                tensors[name] = tensor
     return tensors
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file, and translate what goes wrong while it is open."""
+    try:
+        _check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SourceError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"{file.parent.name}/{file.name} is damaged: {_first_line(error)}") from error
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor], component: str) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        detail = lines[1] if len(lines) > 1 else lines[0]
+        raise SourceError(f"weights of {component} do not fit its config.json: {detail[:200]}") from error
 
 
 def _check_header(file: Path) -> None:
@@ -231,28 +290,99 @@ def _check_header(file: Path) -> None:
         )
 
 
-def _check_bounds(value: Any, where: str, key: str = "") -> None:
+def _check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
     """Refuse numbers that no model has, before a constructor loops over them."""
+    if depth > _MAX_NESTING:
+        raise SourceError(f"{where} is nested more than {_MAX_NESTING} levels deep, which no configuration is")
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_bounds(item, where, str(name))
+            _check_bounds(item, where, str(name), depth + 1)
     elif isinstance(value, list):
         if len(value) > _MAX_LIST:
             raise SourceError(f"{where}: {key!r} has {len(value)} entries, at most {_MAX_LIST} are plausible")
         for item in value:
-            _check_bounds(item, where, key)
+            _check_bounds(item, where, key, depth + 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         limit = _MAX_LAYERS if "layers" in key else _MAX_INTEGER
-        if not math.isfinite(value) or abs(value) > limit:
+        limit = _MAX_LAYERS_PER_BLOCK if "layers_per_block" in key else limit
+        if not -limit <= value <= limit:  # also when it is NaN, or an integer beyond the floating-point numbers
             raise SourceError(f"{where}: {key!r} is {value}, which no model has (at most {limit})")
+
+
+def _check_geometry(text_encoder: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Check the numbers that the exporter itself computes with, and those in which the components must agree."""
+    for where, config in (("unet", unet), ("vae", vae)):
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
+            raise SourceError(
+                f"{where}/config.json: 'block_out_channels' is {blocks!r}, expected a list of 1 to {_MAX_BLOCKS}"
+            )
+    for key, default in (("max_position_embeddings", 77), ("vocab_size", 49408), ("num_hidden_layers", 12)):
+        _natural("text_encoder", text_encoder, key, default)
+    width = _natural("text_encoder", text_encoder, "hidden_size", 512)
+    expected = _natural("unet", unet, "cross_attention_dim", 1280)
+    if width != expected:
+        raise SourceError(f"the text encoder's states are {width} wide, but the U-Net takes {expected}")
+    latents, channels = _natural("vae", vae, "latent_channels", 4), _natural("unet", unet, "in_channels", 4)
+    if latents != channels:
+        raise SourceError(
+            f"the VAE's latents have {latents} channels, but the U-Net takes {channels}; "
+            "U-Nets for inpainting or editing, which take more, are not supported"
+        )
+    scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
+    if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
+        raise SourceError(
+            f"vae/config.json: 'scaling_factor' is {scaling!r} and 'shift_factor' {shift!r}, expected two numbers"
+        )
+    side, factor = unet.get("sample_size") or 64, 2 ** (len(vae["block_out_channels"]) - 1)
+    sides = side if isinstance(side, list) and len(side) == 2 else [side]
+    if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s * factor <= MAX_SIDE for s in sides):
+        raise SourceError(
+            f"unet/config.json: 'sample_size' is {side!r}, expected one or two whole numbers up to {MAX_SIDE // factor}"
+        )
+
+
+def _natural(where: str, config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SourceError(f"{where}/config.json: {key!r} is {value!r}, expected a whole number above zero")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _scheduler(path: Path) -> dict[str, Any]:
+    """Read the scheduler's configuration; refuse an unknown class, and values from which no sampler can be compiled."""
+    config = read_json(path / "scheduler" / "scheduler_config.json", "the scheduler is missing")
+    if config.get("lambda_min_clipped") == -math.inf:  # "no bound", which JSON proper cannot say
+        del config["lambda_min_clipped"]
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise SourceError(
+            f"scheduler/scheduler_config.json: 'prediction_type' is {prediction!r}, "
+            f"expected one of {', '.join(PREDICTION_TYPES)}"
+        )
+    try:
+        json.dumps(config, allow_nan=False)
+        compile_plan(default_sampler(config), config, steps=_PROBE_STEPS)
+    except (InvalidRequestError, ValueError, RecursionError) as error:  # the source's fault, not the caller's
+        raise SourceError(f"scheduler/scheduler_config.json: {_first_line(error)}") from error
+    return config
+
+
+_SWITCHES = {
+    *("torch_dtype", "dtype", "attn_implementation", "quantization_config", "auto_map", "use_safetensors"),
+    *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
+}
 
 
 def _known(config: Mapping[str, Any], factory: Any) -> dict[str, Any]:
     """The entries of ``config`` that are constructor parameters, without private ones and library switches."""
     names = {name for name, p in inspect.signature(factory).parameters.items() if p.kind is not p.VAR_KEYWORD}
     names |= set(getattr(factory, "__annotations__", {}))
-    switches = {"torch_dtype", "dtype", "attn_implementation", "quantization_config", "auto_map", "use_safetensors"}
-    return {key: value for key, value in config.items() if key in names - switches and not key.startswith("_")}
+    return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
 
 
 def _match_prefix(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -279,7 +409,7 @@ def _licence(path: Path) -> str:
     if card.is_file() and card.stat().st_size < _MAX_JSON:
         for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
             if line.startswith("license:"):
-                return line.partition(":")[2].strip()
+                return line.partition(":")[2].strip()[:200] or "unknown"
     return "unknown"
 
 

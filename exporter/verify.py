@@ -37,9 +37,12 @@ class Check:
 
 
 def psnr(reference: Array, received: Array) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal arrays, NaN where ``received`` is not finite."""
+    """Peak signal-to-noise ratio in dB; infinite for equal arrays.
+
+    NaN where ``received`` has another shape than ``reference``, or a value that is not finite.
+    """
     reference, received = np.asarray(reference, np.float64), np.asarray(received, np.float64)
-    if not np.isfinite(received).all():
+    if reference.shape != received.shape or not np.isfinite(received).all():
         return math.nan
     error = float(np.sqrt(np.mean(np.square(reference - received))))
     peak = float(np.abs(reference).max())
@@ -49,7 +52,7 @@ def psnr(reference: Array, received: Array) -> float:
 def reference_outputs(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
     """What torch computes in fp32."""
     with torch.no_grad():
-        results = component.module.float()(*(inputs[name] for name in component.example))
+        results = component.module(*(inputs[name] for name in component.example))
     results = results if isinstance(results, tuple) else (results,)
     return {name: result.float().numpy() for name, result in zip(component.outputs, results, strict=True)}
 
@@ -78,15 +81,17 @@ def check_component(component: Component, engine: Engine, precision: str) -> Che
     """Run an engine on the exported example and on another size, and compare with torch in fp32.
 
     Raises:
-        VerificationError: if an output falls below the gate of ``precision``, or is not finite.
+        VerificationError: if an output falls below the gate of ``precision``, is not finite, or is missing.
     """
+    if precision not in GATES:
+        raise VerificationError(f"{component.name} is {precision}, for which no gate is known ({', '.join(GATES)})")
     worst = math.inf
     for inputs in (dict(component.example), other_size(component)):
         reference = reference_outputs(component, inputs)
         feeds = {name: tensor.numpy() for name, tensor in cast_inputs(component, inputs, precision).items()}
         results = engine.run(feeds)
         for name, expected in reference.items():
-            value = psnr(expected, results[name])
+            value = psnr(expected, results[name]) if name in results else math.nan
             if not value >= GATES[precision]:  # also when it is NaN
                 raise VerificationError(
                     f"{component.name} ({precision}) does not compute what its source computes: output {name!r} "
@@ -98,12 +103,15 @@ def check_component(component: Component, engine: Engine, precision: str) -> Che
 
 @torch.no_grad()
 def overflows(component: Component) -> str | None:
-    """Name the first layer whose activations on the example leave the range of fp16 with a margin of two.
+    """Name the first layer that leaves the range of fp16: its weights, or twice its activations on the example.
 
     Returns:
-        The layer's path within the module, or ``None`` where half precision is safe.
+        The path of the weight or the layer within the module, or ``None`` where half precision is safe.
     """
     limit = torch.finfo(torch.float16).max / 2
+    for path, weight in component.module.named_parameters():
+        if weight.numel() and float(weight.abs().max()) > 2 * limit:
+            return path
     found: list[str] = []
     handles = []
 
