@@ -125,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _load(entry: Entry) -> Command:
     try:
-        module: Command = importlib.import_module(entry.module)  # type: ignore[assignment]
+        module: Command = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
         if entry.extra is None or (error.name or "").startswith("latentrt"):
             raise
