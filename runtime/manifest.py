@@ -143,7 +143,7 @@ class Manifest:
 
     Attributes:
         format_version: :data:`FORMAT_VERSION` of the writer.
-        family: Architecture, e.g. ``sd1``.
+        family: Architecture, e.g. ``stable-diffusion``.
         prediction_type: One of :data:`PREDICTION_TYPES`.
         components: Parts of the model by name: ``text_encoder``, ``unet``, ``vae_decoder``, ``vae_encoder``.
         files: Every file of the bundle by path, but for the manifest itself and compiled engines.

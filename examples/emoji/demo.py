@@ -1,4 +1,4 @@
-"""Draw prompts with a bundle into one sheet and print where the time went: ``python demo.py BUNDLE --output OUT.png``."""
+"""Draw prompts with a bundle into one sheet and print where the time went: ``demo.py BUNDLE PROMPT... --output X``."""
 
 from __future__ import annotations
 

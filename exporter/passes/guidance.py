@@ -96,7 +96,7 @@ class _Rewriter:
             list(producer.attributes.values()),
             num_outputs=len(producer.outputs),
             version=producer.version,
-            name=f"{producer.name}_rows",
+            name=f"{producer.outputs[0].name}_rows",
         )
         self._insert(node)
         for old, new in zip(producer.outputs, node.outputs, strict=True):

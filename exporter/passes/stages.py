@@ -11,9 +11,9 @@ import onnx_ir as ir
 from .dependencies import Dependencies, dependencies
 
 MOVEMENT = frozenset(
-    "Cast Concat ConstantOfShape Expand Gather Identity Range Reshape Shape Slice Split Squeeze Tile Transpose Unsqueeze"
-    .split()
-)  # fmt: skip
+    {"Cast", "Concat", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Shape", "Slice", "Split"}
+    | {"Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
 """Operators that compute nothing: running them again costs no more than reading what they would have left."""
 
 _ASSUMED_LENGTH = 2
@@ -137,7 +137,8 @@ def _bytes(value: ir.Value) -> float:
     """Size with every named length taken as a small one; infinite where not even the rank is known."""
     if value.shape is None or value.dtype is None:
         return math.inf
-    return math.prod(d if isinstance(d, int) else _ASSUMED_LENGTH for d in value.shape) * value.dtype.itemsize
+    lengths = (d if isinstance(d, int) else _ASSUMED_LENGTH for d in value.shape)
+    return float(math.prod(lengths) * value.dtype.itemsize)
 
 
 def _inputs_of(graph: ir.Graph, outputs: Iterable[ir.Value], found: Dependencies) -> list[ir.Value]:

@@ -30,7 +30,7 @@ class Config:
 
     @classmethod
     def parse(cls, scheduler_config: Mapping[str, Any]) -> Config:
-        """Check the form of a config and drop the keys that only record a default.
+        """Check the form of a config and drop the keys that only record a default, as null does too.
 
         Raises:
             InvalidRequestError: if it is not a mapping from strings.
@@ -45,16 +45,15 @@ class Config:
         dropped = scheduler_config.get("_use_default_values") or ()
         if not isinstance(dropped, Sequence) or isinstance(dropped, str):
             raise InvalidRequestError(f"_use_default_values is {dropped!r}, expected a list of names")
-        return cls({key: value for key, value in scheduler_config.items() if key not in dropped}, name)
+        given = {key: value for key, value in scheduler_config.items() if value is not None and key not in dropped}
+        return cls(given, name)
 
     def _error(self, key: str, expected: str) -> InvalidRequestError:
         return InvalidRequestError(f"scheduler config: {key} is {self.values[key]!r}, expected {expected}")
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A boolean; null counts as the default."""
-        value = self.values.get(key)
-        if value is None:
-            return default
+        """A boolean."""
+        value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self._error(key, "true or false")
         return value
@@ -74,8 +73,8 @@ class Config:
         return float(value)
 
     def positive(self, key: str) -> float | None:
-        """A finite number above zero, or None where the key is missing or null."""
-        if self.values.get(key) is None:
+        """A finite number above zero, or None where the key is missing."""
+        if key not in self.values:
             return None
         value = self.number(key, 0.0)
         if value <= 0:

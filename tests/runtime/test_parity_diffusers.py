@@ -87,9 +87,7 @@ def open_theirs(path: Path) -> diffusers.StableDiffusionPipeline:
         path, torch_dtype=torch.float32, local_files_only=True, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    if not hasattr(
-        pipe.text_encoder, "text_model"
-    ):  # transformers 5 moved what clip_skip looks for
+    if not hasattr(pipe.text_encoder, "text_model"):  # transformers 5 moved what clip_skip looks for
         pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     return pipe
 

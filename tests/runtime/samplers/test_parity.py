@@ -70,6 +70,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "ddpm": {
         **ZERO_SNR,
         **{kind: {"variance_type": kind} for kind in ("fixed_small", "fixed_small_log", "fixed_large")},
+        "null-variance": {"variance_type": None},
     },
     "pndm": {"alpha-to-one": {"set_alpha_to_one": True}},
     "lms": RESPACED,

@@ -1,0 +1,184 @@
+"""Stages and guidance sharing, on graphs small enough to read and on exported U-Nets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from latentrt.exporter.passes.dependencies import dependencies
+from latentrt.exporter.passes.guidance import share_guidance
+from latentrt.exporter.passes.stages import split_stages
+from latentrt.runtime.bundle import Bundle
+
+Parse = Callable[[str], ir.Graph]
+Run = Callable[[ir.Graph, Mapping[str, NDArray[np.generic]]], dict[str, NDArray[np.generic]]]
+
+DENOISER = """
+denoiser (float[batch, 4] latents, float[batch] time, float[batch, 3] text) => (float[batch, 4] out)
+    <float[3, 4] key = {1,2,3,4,5,6,7,8,9,10,11,12}, int64[1] last = {1}, float[1] tenth = {0.1}>
+{
+    projected = MatMul(text, key)
+    keys = Tanh(projected)
+    column = Unsqueeze(time, last)
+    scaled = Mul(column, tenth)
+    clock = Sin(scaled)
+    first = Mul(latents, tenth)
+    second = Add(first, clock)
+    third = Sigmoid(second)
+    out = Mul(third, keys)
+}
+"""
+FEEDS = {
+    "latents": np.arange(8, dtype=np.float32).reshape(2, 4),
+    "time": np.array([3.0, 4.0], np.float32),
+    "text": np.arange(6, dtype=np.float32).reshape(2, 3) / 50,
+}
+
+
+def split(graph: ir.Graph) -> tuple[ir.Graph, ir.Graph, ir.Graph]:
+    stages = split_stages(graph, conditioning=["text"], time=["time"])
+    assert stages.prompt is not None
+    assert stages.schedule is not None
+    return stages.prompt, stages.schedule, stages.step
+
+
+def test_dependencies_follow_inputs_through_nodes(parse: Parse) -> None:
+    """A value depends on every graph input that reaches it, and a constant on none."""
+    found = {value.name: set(names) for value, names in dependencies(parse(DENOISER)).items()}
+    assert found["keys"] == {"text"}
+    assert found["clock"] == {"time"}
+    assert found["third"] == {"latents", "time"}
+    assert found["out"] == {"latents", "time", "text"}
+
+
+def test_dependencies_see_what_a_subgraph_captures(parse: Parse) -> None:
+    """An If depends on what its branches take from outside."""
+    graph = parse(
+        """
+        branching (bool which, float[2] a, float[2] b) => (float[2] out) {
+            out = If (which) <
+                then_branch = yes () => (float[2] y) { y = Identity(a) },
+                else_branch = no () => (float[2] n) { n = Neg(b) }
+            >
+        }
+        """
+    )
+    found = {value.name: set(names) for value, names in dependencies(graph).items()}
+    assert found["out"] == {"which", "a", "b"}
+
+
+def test_stages_hold_what_changes_at_their_rate(parse: Parse, run: Run) -> None:
+    """Prompt and schedule stages hand their results to a step that computes what the whole graph computes."""
+    graph = parse(DENOISER)
+    expected = run(graph, FEEDS)["out"]
+    prompt, schedule, step = split(graph)
+    assert [value.name for value in prompt.outputs] == ["keys"]
+    assert [value.name for value in schedule.outputs] == ["clock"]
+    assert {value.name for value in step.inputs} == {"latents", "keys", "clock"}
+    handed = run(prompt, FEEDS) | run(schedule, FEEDS)
+    np.testing.assert_array_equal(run(step, {**FEEDS, **handed})["out"], expected)
+    np.testing.assert_array_equal(run(graph, FEEDS)["out"], expected, err_msg="the graph itself has changed")
+
+
+def test_what_expanding_makes_larger_is_not_hoisted(parse: Parse) -> None:
+    """An Expand of a prompt's vector runs in the step: its input is smaller than its output."""
+    graph = parse(
+        """
+        denoiser (float[batch, 64, 8] latents, float[batch, 1, 8] text) => (float[batch, 64, 8] out)
+            <int64[3] shape = {1, 64, 8}>
+        {
+            vector = Tanh(text)
+            wide = Expand(vector, shape)
+            out = Add(latents, wide)
+        }
+        """
+    )
+    stages = split_stages(graph, conditioning=["text"], time=[])
+    assert stages.prompt_tensors == ("vector",)
+    assert stages.schedule is None
+
+
+def test_an_unknown_input_is_named(parse: Parse) -> None:
+    """A rate for an input that does not exist is an error."""
+    with pytest.raises(ValueError, match="no input 'txet'"):
+        split_stages(parse(DENOISER), conditioning=["txet"], time=["time"])
+
+
+def test_guidance_shares_what_the_prompt_does_not_reach(parse: Parse, run: Run) -> None:
+    """With two rows of text to a sample, latents and time keep one row, and both halves come out."""
+    graph = parse(DENOISER)
+    both = {name: np.concatenate([FEEDS[name], FEEDS[name]]) for name in ("latents", "time")}
+    text = np.arange(12, dtype=np.float32).reshape(4, 3) / 50
+    expected = run(graph, {**both, "text": text})["out"]
+    assert share_guidance(graph, conditioned=["text"]) == 6
+    np.testing.assert_allclose(run(graph, {**FEEDS, "text": text})["out"], expected, rtol=1e-6)
+    np.testing.assert_allclose(run(graph, {**FEEDS, "text": text[:2]})["out"], expected[:2], rtol=1e-6)
+
+
+def test_a_shape_that_crosses_is_computed_again(parse: Parse, run: Run) -> None:
+    """A shape taken from the latents, batch included, is that of the repeated latents where the prompt is."""
+    graph = parse(
+        """
+        denoiser (float[batch, 4] latents, float[batch, 4] text) => (float[batch, 2, 2] out)
+            <int64[2] square = {2, 2}>
+        {
+            rows = Shape<start = 0, end = 1>(latents)
+            shape = Concat<axis = 0>(rows, square)
+            joined = Add(latents, text)
+            out = Reshape(joined, shape)
+        }
+        """
+    )
+    latents, text = FEEDS["latents"], np.arange(16, dtype=np.float32).reshape(4, 4)
+    expected = run(graph, {"latents": np.concatenate([latents, latents]), "text": text})["out"]
+    share_guidance(graph, conditioned=["text"])
+    np.testing.assert_array_equal(run(graph, {"latents": latents, "text": text})["out"], expected)
+
+
+def test_a_graph_without_anything_to_share_stays(parse: Parse) -> None:
+    """Where every node depends on the prompt, the pass changes nothing and says so."""
+    graph = parse(
+        "denoiser (float[batch, 4] latents, float[batch, 4] text) => (float[batch, 4] out) { out = Add(latents, text) }"
+    )
+    assert share_guidance(graph, conditioned=["text"]) == 0
+    assert len(graph) == 1
+
+
+@pytest.mark.parametrize("kind", ["emoji", "sd1", "sd2"])
+def test_a_staged_and_shared_unet_computes_what_the_export_computes(
+    kind: str, emoji_bundle: Path, tiny_bundles: dict[str, Path], run: Run
+) -> None:
+    """On exported U-Nets: K and V of each cross-attention on the frontier, and the same result to 1e-5."""
+    bundle = Bundle.open({"emoji": emoji_bundle, **tiny_bundles}[kind])
+    plain = ir.load(bundle.graph_path("unet", "opset20-fp32")).graph
+    channels, width = int(plain.inputs[0].shape[1]), int(plain.inputs[2].shape[2])  # type: ignore[index, arg-type]
+    stages = split_stages(plain, conditioning=["encoder_hidden_states"], time=["timestep"])
+    attentions = {"emoji": 7, "sd1": 4, "sd2": 4}[kind]
+    residual_blocks = {"emoji": 11, "sd1": 8, "sd2": 8}[kind]
+    assert len(stages.prompt_tensors) == 2 * attentions
+    assert len(stages.schedule_tensors) == residual_blocks
+    assert stages.prompt is not None
+    assert stages.schedule is not None
+    assert share_guidance(stages.step, conditioned=stages.prompt_tensors) > 10
+    generator = np.random.default_rng(0)
+    for batch, height, length in ((1, 16, 16), (3, 10, 24)):
+        latents = generator.standard_normal((batch, channels, height, length), dtype=np.float32)
+        states = generator.standard_normal((2 * batch, 77, width), dtype=np.float32)
+        whole = {
+            "sample": np.concatenate([latents, latents]),
+            "timestep": np.full(2 * batch, 501, np.float32),
+            "encoder_hidden_states": states,
+        }
+        expected = run(plain, whole)["out_sample"]
+        table = run(stages.schedule, {"timestep": np.array([999, 501, 1], np.float32)})
+        row = {name: np.repeat(values[1:2], batch, axis=0) for name, values in table.items()}
+        feeds = {"sample": latents, **row, **run(stages.prompt, {"encoder_hidden_states": states})}
+        result = run(stages.step, feeds)["out_sample"]
+        assert result.shape == expected.shape
+        error = np.linalg.norm(result - expected) / np.linalg.norm(expected)  # type: ignore[operator]
+        assert error <= 1e-5
