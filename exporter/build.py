@@ -168,6 +168,9 @@ def _export(
         reporter.stage("ONNX graphs")
         reporter.result("already exported from this source")
         return older, ()
+    if older is None and (request.output / m.MANIFEST_FILE).exists():
+        reporter.stage(f"{request.output.name}: older bundle")
+        reporter.result("from another source or other tool versions, or damaged; replaced together with its engines")
     exported: list[str] = []
     with write_bundle(request.output) as writer:
         if older:

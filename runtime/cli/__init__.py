@@ -104,6 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(
         prog="latentrt", description="Build and run optimised engines of latent-diffusion models.", allow_abbrev=False
     )
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("--version", action="version", version=f"latentrt {version('latentrt')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # Only the chosen command's module is loaded; the others are a name and a line of help.

@@ -249,7 +249,7 @@ def test_build_and_verify(
     assert status_of("verify", bundle, "--source", tiny_source) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
-    assert "4 graphs are right" in output
+    assert "4 graphs compute what the source computes" in output
 
     assert status_of("verify", bundle, "--source", tiny_source, "--json") == 0
     figures = json.loads(capfd.readouterr().out)["psnr_db"]

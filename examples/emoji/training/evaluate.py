@@ -40,9 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of captions, and of the first noise"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions, and of the first noise")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="the bundle's default if left out")
     parser.add_argument("--sampler", default="dpmpp-2m")
