@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -46,9 +47,10 @@ class BuildRequest:
             What is left out is one picture of the model's own size.
         verify: Compare every exported component with torch.
         options: Settings of TensorRT builds.
-        steps: Sampler steps that the bundle uses by default.
-        guidance: Guidance scale that the bundle uses by default.
-        sampler: Sampler that the bundle uses by default; ``None`` takes the one of the source's scheduler.
+        steps: Sampler steps that the bundle uses by default; ``None`` keeps those of a bundle that is extended, or
+            takes 20.
+        guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or 7.5.
+        sampler: Sampler that the bundle uses by default; ``None`` likewise, or the one of the source's scheduler.
     """
 
     source: Path
@@ -58,8 +60,8 @@ class BuildRequest:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     verify: bool = True
     options: BuildOptions = field(default_factory=BuildOptions)
-    steps: int = 20
-    guidance: float = 7.5
+    steps: int | None = None
+    guidance: float | None = None
     sampler: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,11 +74,12 @@ class BuildRequest:
                 raise InvalidRequestError(f"unknown profile entry {name!r}; known entries: {', '.join(_LONGEST)}")
             if lengths.max > _LONGEST[name]:
                 raise InvalidRequestError(f"profile for {name!r}: {lengths} exceeds {_LONGEST[name]}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or not 1 <= self.steps <= _MOST_STEPS:
-            raise InvalidRequestError(f"steps is {self.steps!r}, expected a whole number from 1 to {_MOST_STEPS}")
-        if not 0 <= self.guidance <= _MOST_GUIDANCE:  # also when it is NaN
+        steps, guidance = self.steps, self.guidance
+        if steps is not None and (type(steps) is not int or not 1 <= steps <= _MOST_STEPS):
+            raise InvalidRequestError(f"steps is {steps!r}, expected a whole number from 1 to {_MOST_STEPS}")
+        if guidance is not None and not 0 <= guidance <= _MOST_GUIDANCE:  # also when it is NaN
             raise InvalidRequestError(
-                f"guidance is {self.guidance}, expected 0 to {_MOST_GUIDANCE} (7.5 is usual, 1 is none)"
+                f"guidance is {guidance}, expected 0 to {_MOST_GUIDANCE} (7.5 is usual, 1 is none)"
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise InvalidRequestError(f"unknown sampler {self.sampler!r}; known samplers: {', '.join(SAMPLERS)}")
@@ -162,7 +165,7 @@ def _export(
         for form in forms
         if form.name not in kept[name] or (request.verify and kept[name][form.name].file not in quality)
     ]
-    defaults = _defaults(request, source)
+    defaults = _defaults(request, source, older.manifest.defaults if older else None)
     origin = m.Source(source.name, source.licence, source.fingerprint)
     if older and not missing and older.manifest.defaults == defaults and older.manifest.source == origin:
         reporter.stage("ONNX graphs")
@@ -283,12 +286,20 @@ def _latent(source: Source) -> m.Latent:
     )
 
 
-def _defaults(request: BuildRequest, source: Source) -> m.Defaults:
+def _defaults(request: BuildRequest, source: Source, older: m.Defaults | None = None) -> m.Defaults:
+    """What a request that names nothing gets: as asked for, else as ``older`` has it, else as is usual."""
     side = source.configs["unet"].get("sample_size") or 64
     height, width = (side, side) if isinstance(side, int) else side
     factor = latent_factor(source)
-    sampler = request.sampler or default_sampler(source.scheduler)
-    return m.Defaults(sampler, request.steps, request.guidance, int(width) * factor, int(height) * factor, clip_skip=0)
+    usual = older or m.Defaults(
+        default_sampler(source.scheduler), 20, 7.5, width * factor, height * factor, clip_skip=0
+    )
+    return dataclasses.replace(
+        usual,
+        sampler=request.sampler or usual.sampler,
+        steps=usual.steps if request.steps is None else request.steps,
+        guidance=usual.guidance if request.guidance is None else request.guidance,
+    )
 
 
 def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]]:

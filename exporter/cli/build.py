@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="range of batch, height or width (pixels) that compiled engines are built for; may be repeated",
     )
     parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="sampler steps that the bundle uses by default"
+        "--steps", type=int, metavar="N", help="sampler steps that the bundle uses by default; 20 at first"
     )
     parser.add_argument(
-        "--guidance", type=float, default=7.5, metavar="G", help="guidance that the bundle uses by default"
+        "--guidance", type=float, metavar="G", help="guidance that the bundle uses by default; 7.5 at first"
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")

@@ -297,6 +297,8 @@ def test_what_causes_an_export(
     assert copied_exports == []
     assert Bundle.open(output, verify_hash=True).manifest.source.licence == "mit"
     assert Bundle.open(output).manifest.files == first.files
+    kept = Bundle.open(output).manifest.defaults
+    assert (kept.steps, kept.guidance, kept.sampler) == (33, 1.0, "ddim"), "a build that names none keeps them"
 
     build_bundle(BuildRequest(tiny_source, output))  # with verification, of which nothing is known yet
     assert len(copied_exports) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +250,15 @@ def test_exception_in_the_callback_stops_the_build(fake: Sdk, graph: Path, outpu
     assert os.listdir(output.parent) == []
 
 
+@pytest.fixture
+def python_handles_interrupts() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a process that was started in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
 def test_interrupt_stops_the_build(fake: Sdk, graph: Path, output: Path) -> None:
     """SIGINT during a build stops it at the next step and then raises; the handler before it is restored."""
     answers: list[bool] = []

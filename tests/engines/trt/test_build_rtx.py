@@ -184,7 +184,8 @@ def test_keyboard_interrupt_from_the_callback(
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
 from pathlib import Path
 from latentrt.engines.trt import Profile, ShapeRange, build_plan, load_sdk
 from latentrt.engines.store import EngineStore
