@@ -243,13 +243,18 @@ class Pipeline:
     def _predict(self, latents: Floats, index: int, plan: Plan, embeddings: Floats, request: Request) -> Floats:
         """The denoiser's prediction for ``latents`` at one row of the plan, guidance applied."""
         scaled = latents * np.float32(plan.input_scale[index])
-        sample = np.concatenate([scaled, scaled]) if request.guided else scaled
+        guided = request.guided_at(index, len(plan.timesteps))
+        sample = np.concatenate([scaled, scaled]) if guided else scaled
         timestep = np.full(len(sample), plan.timesteps[index], np.float32)
-        prediction = self._run("unet", "out_sample", sample=sample, timestep=timestep, encoder_hidden_states=embeddings)
-        if request.guided:
-            unconditional, conditional = prediction[: len(latents)], prediction[len(latents) :]
-            prediction = unconditional + np.float32(request.guidance) * (conditional - unconditional)
-        return prediction
+        states = embeddings[-len(sample) :]  # the conditional rows come last
+        prediction = self._run("unet", "out_sample", sample=sample, timestep=timestep, encoder_hidden_states=states)
+        if not guided:
+            return prediction
+        unconditional, conditional = prediction[: len(latents)], prediction[len(latents) :]
+        combined: Floats = unconditional + np.float32(request.guidance) * (conditional - unconditional)
+        if request.guidance_rescale:
+            combined *= _contrast_factor(combined, conditional, request.guidance_rescale)
+        return combined
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
@@ -296,3 +301,13 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _contrast_factor(combined: Floats, conditional: Floats, share: float) -> Floats:
+    """Factor ``[images, 1, 1, 1]`` that brings a ``share`` of the guided prediction to the conditional one's contrast.
+
+    Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
+    """
+    axes = tuple(range(1, combined.ndim))
+    ratio = conditional.std(axis=axes, keepdims=True) / np.maximum(combined.std(axis=axes, keepdims=True), 1e-12)
+    return np.asarray(share * ratio + (1 - share), np.float32)

@@ -35,6 +35,9 @@ class RequestOptions(TypedDict, total=False):
     height: int | None
     images: int
     clip_skip: int | None
+    guidance_start: float
+    guidance_end: float
+    guidance_rescale: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Request:
         height: Height in pixels.
         images: Pictures to draw, all from one noise stream.
         clip_skip: Layers of the text encoder to leave out: 0 or 1.
+        guidance_start: Fraction of the run from which on there is guidance; before it the negative prompt is not
+            computed (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        guidance_end: Fraction of the run from which on there is none any more.
+        guidance_rescale: Share, 0 to 1, of a prediction whose contrast is brought back to that of the conditional one
+            (Lin et al. 2023, arXiv 2305.08891, section 3.4).
     """
 
     prompt: str
@@ -64,11 +72,18 @@ class Request:
     height: int
     images: int
     clip_skip: int
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional half is computed."""
+        """Whether the unconditional half is computed at all."""
         return self.guidance > 1
+
+    def guided_at(self, index: int, total: int) -> bool:
+        """Whether the unconditional half is computed in call ``index`` of ``total`` of the denoiser."""
+        return self.guided and self.guidance_start * total <= index < self.guidance_end * total
 
     @classmethod
     def create(
@@ -85,6 +100,9 @@ class Request:
         height: int | None = None,
         images: int = 1,
         clip_skip: int | None = None,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        guidance_rescale: float = 0.0,
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
@@ -101,17 +119,27 @@ class Request:
             prompt=prompt,
             negative_prompt=negative_prompt,
             steps=_integer("steps", defaults.steps if steps is None else steps, 1, 10_000),
-            guidance=_scale(defaults.guidance if guidance is None else guidance),
+            guidance=_number(
+                "guidance", defaults.guidance if guidance is None else guidance, 1000, " (7.5 is usual, 1 is none)"
+            ),
             seed=_integer("seed", secrets.randbits(32) if seed is None else seed, 0, 2**64 - 1),
             sampler=defaults.sampler if sampler is None else sampler,
             width=_side("width", defaults.width if width is None else width, factor),
             height=_side("height", defaults.height if height is None else height, factor),
             images=_integer("images", images, 1, 4096),
             clip_skip=_integer("clip_skip", defaults.clip_skip if clip_skip is None else clip_skip, 0, 1),
+            guidance_start=_number("guidance_start", guidance_start, 1),
+            guidance_end=_number("guidance_end", guidance_end, 1),
+            guidance_rescale=_number("guidance_rescale", guidance_rescale, 1),
         )
         if request.sampler not in SAMPLERS:
             raise InvalidRequestError(
                 f"unknown sampler {_show(request.sampler)}; known samplers: {', '.join(SAMPLERS)}"
+            )
+        if request.guidance_start >= request.guidance_end:
+            raise InvalidRequestError(
+                f"guidance_start is {request.guidance_start:g}, expected less than guidance_end, "
+                f"which is {request.guidance_end:g}; for no guidance at all, set guidance to 1"
             )
         if (pixels := request.images * request.width * request.height) > MAX_PIXELS:
             raise InvalidRequestError(
@@ -137,15 +165,15 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _scale(value: Any) -> float:
+def _number(name: str, value: Any, most: int, hint: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidRequestError(f"guidance is {_show(value)}, expected a number")
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected a number")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not 0 <= number <= 1000:  # NaN compares false
-        raise InvalidRequestError(f"guidance is {_show(value)}, expected 0 to 1000 (7.5 is usual, 1 is none)")
+    if not 0 <= number <= most:  # NaN compares false
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected 0 to {most}{hint}")
     return number
 
 

@@ -24,6 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument(
+        "--guidance-start", type=float, default=0.0, metavar="F", help="fraction of the run at which guidance begins"
+    )
+    parser.add_argument(
+        "--guidance-end", type=float, default=1.0, metavar="F", help="fraction of the run at which guidance ends"
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="how much to undo the contrast of guidance, 0 to 1",
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the noise, as torch's CPU generator takes it")
     parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels")
@@ -55,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
             negative_prompt=arguments.negative_prompt,
             steps=arguments.steps,
             guidance=arguments.guidance,
+            guidance_start=arguments.guidance_start,
+            guidance_end=arguments.guidance_end,
+            guidance_rescale=arguments.guidance_rescale,
             seed=arguments.seed,
             sampler=arguments.sampler,
             width=arguments.width,

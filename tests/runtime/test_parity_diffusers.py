@@ -144,3 +144,34 @@ def test_without_guidance_the_picture_is_diffusers(pair: Pair) -> None:
         height=height,
     ).images[0]
     assert psnr(ours, np.round(theirs * 255).astype(np.uint8)) >= GATE
+
+
+def test_rescaled_guidance_is_diffusers(pair: Pair) -> None:
+    """guidance_rescale gives diffusers' picture."""
+    assert pair.compare("ddim", size=pair.sizes[0], images=3, steps=4, guidance_rescale=0.7) >= GATE
+
+
+def test_guidance_that_ends_is_diffusers(pair: Pair) -> None:
+    """guidance_end gives the picture that diffusers draws when a callback ends guidance in the middle."""
+
+    def stop(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    width, height = pair.sizes[0]
+    common = {"negative_prompt": NEGATIVE, "width": width, "height": height}
+    ours = pair.ours(PROMPT, guidance=4.0, guidance_end=0.5, steps=4, seed=3, sampler="euler", **common).images[0]
+    pair.theirs.scheduler = scheduler("euler", pair.theirs.scheduler.config)
+    theirs = pair.theirs(
+        PROMPT,
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        callback_on_step_end=stop,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        **common,
+    ).images[0]
+    assert psnr(ours, np.round(theirs * 255).astype(np.uint8)) >= GATE

@@ -209,6 +209,15 @@ def test_with_guidance_the_unconditional_rows_come_first(pipe: Pipeline, engines
         np.testing.assert_array_equal(call["encoder_hidden_states"], states[[0, 0, 0, 1, 1, 1]])
 
 
+def test_outside_its_part_of_the_run_guidance_is_not_run(pipe: Pipeline, engines: dict[str, FakeEngine]) -> None:
+    """Before guidance_start and from guidance_end on, the denoiser sees the conditional rows alone."""
+    options = {"guidance_start": 0.25, "guidance_end": 0.75, "guidance": 4}
+    pipe("a red apple", negative_prompt="blurry", steps=4, images=2, sampler="euler", **options)
+    calls = engines["unet"].calls
+    assert [len(call["sample"]) for call in calls] == [2, 4, 4, 2]
+    np.testing.assert_array_equal(calls[0]["encoder_hidden_states"], calls[1]["encoder_hidden_states"][2:])
+
+
 @pytest.mark.parametrize("sampler", ["euler", "euler-a", "dpmpp-2m", "ddpm"])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("images", [1, 3])

@@ -48,6 +48,9 @@ def test_what_is_given_is_kept() -> None:
         "height": 16,
         "images": 3,
         "clip_skip": 1,
+        "guidance_start": 0.25,
+        "guidance_end": 0.5,
+        "guidance_rescale": 0.0,
     }
     assert options.keys() == RequestOptions.__annotations__.keys()
     request = create(**options)
@@ -106,6 +109,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance": -1}, "guidance is -1, expected 0 to 1000 (7.5 is usual, 1 is none)"),
     ({"guidance": 10**400}, "guidance is an integer of 1329 bits, expected 0 to 1000 (7.5 is usual, 1 is none)"),
     ({"guidance": 1001}, "guidance is 1001, expected 0 to 1000 (7.5 is usual, 1 is none)"),
+    ({"guidance_start": -0.1}, "guidance_start is -0.1, expected 0 to 1"),
+    ({"guidance_end": float("nan")}, "guidance_end is nan, expected 0 to 1"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5, expected 0 to 1"),
+    (
+        {"guidance_start": 0.5, "guidance_end": 0.5},
+        "guidance_start is 0.5, expected less than guidance_end, which is 0.5; "
+        "for no guidance at all, set guidance to 1",
+    ),
     ({"guidance": "7.5"}, "guidance is '7.5', expected a number"),
     ({"guidance": True}, "guidance is True, expected a number"),
     ({"guidance": 1j}, "guidance is 1j, expected a number"),
