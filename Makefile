@@ -45,6 +45,8 @@ $(VENV)/export.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing LatentRT with all that its tests need into $(VENV) (a few minutes at the first time)"
 	$(PIP) --editable ".[$(TEST_EXTRAS)]"
+	@# Alone: the stubs ask for TensorRT itself, which comes from NVIDIA's own index.
+	$(PIP) --no-deps tensorrt-stubs
 	@touch $@ $(VENV)/export.stamp
 
 clean:
