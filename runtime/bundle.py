@@ -323,17 +323,24 @@ def _as_output_error(target: Path, directory: Path | None = None) -> Iterator[No
 
 def _check_target(target: Path) -> None:
     """Refuse to replace anything but a bundle or an empty directory."""
-    try:
-        if not any(target.iterdir()):
+    while True:
+        try:
+            seen = target.stat()
+            if not any(target.iterdir()):
+                return
+        except FileNotFoundError:
             return
-    except FileNotFoundError:
-        return
-    except NotADirectoryError as error:
-        raise OutputError(f"{target} is a file, or below one, and is left alone; choose another place") from error
-    if not _is_bundle(target):
-        raise OutputError(
-            f"{target} is a directory with other content than a bundle and is left alone; choose another, or empty it"
-        )
+        except NotADirectoryError as error:
+            raise OutputError(f"{target} is a file, or below one, and is left alone; choose another place") from error
+        if _is_bundle(target):
+            return
+        # Where directories cannot be exchanged, another writer may have put the bundle aside just now: look again.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(seen, target.stat()):
+                raise OutputError(
+                    f"{target} is a directory with other content than a bundle and is left alone; "
+                    "choose another, or empty it"
+                )
 
 
 def _is_bundle(directory: Path) -> bool:
@@ -342,7 +349,7 @@ def _is_bundle(directory: Path) -> bool:
         plain_file(directory, MANIFEST_FILE)
         with (directory / MANIFEST_FILE).open("rb") as file:
             record = json.loads(file.read(MAX_JSON_BYTES + 1))
-    except (BundleIntegrityError, ValueError, RecursionError):
+    except (BundleIntegrityError, FileNotFoundError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and "format_version" in record and "components" in record
 
@@ -411,7 +418,8 @@ def _place(directory: Path, target: Path) -> None:
             directory.rename(target)  # works if there is nothing, or an empty directory
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not target.is_dir():
+            occupied = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if not occupied and not (error.errno == errno.EACCES and target.is_dir()):  # Windows says EACCES
                 raise
         _check_target(target)  # what is there now may be newer than the first look
         # A target that is not found was taken away by another writer at this moment: look again.
@@ -434,11 +442,15 @@ def _replace_in_two_steps(directory: Path, target: Path) -> bool:
         target.rename(aside)
         try:
             directory.rename(target)
-        except BaseException:
-            aside.rename(target)
-            raise
+            done = True
+        except BaseException as error:
+            # In the gap another writer may have put its bundle there; what is aside is then out of date.
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                aside.rename(target)
+                raise
+            done = False
         shutil.rmtree(aside, ignore_errors=True)
-        return True
+        return done
     finally:
         if claim is not None:
             os.close(claim)

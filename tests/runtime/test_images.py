@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import stat
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -301,22 +300,33 @@ def test_a_directory_without_permission_is_an_output_error(tmp_path: Path) -> No
     assert_nothing_written(tmp_path / "closed" / "out.png", match="Permission denied")
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[None]:
-    """The kernel cuts every file of this process off after 8 KiB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+# In a process of its own: the limit holds for every file, and pytest's own output may go to one.
+CUT_OFF = """
+import resource, sys
+import numpy as np
+from latentrt.runtime.images import write_png
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+try:
+    write_png(sys.argv[1], pixels, None)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
 
 
 @pytest.mark.parametrize("older", [None, b"an older picture"])
-@pytest.mark.usefixtures("file_size_limit")
 def test_a_write_that_the_system_cuts_off_is_an_output_error(tmp_path: Path, older: bytes | None) -> None:
     """A real failure in the middle of writing removes the temporary file and keeps an older picture."""
+    target = tmp_path / "out.png"
     if older is not None:
-        (tmp_path / "out.png").write_bytes(older)
-    assert_nothing_written(tmp_path / "out.png", match="File too large")
+        target.write_bytes(older)
+    process = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, str(target)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert process.returncode == 1
+    assert re.fullmatch(r"OutputError: .*File too large.*\n", process.stderr)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if older is None else [older])
 
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
