@@ -22,14 +22,23 @@ def dependencies(graph: ir.Graph) -> Dependencies:
     """
     found: dict[ir.Value, frozenset[str]] = {value: frozenset({str(value.name)}) for value in graph.inputs}
     for node in graph:
-        used = [value for value in node.inputs if value is not None]
-        for attribute in node.attributes.values():
-            for subgraph in _subgraphs(attribute):
-                used += [value for inner in subgraph.all_nodes() for value in inner.inputs if value is not None]
+        used = [value for value in node.inputs if value is not None] + captures(node)
         names = frozenset[str]().union(*(found.get(value, frozenset()) for value in used))
         for output in node.outputs:
             found[output] = names
     return found
+
+
+def captures(node: ir.Node) -> list[ir.Value]:
+    """Values that the subgraphs of a node (``If``, ``Loop``) use, those of their own among them."""
+    return [
+        value
+        for attribute in node.attributes.values()
+        for subgraph in _subgraphs(attribute)
+        for inner in subgraph.all_nodes()
+        for value in inner.inputs
+        if value is not None
+    ]
 
 
 def _subgraphs(attribute: ir.Attr) -> list[ir.Graph]:

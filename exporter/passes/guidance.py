@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
-from .dependencies import dependencies
+from .builder import Builder
+from .dependencies import captures, dependencies
 
 BATCH, ROWS = "batch", "rows"
 """Names of the leading dimension: one row a sample, and one row a sample and half."""
@@ -19,39 +18,45 @@ def share_guidance(graph: ir.Graph, *, conditioned: Collection[str]) -> int:
     """Let everything that depends on latents and time alone run with one row a sample.
 
     Under guidance the unconditional and the conditional half see the same latents at the same time. Afterwards the
-    inputs in ``conditioned`` have ``rows`` rows, a multiple of the ``batch`` rows of all others: all unconditional
-    rows first, then all conditional ones. With as many rows as samples the graph computes what it did before.
+    inputs in ``conditioned`` have a row for each sample and half, in whatever order, and a new input ``rows``, int64
+    ``[rows]``, says which sample each of them belongs to. Samples without guidance have one row.
 
     Cases:
         1. A node none of whose inputs depends on ``conditioned`` stays, and runs at ``batch``.
-        2. A floating-point value that crosses to the other nodes and has one row a sample is repeated.
-        3. Anything else that crosses (a shape, a value whose leading dimension is a product) is computed again from
-           repeated values: repeating a shape would be wrong.
+        2. A floating-point value that crosses to the other nodes and has one row a sample is gathered by ``rows``.
+        3. The number of rows (the leading dimension of such a value) is that of ``rows``, its other dimensions are
+           what they were.
+        4. Anything else that crosses (a shape as a whole, a value whose leading dimension is a product) is computed
+           again from what crosses by cases 2 and 3: gathering a shape would be wrong.
 
     Args:
         graph: The step graph; changed in place.
         conditioned: Inputs that differ between the halves.
 
     Returns:
-        The number of nodes that run at ``batch`` now; 0 leaves the graph as it was.
+        The number of nodes that run at ``batch`` now.
+
+    Raises:
+        ValueError: if the graph has an input called ``rows`` already, or a value crosses into the body of a loop or
+            of a branch, which this pass does not look into.
     """
+    if any(value.name == ROWS for value in graph.inputs):
+        raise ValueError(f"the graph has an input {ROWS!r} already")
     found = dependencies(graph)
     names = set(conditioned)
     split = [node for node in graph if found[node.outputs[0]] & names]
     shared = [node for node in graph if found[node.outputs[0]] and not found[node.outputs[0]] & names]
-    anchor = next((value for value in graph.inputs if value.name in names), None)
-    sample = next((value for value in graph.inputs if value.name not in names), None)
-    if not shared or not split or anchor is None or sample is None:
-        return 0
-    rewriter = _Rewriter(graph, anchor, sample, {v for v, deps in found.items() if deps and not deps & names})
+    rewriter = _Rewriter(graph, {value for value, deps in found.items() if deps and not deps & names})
     for node in split:
-        rewriter.before = node
+        rewriter.builder.before = node
+        if captured := [value for value in captures(node) if value in rewriter.shared]:
+            raise ValueError(f"a subgraph of {node.op_type} {node.name!r} uses {captured[0].name!r} from outside")
         for index, value in enumerate(node.inputs):
             if value in rewriter.shared:
                 node.replace_input_with(index, rewriter.at_rows(value))
+    rewriter.builder.before = None
     for index, value in enumerate(graph.outputs):
         if value in rewriter.shared:
-            rewriter.before = None
             graph.outputs[index] = rewriter.at_rows(value)
     # Runtimes reuse buffers between values whose dimensions have the same name, so the names must tell the truth.
     for value in (*(v for v in graph.inputs if v.name in names), *(v for node in split for v in node.outputs)):
@@ -59,36 +64,44 @@ def share_guidance(graph: ir.Graph, *, conditioned: Collection[str]) -> int:
     return sum(1 for node in shared if any(output.uses() for output in node.outputs))
 
 
-@dataclass
 class _Rewriter:
     """Makes the version of a shared value that has one row a sample and half, once for each value."""
 
-    graph: ir.Graph
-    anchor: ir.Value
-    sample: ir.Value
-    shared: set[ir.Value]
-    before: ir.Node | None = None
-    made: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    repeats: dict[int, ir.Value] = field(default_factory=dict)
-    ratio: ir.Value | None = None
+    def __init__(self, graph: ir.Graph, shared: set[ir.Value]) -> None:
+        self.shared = shared
+        self.builder = Builder(graph, "guidance")
+        self._rows = self.builder.input(ROWS, ir.DataType.INT64, [ROWS])
+        self._made: dict[ir.Value, ir.Value] = {}
 
     def at_rows(self, value: ir.Value) -> ir.Value:
-        """``value`` itself if it does not depend on the latents, else its repeated or recomputed version."""
+        """``value`` itself if it is the same for any number of rows, else its gathered or recomputed version."""
         if value not in self.shared:
             return value
-        if value not in self.made:
+        if value not in self._made:
             if _has_row_a_sample(value):
-                rank = len(value.shape or ())
-                tile = self._add("Tile", [value, self._repeats(rank)], value)
-                self.made[value] = tile
+                shape = [ROWS, *list(value.shape or ())[1:]]
+                dtype = value.dtype or ir.DataType.FLOAT
+                self._made[value] = self.builder.add("Gather", [value, self._rows], dtype, shape, axis=0)
             else:
                 self._recompute(value)
-        return self.made[value]
+        return self._made[value]
 
     def _recompute(self, value: ir.Value) -> None:
         producer = value.producer()
         assert producer is not None, "a graph input has one row a sample"
+        if producer.op_type == "Shape" and (measured := producer.inputs[0]) is not None and _has_row_a_sample(measured):
+            rank = len(measured.shape or ())
+            first, last = _range(producer, rank)
+            if first > 0:
+                self._made[value] = value
+                return
+            if last == 1:
+                self._made[value] = self.builder.add("Shape", [self._rows], ir.DataType.INT64, [1])
+                return
         inputs = [None if v is None else self.at_rows(v) for v in producer.inputs]
+        if all(new is old for new, old in zip(inputs, producer.inputs, strict=True)):
+            self._made.update((output, output) for output in producer.outputs)
+            return
         node = ir.Node(
             producer.domain,
             producer.op_type,
@@ -98,46 +111,17 @@ class _Rewriter:
             version=producer.version,
             name=f"{producer.outputs[0].name}_rows",
         )
-        self._insert(node)
+        self.builder.insert(node)
         for old, new in zip(producer.outputs, node.outputs, strict=True):
             new.name, new.dtype = f"{old.name}_rows", old.dtype
-            self.made[old] = new
+            self._made[old] = new
 
-    def _repeats(self, rank: int) -> ir.Value:
-        """Repeats of each axis: as many as there are rows to a sample in the first, one in all others."""
-        if self.ratio is None:
-            rows = self._add("Shape", [self.anchor], None, attributes={"start": 0, "end": 1})
-            samples = self._add("Shape", [self.sample], None, attributes={"start": 0, "end": 1})
-            self.ratio = self._add("Div", [rows, samples], None)
-        if rank == 1:
-            return self.ratio
-        if rank not in self.repeats:
-            ones = ir.val(f"guidance_ones_{rank - 1}", const_value=ir.tensor(np.ones(rank - 1, np.int64)))
-            self.graph.register_initializer(ones)
-            self.repeats[rank] = self._add("Concat", [self.ratio, ones], None, attributes={"axis": 0})
-        return self.repeats[rank]
 
-    def _add(
-        self,
-        operator: str,
-        inputs: list[ir.Value],
-        like: ir.Value | None,
-        attributes: dict[str, int] | None = None,
-    ) -> ir.Value:
-        node = ir.node(operator, inputs, attributes=attributes)
-        self._insert(node)
-        output = node.outputs[0]
-        output.name = f"guidance_{operator.lower()}_{len(self.graph)}"
-        output.dtype = ir.DataType.INT64 if like is None else like.dtype
-        if like is not None and like.shape is not None:
-            output.shape = ir.Shape([ROWS, *list(like.shape)[1:]])
-        return output
-
-    def _insert(self, node: ir.Node) -> None:
-        if self.before is None:
-            self.graph.append(node)
-        else:
-            self.graph.insert_before(self.before, node)
+def _range(shape: ir.Node, rank: int) -> tuple[int, int]:
+    """First and last (exclusive) dimension that a Shape node reads."""
+    start, end = (shape.attributes.get(name) for name in ("start", "end"))
+    first, last = 0 if start is None else start.as_int(), rank if end is None else end.as_int()
+    return first % rank if first < 0 else first, last % rank if last < 0 else last
 
 
 def _has_row_a_sample(value: ir.Value) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from latentrt.exporter.passes.dependencies import dependencies
 from latentrt.exporter.passes.guidance import share_guidance
 from latentrt.exporter.passes.stages import split_stages
+from latentrt.exporter.passes.update import fuse_update
 from latentrt.runtime.bundle import Bundle
 
 Parse = Callable[[str], ir.Graph]
@@ -116,8 +117,10 @@ def test_guidance_shares_what_the_prompt_does_not_reach(parse: Parse, run: Run) 
     text = np.arange(12, dtype=np.float32).reshape(4, 3) / 50
     expected = run(graph, {**both, "text": text})["out"]
     assert share_guidance(graph, conditioned=["text"]) == 6
-    np.testing.assert_allclose(run(graph, {**FEEDS, "text": text})["out"], expected, rtol=1e-6)
-    np.testing.assert_allclose(run(graph, {**FEEDS, "text": text[:2]})["out"], expected[:2], rtol=1e-6)
+    for rows in ([0, 1, 0, 1], [0, 1], [1, 0, 0]):
+        picked = [2 * rows[:place].count(row) + row for place, row in enumerate(rows)]
+        feeds = {**FEEDS, "text": text[picked], "rows": np.array(rows)}
+        np.testing.assert_allclose(run(graph, feeds)["out"], expected[picked], rtol=1e-6)
 
 
 def test_a_shape_that_crosses_is_computed_again(parse: Parse, run: Run) -> None:
@@ -127,8 +130,8 @@ def test_a_shape_that_crosses_is_computed_again(parse: Parse, run: Run) -> None:
         denoiser (float[batch, 4] latents, float[batch, 4] text) => (float[batch, 2, 2] out)
             <int64[2] square = {2, 2}>
         {
-            rows = Shape<start = 0, end = 1>(latents)
-            shape = Concat<axis = 0>(rows, square)
+            count = Shape<start = 0, end = 1>(latents)
+            shape = Concat<axis = 0>(count, square)
             joined = Add(latents, text)
             out = Reshape(joined, shape)
         }
@@ -137,16 +140,111 @@ def test_a_shape_that_crosses_is_computed_again(parse: Parse, run: Run) -> None:
     latents, text = FEEDS["latents"], np.arange(16, dtype=np.float32).reshape(4, 4)
     expected = run(graph, {"latents": np.concatenate([latents, latents]), "text": text})["out"]
     share_guidance(graph, conditioned=["text"])
-    np.testing.assert_array_equal(run(graph, {"latents": latents, "text": text})["out"], expected)
+    feeds = {"latents": latents, "text": text, "rows": np.array([0, 1, 0, 1])}
+    np.testing.assert_array_equal(run(graph, feeds)["out"], expected)
 
 
-def test_a_graph_without_anything_to_share_stays(parse: Parse) -> None:
-    """Where every node depends on the prompt, the pass changes nothing and says so."""
+def test_a_length_that_crosses_needs_no_values(parse: Parse, run: Run) -> None:
+    """The picture's own size, and the number of rows, are known without gathering what they are measured on."""
+    graph = parse(
+        """
+        denoiser (float[batch, 4] latents, float[batch, 2, 2] text) => (float[batch, 2, 2] out)
+            <int64[1] two = {2}, float[1] half = {0.5}>
+        {
+            wide = Mul(latents, half)
+            count = Shape<start = 0, end = 1>(wide)
+            width = Shape<start = 1, end = 2>(wide)
+            side = Div(width, two)
+            shape = Concat<axis = 0>(count, side, two)
+            added = Add(text, half)
+            out = Reshape(added, shape)
+        }
+        """
+    )
+    share_guidance(graph, conditioned=["text"])
+    assert [node.op_type for node in graph].count("Gather") == 0
+    text = np.arange(16, dtype=np.float32).reshape(4, 2, 2)
+    feeds = {"latents": FEEDS["latents"], "text": text, "rows": np.array([0, 1, 0, 1])}
+    np.testing.assert_array_equal(run(graph, feeds)["out"], text + 0.5)
+
+
+def test_what_a_branch_captures_does_not_cross(parse: Parse) -> None:
+    """A branch that would see values with other rows than it was made for is refused by name."""
+    graph = parse(
+        """
+        denoiser (float[batch, 4] latents, bool text) => (float[batch, 4] out) {
+            seen = Neg(latents)
+            out = If (text) <
+                then_branch = yes () => (float[batch, 4] y) { y = Identity(seen) },
+                else_branch = no () => (float[batch, 4] n) { n = Neg(seen) }
+            >
+        }
+        """
+    )
+    with pytest.raises(ValueError, match="uses 'seen' from outside"):
+        share_guidance(graph, conditioned=["text"])
+
+
+def test_a_name_that_is_taken_is_refused(parse: Parse) -> None:
+    """A graph whose own input is called rows is left alone."""
+    graph = parse("denoiser (float[batch] rows, float[batch] text) => (float[batch] out) { out = Add(rows, text) }")
+    with pytest.raises(ValueError, match="an input 'rows' already"):
+        share_guidance(graph, conditioned=["text"])
+
+
+def test_latents_that_meet_the_prompt_at_once_are_gathered(parse: Parse, run: Run) -> None:
+    """Where every node depends on the prompt nothing is shared, and the input itself crosses."""
     graph = parse(
         "denoiser (float[batch, 4] latents, float[batch, 4] text) => (float[batch, 4] out) { out = Add(latents, text) }"
     )
     assert share_guidance(graph, conditioned=["text"]) == 0
-    assert len(graph) == 1
+    text = np.zeros((3, 4), np.float32)
+    rows = np.array([1, 0, 0])
+    result = run(graph, {"latents": FEEDS["latents"], "text": text, "rows": rows})["out"]
+    np.testing.assert_array_equal(result, FEEDS["latents"][rows])
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_a_fused_step_is_guidance_and_the_plans_update(parse: Parse, run: Run, dtype: str, rescale: float) -> None:
+    """One call does what the loop in numpy does, for samples of different samplers, guided and not."""
+    graph = parse(
+        f"denoiser ({dtype}[batch, 2, h, w] latents, {dtype}[rows, 2, 1, 1] text) => ({dtype}[rows, 2, h, w] out)"
+        f" <int64[3] rows_of = {{0, 1, 0}}> {{ seen = Gather<axis = 0>(latents, rows_of) out = Mul(seen, text) }}"
+    )
+    fuse_update(graph, sample="latents", prediction="out")
+    generator = np.random.default_rng(0)
+    registers = generator.standard_normal((2, 3, 2, 4, 6), np.float32)
+    noise = generator.standard_normal((2, 2, 4, 6), np.float32)
+    update = generator.standard_normal((2, 3, 5), np.float32)
+    text = generator.standard_normal((3, 2, 1, 1), np.float32)
+    feeds = {
+        "registers": registers,
+        "noise": noise,
+        "update": update,
+        "input_scale": np.array([0.5, 2.0], np.float32),
+        "guidance": np.array([4.0, 1.0], np.float32),
+        "guidance_rescale": np.array([rescale, 0.0], np.float32),
+        "unconditional": np.array([0, 1]),
+        "conditional": np.array([2, 1]),
+        "text": text.astype("float32" if dtype == "float" else "float16"),
+    }
+    result = run(graph, feeds)["updated_registers"]
+    for sample, (unconditional, conditional) in enumerate([(0, 2), (1, 1)]):
+        latent = registers[sample, 0] * feeds["input_scale"][sample]
+        low, high = latent * text[unconditional], latent * text[conditional]
+        guided = low + feeds["guidance"][sample] * (high - low)
+        share = feeds["guidance_rescale"][sample]
+        guided = guided * (share * high.std() / guided.std() + 1 - share)
+        terms = np.concatenate([registers[sample], guided[None], noise[sample][None]])
+        expected = np.einsum("rt,tchw->rchw", update[sample], terms)
+        np.testing.assert_allclose(result[sample], expected, atol=2e-2 if dtype == "float16" else 1e-5)
+
+
+def test_a_step_of_unknown_names_is_not_fused(parse: Parse) -> None:
+    """An input or output that the graph does not have is refused by name."""
+    with pytest.raises(ValueError, match="no input 'sample' and output 'out'"):
+        fuse_update(parse(DENOISER), sample="sample", prediction="out")
 
 
 @pytest.mark.parametrize("kind", ["emoji", "sd1", "sd2"])
@@ -177,7 +275,8 @@ def test_a_staged_and_shared_unet_computes_what_the_export_computes(
         expected = run(plain, whole)["out_sample"]
         table = run(stages.schedule, {"timestep": np.array([999, 501, 1], np.float32)})
         row = {name: np.repeat(values[1:2], batch, axis=0) for name, values in table.items()}
-        feeds = {"sample": latents, **row, **run(stages.prompt, {"encoder_hidden_states": states})}
+        rows = np.tile(np.arange(batch), 2)
+        feeds = {"sample": latents, "rows": rows, **row, **run(stages.prompt, {"encoder_hidden_states": states})}
         result = run(stages.step, feeds)["out_sample"]
         assert result.shape == expected.shape
         error = np.linalg.norm(result - expected) / np.linalg.norm(expected)  # type: ignore[operator]
