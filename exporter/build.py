@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,19 +19,22 @@ from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engin
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
 from latentrt.runtime.bundle import Bundle, write_bundle
+from latentrt.runtime.loop import TEXTS_AT_ONCE, TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
-from .components import NAMES, latent_factor, load_component
+from .components import ALL, NAMES, STAGES, Component, latent_factor, load_component
 from .onnx_export import export_component, parameter_count
 from .progress import Reporter, Silent
 from .source import Source
+from .stages import export_stages
 from .targets import OPSETS, Form, form_for
-from .verify import check_component, overflows
+from .verify import check_component, check_stages, overflows
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _LONGEST = {"batch": 4096, "height": MAX_SIDE, "width": MAX_SIDE}
 _MOST_STEPS, _MOST_GUIDANCE = 10_000, 1000  # what a manifest takes
+_MOST_REGISTERS = 8  # the sampler with the longest history, PNDM with its Runge-Kutta start, has 6
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,16 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     engines = tuple(
         _compile(bundle, name, form_for(sdk_name, request.precision), sdk, ranges[name], request.options, reporter)
         for sdk_name, sdk in sdks.items()
-        for name in NAMES
+        for name in _to_compile(bundle)
     )
     quality = {graph: bundle.manifest.quality[graph] for graph in exported if graph in bundle.manifest.quality}
     return BuildReport(bundle.path, exported, quality, engines, time.perf_counter() - start)
+
+
+def _to_compile(bundle: Bundle) -> list[str]:
+    """Components that a compiled engine is of use for: of a denoiser its stages rather than the whole."""
+    split = {whole for whole, stages in STAGES.items() if stages[-1] in bundle.manifest.components}
+    return [name for name in bundle.manifest.components if name not in split]
 
 
 def tool_versions() -> dict[str, str]:
@@ -157,13 +167,18 @@ def _export(
 ) -> tuple[Bundle, tuple[str, ...]]:
     """Bring the bundle at ``request.output`` to hold all ``forms``; graphs that it has already are kept."""
     older = _same_source(request, source)
-    kept = {name: dict(older.manifest.components[name].graphs) if older else {} for name in NAMES}
+    found = older.manifest.components if older else {}
+    kept = {part: dict(found[part].graphs) if part in found else {} for part in ALL}
     quality = dict(older.manifest.quality) if older else {}
+
+    def lacks(part: str, form: Form) -> bool:
+        return form.name not in kept[part] or (request.verify and kept[part][form.name].file not in quality)
+
     missing = [
         (name, form)
         for name in NAMES
         for form in forms
-        if form.name not in kept[name] or (request.verify and kept[name][form.name].file not in quality)
+        if lacks(name, form) or (name in STAGES and lacks(STAGES[name][-1], form))
     ]
     defaults = _defaults(request, source, older.manifest.defaults if older else None)
     origin = m.Source(source.name, source.licence, source.fingerprint)
@@ -189,15 +204,16 @@ def _export(
         for name in NAMES:
             wanted = [form for each, form in missing if each == name]
             if wanted:
-                graphs = _export_component(source, name, wanted, writer.directory, request.verify, quality, reporter)
-                exported += [graph.file for graph in graphs.values()]
-                kept[name] |= graphs
+                new = _export_component(source, name, wanted, writer.directory, request.verify, quality, reporter)
+                exported += [graph.file for graphs in new.values() for graph in graphs.values()]
+                for part, graphs in new.items():
+                    kept[part] |= graphs
         writer.commit(
             m.Manifest(
                 format_version=m.FORMAT_VERSION,
                 family=source.family,
                 prediction_type=str(source.scheduler.get("prediction_type", "epsilon")),
-                components={name: m.Component(name, graphs) for name, graphs in kept.items()},
+                components={name: m.Component(name, graphs) for name, graphs in kept.items() if graphs},
                 files={},
                 latent=_latent(source),
                 tokenizers={"tokenizer": tokenizer},
@@ -244,9 +260,10 @@ def _export_component(
     verify: bool,
     quality: dict[str, float],
     reporter: Reporter,
-) -> dict[str, m.Graph]:
+) -> dict[str, dict[str, m.Graph]]:
+    """Graphs by component and form: those of the component itself, and those of its stages where it has some."""
     component = load_component(source, name)
-    graphs: dict[str, m.Graph] = {}
+    graphs: dict[str, dict[str, m.Graph]] = {name: {}}
     for form in forms:
         reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
         start = time.perf_counter()
@@ -254,16 +271,38 @@ def _export_component(
         if form.precision == "fp16" and (layer := overflows(component)):
             exported, note = Form(form.opset, "fp32"), f"; kept in fp32, since {layer} leaves the range of fp16"
         graph = export_component(component, exported, directory)
-        path = directory / graph.file
-        parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{path.stat().st_size / 1e6:.1f} MB"]
+        size = sum((directory / file).stat().st_size for file in (graph.file, *graph.external))
+        parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{size / 1e6:.1f} MB"]
         if verify:
-            with OnnxRuntimeEngine(path, label=name) as engine:
+            with OnnxRuntimeEngine(directory / graph.file, label=name) as engine:
                 check = check_component(component, engine, graph.precision)
             quality[graph.file] = round(min(check.psnr, 999.0), 2)
             parts.append(f"{check.psnr:.1f} dB against torch")
-        graphs[form.name] = graph  # under the form that was asked for; the graph says what it is
+        graphs[name][form.name] = graph  # under the form that was asked for; the graph says what it is
         reporter.result(f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s{note}")
+        if component.roles:
+            reporter.stage(f"{name}: stages of the loop")
+            start = time.perf_counter()
+            stages = export_stages(component, graph, exported, directory)
+            told = [f"{len(stage.outputs)} tensors from {part}" for part, stage in stages.items()][:-1]
+            if verify:
+                psnr = _check_stages(component, stages, directory)
+                quality |= {stage.file: round(min(psnr, 999.0), 2) for stage in stages.values()}
+                told.append(f"{psnr:.1f} dB against torch")
+            for part, stage in stages.items():
+                graphs.setdefault(part, {})[form.name] = stage
+            reporter.result(f"{', '.join(told)}, {time.perf_counter() - start:.1f} s")
     return graphs
+
+
+def _check_stages(component: Component, stages: Mapping[str, m.Graph], directory: Path) -> float:
+    """PSNR in dB of a guided step through the stages of a denoiser."""
+    with ExitStack() as stack:
+        engines = {
+            part: stack.enter_context(OnnxRuntimeEngine(directory / stage.file, label=part))
+            for part, stage in stages.items()
+        }
+        return check_stages(component, engines, next(iter(stages.values())).precision).psnr
 
 
 def _write_tokenizer(source: Source, directory: Path) -> m.Tokenizer:
@@ -317,9 +356,13 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{axis}: {error}, the pixels of a latent") from None
     both_halves = Range(pictures.min, 2 * pictures.opt, 2 * pictures.max)
+    registers = {"registers": Range(1, 2, _MOST_REGISTERS), "terms": Range(3, 4, _MOST_REGISTERS + 2)}
     return {
-        "text_encoder": {"batch": Range(1, 2, 2)},
+        "text_encoder": {"batch": Range(1, 2, TEXTS_AT_ONCE)},
         "unet": {"batch": both_halves, **latents},
+        "unet_prompt": {"batch": Range(1, 2, TEXTS_AT_ONCE)},
+        "unet_schedule": {"batch": Range(1, min(defaults.steps, TIMESTEPS_AT_ONCE), TIMESTEPS_AT_ONCE)},
+        "unet_step": {"batch": pictures, "rows": both_halves, **registers, **latents},
         "vae_decoder": {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
     }
@@ -388,12 +431,22 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
             f"{bundle.path.name} was not built from {source.name}: the fingerprints of the weights differ"
         )
     figures: dict[str, float] = {}
-    for name, entry in bundle.manifest.components.items():
+    components = bundle.manifest.components
+    for name in NAMES:
+        if name not in components:
+            continue
         component = load_component(source, name)
-        for form, graph in entry.graphs.items():
+        for form, graph in components[name].graphs.items():
             reporter.stage(f"{name}: {form}")
             with OnnxRuntimeEngine(bundle.graph_path(name, form), label=name) as engine:
                 check = check_component(component, engine, graph.precision)
             figures[graph.file] = check.psnr
             reporter.result(f"{check.psnr:.1f} dB")
+            if stages := {part: components[part].graphs[form] for part in STAGES.get(name, ()) if part in components}:
+                reporter.stage(f"{name}: {form}, stages of the loop")
+                for part in stages:
+                    bundle.graph_path(part, form)  # looks into the graph before ONNX Runtime opens it
+                psnr = _check_stages(component, stages, bundle.path)
+                figures |= {stage.file: psnr for stage in stages.values()}
+                reporter.result(f"{psnr:.1f} dB")
     return figures

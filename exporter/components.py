@@ -75,6 +75,25 @@ class Encoder(nn.Module):
 
 
 @dataclass(frozen=True)
+class Roles:
+    """What the inputs of a denoiser are, so that its loop can be compiled.
+
+    Attributes:
+        sample: The latents.
+        prediction: The output.
+        conditioning: Inputs that stay the same throughout a request.
+        time: Inputs that change with the step alone.
+        vectors: The inputs among ``conditioning`` with one vector a row.
+    """
+
+    sample: str
+    prediction: str
+    conditioning: tuple[str, ...]
+    time: tuple[str, ...]
+    vectors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Component:
     """A module to export with all that the exporter must know.
 
@@ -85,6 +104,7 @@ class Component:
         dynamic: For each input the names of its dimensions of variable length.
         outputs: Names of the outputs.
         keep_fp32: Inputs that stay fp32 at any precision.
+        roles: For the denoiser, which is then also exported in stages.
     """
 
     name: str
@@ -93,9 +113,14 @@ class Component:
     dynamic: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     keep_fp32: frozenset[str] = frozenset()
+    roles: Roles | None = None
 
 
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+STAGES = {"unet": ("unet_prompt", "unet_schedule", "unet_step")}
+"""Components that a denoiser is split into, see :mod:`latentrt.exporter.stages`."""
+ALL = tuple(part for name in NAMES for part in (name, *STAGES.get(name, ())))
+"""Every component of a bundle, in its order."""
 _PICTURE = {0: "batch", 2: "height", 3: "width"}
 _LATENT = {0: "batch", 2: "latent_height", 3: "latent_width"}
 
@@ -133,7 +158,10 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
             "encoder_hidden_states": torch.randn(2, length, int(width), generator=generator),
         }
         dynamic = {"sample": _LATENT, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
-        return Component(name, Denoiser(source.load(name)), example, dynamic, ("out_sample",), frozenset({"timestep"}))
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
+        return Component(
+            name, Denoiser(source.load(name)), example, dynamic, ("out_sample",), frozenset({"timestep"}), roles
+        )
     model, factor = source.load("vae"), latent_factor(source)
     if name == "vae_decoder":
         latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)

@@ -79,16 +79,27 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"model{form.suffix}.onnx"
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    external = f"{path.name}.data" if weights > EXTERNAL_THRESHOLD else None
+    # A denoiser's stages use the same weights: in a file of their own they are there once.
+    external = f"{path.name}.data" if weights > EXTERNAL_THRESHOLD or component.roles else None
     ir.save(program.model, path, external_data=external)
     check_graph(path, component.name)
+    files = (f"{component.name}/{external}",) if external else ()
+    return graph_entry(program.model.graph, f"{component.name}/{path.name}", form, files)
+
+
+def graph_entry(graph: ir.Graph, file: str, form: Form, external: tuple[str, ...]) -> Graph:
+    """A graph's entry for the manifest.
+
+    Raises:
+        ExportError: if the graph does not give the type of an input or output.
+    """
     return Graph(
-        file=f"{component.name}/{path.name}",
+        file=file,
         precision=form.precision,
         opset=form.opset,
-        inputs=tuple(_spec(value) for value in program.model.graph.inputs),
-        outputs=tuple(_spec(value) for value in program.model.graph.outputs),
-        external=(f"{component.name}/{external}",) if external else (),
+        inputs=tuple(_spec(value) for value in graph.inputs),
+        outputs=tuple(_spec(value) for value in graph.outputs),
+        external=external,
     )
 
 

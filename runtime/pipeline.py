@@ -1,34 +1,37 @@
-"""Text to image: the denoising loop in numpy around engine calls."""
+"""Text to image: from a prompt through the denoising loop to pixels."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.engines import Array, Engine
-from latentrt.engines.errors import BundleError, EngineClosedError, EngineError, InvalidRequestError
+from latentrt.engines import Engine
+from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError
 
 from .bundle import Bundle
+from .cache import TensorCache
 from .engine_choice import EngineSettings, make_engine
-from .noise import TorchGenerator
+from .loop import TEXTS_AT_ONCE, Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, finite, output_of, start_run
 from .request import Request, RequestOptions
-from .samplers import compile_plan
-from .samplers.plan import Plan, step
+from .samplers import Plan, compile_plan
 from .tokenizers import ClipTokenizer
 
-Floats = NDArray[np.float32]
-
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
-"""What text to image needs of a bundle."""
+"""What text to image needs of a bundle with the plain loop; the fused one needs the stages in place of the whole."""
+
+LOOPS = ("auto", "fused", "plain")
+"""Ways to run the denoising loop."""
+
+_STAGES = ("unet_prompt", "unet_schedule", "unet_step")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ class Result:
     truncated: int
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A request that was checked, before any engine ran."""
+
+    request: Request
+    plan: Plan
+    tokens: NDArray[np.int64]
+    truncated: int
+    timings: Timings
+
+
 class Pipeline:
     """A bundle opened for text to image. One pipeline may be used from many threads at once.
 
@@ -97,13 +111,17 @@ class Pipeline:
 
     Args:
         bundle: The bundle.
-        engines: Opened engines for :data:`COMPONENTS`; closed together with the pipeline.
+        engines: Opened engines for :data:`COMPONENTS`, or with the denoiser's stages in place of ``unet``; they are
+            closed together with the pipeline.
+        prompt_cache: Most bytes to keep of texts that were encoded, so that one that comes again is not encoded again.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, prompt_cache: int = 256 << 20) -> None:
         self.bundle = bundle
         self.engines = dict(engines)
         self.manifest = bundle.manifest
+        self.loop = _make_loop(self.engines)
+        self._texts = TensorCache(prompt_cache)
         self._closed = False
         if "tokenizer" not in self.manifest.tokenizers:
             raise BundleError(f"{bundle.path} has no tokenizer named 'tokenizer', which text to image needs")
@@ -121,6 +139,8 @@ class Pipeline:
         *,
         precision: str | None = None,
         threads: int = 0,
+        loop: str = "auto",
+        prompt_cache: int = 256 << 20,
         verify_hash: bool = False,
     ) -> Self:
         """Open a bundle.
@@ -130,22 +150,29 @@ class Pipeline:
             engine: ``"onnxruntime"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"auto"``.
             precision: ``"fp32"``, ``"fp16"``, or ``None`` for the highest that the bundle has.
             threads: Threads inside an operator on a CPU; 0 is automatic.
+            loop: ``"fused"`` runs the denoiser in stages, with guidance and the sampler's update inside its engine;
+                ``"plain"`` runs it whole, with both in numpy. ``"auto"`` is fused wherever the bundle has the stages.
+            prompt_cache: Most bytes to keep of texts that were encoded; 0 keeps nothing.
             verify_hash: Hash every file of the bundle first.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
             EngineUnavailableError: if the engine cannot run here.
-            InvalidRequestError: for an unknown engine.
+            InvalidRequestError: for an unknown engine or loop.
         """
+        if loop not in LOOPS:
+            raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
+        if type(prompt_cache) is not int or prompt_cache < 0:
+            raise InvalidRequestError(f"prompt_cache is {prompt_cache!r}, expected a number of bytes, or 0 for none")
         bundle = Bundle.open(Path(path), verify_hash=verify_hash)
         settings = EngineSettings(engine, precision, threads)
         with ExitStack() as stack:
             engines: dict[str, Engine] = {}
-            for component in COMPONENTS:
+            for component in _components(bundle, loop):
                 opened = make_engine(bundle, component, settings).open()
                 stack.callback(opened.close)
                 engines[component] = opened
-            pipeline = cls(bundle, engines)
+            pipeline = cls(bundle, engines, prompt_cache=prompt_cache)
             stack.pop_all()
         return pipeline
 
@@ -181,8 +208,68 @@ class Pipeline:
             >>> def draw(pipe):  # doctest: +SKIP
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
+        return self._stream(self._prepare(prompt, options))
+
+    def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, Result]:
+        run, timings = self._start(prepared), prepared.timings
+        total = len(run)
+        while not run.done:
+            index, begin = run.index, time.perf_counter()
+            self.loop.advance([run])
+            timings.step.append(time.perf_counter() - begin)
+            yield StepInfo(index, total, float(run.plan.timesteps[index]), run.latents.copy(), timings.step[-1])
+        begin = time.perf_counter()
+        latents = run.latents.copy()
+        images = self.decode(latents)
+        timings.vae_decoder = time.perf_counter() - begin
+        timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
+        timings.total += timings.vae_decoder
+        return Result(images, latents, timings, run.request, prepared.truncated)
+
+    def start(self, prompt: str, **options: Unpack[RequestOptions]) -> Run:
+        """Begin a request that :meth:`advance` takes further, together with others.
+
+        Takes what :meth:`__call__` takes, and encodes the texts at once. Dropping the run cancels the request.
+
+        Example:
+            >>> def draw(pipe):  # doctest: +SKIP
+            ...     runs = [pipe.start("a red apple", sampler="euler"), pipe.start("a rocket", steps=8)]
+            ...     while running := [run for run in runs if not run.done]:
+            ...         pipe.advance(running)
+            ...     return [pipe.finish(run) for run in runs]
+        """
+        return self._start(self._prepare(prompt, options))
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run one step further, with one call of the denoiser for all.
+
+        Runs may join and leave between calls. They may differ in everything but the size of their pictures, and each
+        gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time.
+
+        Raises:
+            InvalidRequestError: if a run is done or there twice, or sizes differ.
+            EngineError: if the engine fails or computes values that are not finite; no run has moved then.
+        """
+        self._require_open()
+        self.loop.advance(runs)
+
+    def finish(self, run: Run) -> NDArray[np.uint8]:
+        """Pixels ``[images, height, width, 3]`` of a run that is done.
+
+        Raises:
+            InvalidRequestError: if it is not.
+        """
+        if not run.done:
+            raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
+        return self.decode(run.latents)
+
+    def _require_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
+
+    def _prepare(self, prompt: str, options: Mapping[str, Any]) -> _Prepared:
+        """Check everything that can be checked without an engine."""
+        self._require_open()
         if unknown := options.keys() - RequestOptions.__annotations__.keys():
             known = ", ".join(RequestOptions.__annotations__)
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
@@ -192,36 +279,21 @@ class Pipeline:
         planned = time.perf_counter()
         tokens, truncated = self._tokenize(request)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
-        return self._stream(request, plan, tokens, truncated, timings)
+        return _Prepared(request, plan, tokens, truncated, timings)
 
-    def _stream(
-        self, request: Request, plan: Plan, tokens: NDArray[np.int64], truncated: int, timings: Timings
-    ) -> Generator[StepInfo, None, Result]:
-        start = time.perf_counter()
-        embeddings = self._encode(tokens, request)
-        timings.text_encoder += time.perf_counter() - start
-
+    def _start(self, prepared: _Prepared) -> Run:
+        """Encode the texts and begin the loop."""
+        request, timings = prepared.request, prepared.timings
+        begin = time.perf_counter()
+        conditioning = self._condition(prepared.tokens, request, timings)
+        encoded = time.perf_counter()
+        timings.text_encoder += encoded - begin - timings.prompt
         latent = self.manifest.latent
         shape = (request.images, latent.channels, request.height // latent.factor, request.width // latent.factor)
-        generator = TorchGenerator(request.seed)
-        registers = np.zeros((plan.registers, *shape), np.float32)
-        np.multiply(generator.randn(shape), np.float32(plan.init_scale), out=registers[0])
-        total = len(plan.timesteps)
-        for index in range(total):
-            begin = time.perf_counter()
-            prediction = self._predict(registers[0], index, plan, embeddings, request)
-            noise = generator.randn(shape) if plan.uses_noise[index] else None
-            registers = step(plan, index, registers, prediction, noise)
-            timings.step.append(time.perf_counter() - begin)
-            yield StepInfo(index, total, float(plan.timesteps[index]), registers[0].copy(), timings.step[-1])
-
-        begin = time.perf_counter()
-        latents = registers[0].copy()
-        images = self.decode(latents)
-        end = time.perf_counter()
-        timings.vae_decoder = end - begin
-        timings.total = timings.schedule + timings.text_encoder + sum(timings.step) + timings.vae_decoder
-        return Result(images, latents, timings, request, truncated)
+        run = start_run(request, prepared.plan, conditioning, shape)
+        self.loop.begin(run)
+        timings.schedule += time.perf_counter() - encoded
+        return run
 
     def _tokenize(self, request: Request) -> tuple[NDArray[np.int64], int]:
         """Token ids ``[texts, max_length]``, the unconditional text first, and how many tokens were cut off."""
@@ -229,68 +301,45 @@ class Pipeline:
         cut = sum(max(0, self.tokenizer.count(text) - self.tokenizer.max_length) for text in texts)
         return self.tokenizer.encode_batch(texts), cut
 
-    def _encode(self, tokens: NDArray[np.int64], request: Request) -> Floats:
-        """Text states of every row of the denoiser's batch: all unconditional rows, then all conditional ones.
+    def _condition(self, tokens: NDArray[np.int64], request: Request, timings: Timings) -> list[Conditioning]:
+        """What each text comes to, from the cache where it is there.
 
         As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers.
         """
-        states = self._run("text_encoder", "last_hidden_state", input_ids=tokens)
+        states = ["last_hidden_state"] * len(tokens)
         if request.clip_skip:
-            skipped = self._run("text_encoder", "penultimate_hidden_state", input_ids=tokens[-1:])
-            states = np.concatenate([states[:-1], skipped])
-        return np.repeat(states, request.images, axis=0)
-
-    def _predict(self, latents: Floats, index: int, plan: Plan, embeddings: Floats, request: Request) -> Floats:
-        """The denoiser's prediction for ``latents`` at one row of the plan, guidance applied."""
-        scaled = latents * np.float32(plan.input_scale[index])
-        guided = request.guided_at(index, len(plan.timesteps))
-        sample = np.concatenate([scaled, scaled]) if guided else scaled
-        timestep = np.full(len(sample), plan.timesteps[index], np.float32)
-        states = embeddings[-len(sample) :]  # the conditional rows come last
-        prediction = self._run("unet", "out_sample", sample=sample, timestep=timestep, encoder_hidden_states=states)
-        if not guided:
-            return prediction
-        unconditional, conditional = prediction[: len(latents)], prediction[len(latents) :]
-        combined: Floats = unconditional + np.float32(request.guidance) * (conditional - unconditional)
-        if request.guidance_rescale:
-            combined *= _contrast_factor(combined, conditional, request.guidance_rescale)
-        return combined
+            states[-1] = "penultimate_hidden_state"
+        keys = [(row.tobytes(), state) for row, state in zip(tokens, states, strict=True)]
+        found = {key: self._texts.get(key) for key in keys}
+        new = [index for index, key in enumerate(keys) if found[key] is None and key not in keys[:index]]
+        for first in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[first : first + TEXTS_AT_ONCE]
+            encoded = self.engines["text_encoder"].run({"input_ids": tokens[part]})
+            if missing := [states[index] for index in part if states[index] not in encoded]:
+                raise BundleError(f"text_encoder has no output {missing[0]!r}; it has {', '.join(encoded)}")
+            rows = np.stack([encoded[states[index]][place] for place, index in enumerate(part)])
+            begin = time.perf_counter()
+            conditioning = self.loop.condition({"encoder_hidden_states": finite("text_encoder", rows)})
+            timings.prompt += time.perf_counter() - begin
+            for place, index in enumerate(part):
+                # Copies of their own, since a view would keep all rows of the call in memory.
+                text = {name: values[place : place + 1].copy() for name, values in conditioning.items()}
+                found[keys[index]] = text
+                self._texts.put(keys[index], text)
+        return [known for key in keys if (known := found[key]) is not None]
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
         latent = self.manifest.latent
         sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        pixels = self._run("vae_decoder", "sample", latent_sample=sample)
+        pixels = output_of(self.engines["vae_decoder"], "vae_decoder", "sample", {"latent_sample": sample})
         scaled = np.clip(pixels / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
         return np.rint(scaled).astype(np.uint8, order="C")
-
-    def _run(self, component: str, output: str, **feeds: Array) -> Floats:
-        """One output of an engine in float32; every input is cast to the element type that its graph takes.
-
-        Raises:
-            EngineError: if the engine fails, or the output holds NaN or infinity, which would end in a black picture.
-        """
-        engine = self.engines[component]
-        specs = engine.inputs
-        outputs = engine.run(
-            {
-                name: array.astype(specs[name].dtype, copy=False) if name in specs else array
-                for name, array in feeds.items()
-            }
-        )
-        if output not in outputs:
-            raise BundleError(f"{component} has no output {output!r}; it has {', '.join(outputs)}")
-        values: Floats = outputs[output].astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            raise EngineError(
-                f"{component} computed values that are not finite (NaN or infinity); "
-                "run it at precision fp32, or with a lower guidance"
-            )
-        return values
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
         self._closed = True
+        self._texts.clear()
         for engine in self.engines.values():
             engine.close()
 
@@ -303,11 +352,17 @@ class Pipeline:
         self.close()
 
 
-def _contrast_factor(combined: Floats, conditional: Floats, share: float) -> Floats:
-    """Factor ``[images, 1, 1, 1]`` that brings a ``share`` of the guided prediction to the conditional one's contrast.
+def _components(bundle: Bundle, loop: str) -> tuple[str, ...]:
+    """Components to open for a way to run the loop."""
+    there = bundle.manifest.components
+    if loop == "fused" and "unet_step" not in there:
+        raise BundleError(f"{bundle.path} holds no stages of its denoiser; build it again, or run the loop plain")
+    if loop == "plain" or "unet_step" not in there:
+        return COMPONENTS
+    return ("text_encoder", *(stage for stage in _STAGES if stage in there), "vae_decoder")
 
-    Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
-    """
-    axes = tuple(range(1, combined.ndim))
-    ratio = conditional.std(axis=axes, keepdims=True) / np.maximum(combined.std(axis=axes, keepdims=True), 1e-12)
-    return np.asarray(share * ratio + (1 - share), np.float32)
+
+def _make_loop(engines: Mapping[str, Engine]) -> Loop:
+    if "unet_step" not in engines:
+        return PlainLoop(engines["unet"])
+    return FusedLoop(engines["unet_step"], engines.get("unet_prompt"), engines.get("unet_schedule"))

@@ -42,8 +42,10 @@ def copied_exports(tiny_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatc
         file = f"{component.name}/model{form.suffix}.onnx"
         (directory / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(bundle.file(known.file), directory / file)
+        for external in known.external:
+            shutil.copyfile(bundle.file(external), directory / external)
         exported.append(f"{component.name} {form.name}")
-        return Graph(file, form.precision, known.opset, known.inputs, known.outputs, ())
+        return Graph(file, form.precision, known.opset, known.inputs, known.outputs, known.external)
 
     monkeypatch.setattr(build, "export_component", copy)
     return exported

@@ -28,7 +28,7 @@ from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.engines.trt import Range
 from latentrt.exporter import build, onnx_export
 from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle, verify_bundle
-from latentrt.exporter.components import NAMES, load_component
+from latentrt.exporter.components import ALL, NAMES, load_component
 from latentrt.exporter.onnx_export import export_component
 from latentrt.exporter.progress import Silent
 from latentrt.exporter.source import Source
@@ -38,6 +38,10 @@ from latentrt.runtime.bundle import Bundle
 
 EditJson = Callable[..., None]
 FORM = "opset20-fp32"
+FILES = (
+    *("text_encoder/model.onnx", "unet/model.onnx", "unet/prompt.onnx", "unet/schedule.onnx", "unet/step.onnx"),
+    *("vae_decoder/model.onnx", "vae_encoder/model.onnx"),
+)
 KINDS = ("sd1", "sd2")
 
 
@@ -67,11 +71,11 @@ def unverified(source: Path, output: Path) -> BuildReport:
 def test_bundle_is_whole_and_good(tiny_bundles: dict[str, Path], kind: str) -> None:
     """A bundle opens with every hash right, and each of its graphs has a figure above the gate."""
     bundle = Bundle.open(tiny_bundles[kind], verify_hash=True)
-    assert tuple(bundle.manifest.components) == NAMES
-    assert set(bundle.manifest.quality) == {f"{name}/model.onnx" for name in NAMES}
+    assert tuple(bundle.manifest.components) == ALL
+    assert set(bundle.manifest.quality) == set(FILES)
     assert min(bundle.manifest.quality.values()) >= GATES["fp32"]
     assert bundle.manifest.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
-    for name in NAMES:
+    for name in ALL:
         graph = onnx.load(bundle.graph_path(name, FORM))
         onnx.checker.check_model(graph, full_check=True)
         assert not any(node.metadata_props for node in graph.graph.node)
@@ -253,7 +257,7 @@ def test_gate(tiny_source: Path, tmp_path: Path, copied_exports: list[str], monk
 def test_verify_bundle(tiny_source: Path, tiny_bundle: Path) -> None:
     """A bundle passes against its own source, and is refused against another or with a graph of another model."""
     figures = verify_bundle(Bundle.open(tiny_bundle), Source.open(tiny_source))
-    assert figures.keys() == {f"{name}/model.onnx" for name in NAMES}
+    assert figures.keys() == set(FILES)
     model = onnx.load(tiny_bundle / "text_encoder" / "model.onnx")
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     weight.raw_data = bytes(len(weight.raw_data))
@@ -272,7 +276,7 @@ def test_verify_bundle(tiny_source: Path, tiny_bundle: Path) -> None:
 def test_second_build_reuses(tiny_source: Path, tmp_path: Path, copied_exports: list[str]) -> None:
     """A build of what is there already exports nothing and changes no file."""
     report = unverified(tiny_source, tmp_path / "bundle")
-    assert report.exported == tuple(f"{name}/model.onnx" for name in NAMES)
+    assert report.exported == FILES
     before, times = snapshot(report.path), {p: p.stat().st_mtime_ns for p in report.path.rglob("*")}
     again = unverified(tiny_source, tmp_path / "bundle")
     assert again.exported == ()

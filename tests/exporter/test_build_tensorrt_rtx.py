@@ -15,13 +15,14 @@ from latentrt.engines.trt import Range
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.exporter import build
 from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle
-from latentrt.exporter.components import NAMES
+from latentrt.exporter.components import ALL
 from latentrt.exporter.progress import Silent
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli import main
 from latentrt.runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.heavy
+COMPILED = tuple(name for name in ALL if name != "unet")  # its stages are
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
 
 
@@ -61,28 +62,28 @@ def records(bundle: Path) -> list[EngineRecord]:
 def test_plans_and_records(built: Path) -> None:
     """Every component has a plan that the SDK recognises as its own, and a record of what it was built for."""
     found = {record.component: record for record in records(built)}
-    assert set(found) == set(NAMES)
+    assert set(found) == set(COMPILED)
     for record in found.values():
         assert (record.engine, record.precision, record.target) == ("tensorrt-rtx", "fp16", "sm_80+")
         assert record.sdk_version == trt.__version__
         plan = EngineStore(built / "engines").path(record)
         assert plan.stat().st_size == record.size > 10_000
         assert plan.parent.name == record.key
-    assert found["unet"].profile == {
-        "sample": ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16)),
-        "timestep": ((1,), (2,), (2,)),
-        "encoder_hidden_states": ((1, 77, 32), (2, 77, 32), (2, 77, 32)),
-    }
+    assert found["unet_prompt"].profile == {"encoder_hidden_states": ((1, 77, 32), (2, 77, 32), (2, 77, 32))}
+    assert found["unet_schedule"].profile == {"timestep": ((1,), (20,), (64,))}
+    step = found["unet_step"].profile
+    assert step["registers"] == ((1, 1, 4, 16, 16), (1, 2, 4, 16, 16), (1, 8, 4, 16, 16))
+    assert step["rows"] == ((1,), (2,), (2,))
     assert found["vae_encoder"].profile == {"sample": ((1, 3, 32, 32),) * 3}
 
 
 def test_graphs_of_both_engines(built: Path, tiny_bundles: dict[str, Path]) -> None:
     """fp16 graphs for TensorRT-RTX lie beside the fp32 ones for ONNX Runtime, which stayed as they were."""
     bundle = Bundle.open(built, verify_hash=True)
-    for name in NAMES:
+    for name in ALL:
         assert set(bundle.manifest.components[name].graphs) == {"opset20-fp32", "opset23-fp16"}
         assert bundle.manifest.quality[bundle.graph(name, "opset23-fp16").file] >= 40
-        before = (tiny_bundles["sd1"] / name / "model.onnx").read_bytes()
+        before = (tiny_bundles["sd1"] / bundle.graph(name, "opset20-fp32").file).read_bytes()
         assert bundle.graph_path(name, "opset20-fp32").read_bytes() == before
 
 
@@ -96,7 +97,7 @@ def test_second_build_reuses_every_plan(tiny_sources: dict[str, Path], bundle: P
     (bundle / "engines" / damaged.key / damaged.file).write_bytes(b"x")
     report = rebuild(tiny_sources["sd1"], bundle)
     assert [(built.record.component, built.reused) for built in report.engines] == [
-        (name, name != "text_encoder") for name in NAMES
+        (name, name != "text_encoder") for name in COMPILED
     ]
     assert {record.key for record in records(bundle)} == {path.name for path in before if len(path.parts) == 2}
 
@@ -106,8 +107,9 @@ def test_another_profile(tiny_sources: dict[str, Path], bundle: Path) -> None:
     first = {record.component: record.key for record in records(bundle)}
     report = rebuild(tiny_sources["sd1"], bundle, height=Range(16, 32, 64), batch=Range(1, 1, 2))
     second = {built.record.component: built.record for built in report.engines}
-    assert {name for name in NAMES if second[name].key == first[name]} == {"text_encoder"}
-    assert len(records(bundle)) == 4 + 3
+    same = {name for name in COMPILED if second[name].key == first[name]}
+    assert same == {"text_encoder", "unet_prompt", "unet_schedule"}
+    assert len(records(bundle)) == 6 + 3
     assert second["unet"].profile["sample"] == ((1, 4, 8, 16), (2, 4, 16, 16), (4, 4, 32, 16))
     assert second["vae_encoder"].profile["sample"] == ((1, 3, 16, 32), (1, 3, 32, 32), (2, 3, 64, 32))
 
@@ -158,8 +160,8 @@ def test_inspect(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(built)]) == 0
     text = capsys.readouterr().out
     assert all(key in text for key in keys)
-    assert text.count("tensorrt-rtx") == 4
-    assert "sample 1x4x16x16:2x4x16x16:2x4x16x16" in text
+    assert text.count("tensorrt-rtx") == 6
+    assert "registers 1x1x4x16x16:1x2x4x16x16:1x8x4x16x16" in text
     assert main(["inspect", str(built), "--json"]) == 0
     engines = json.loads(capsys.readouterr().out)["engines"]
     assert {engine["key"] for engine in engines} == keys
@@ -171,7 +173,7 @@ def test_json_of_a_build(tiny_sources: dict[str, Path], bundle: Path, capsys: py
     command = ["build-engine", str(tiny_sources["sd1"]), "--output", str(bundle), "--engine", "tensorrt-rtx"]
     assert main([*command, "--precision", "fp16", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [(engine["component"], engine["reused"]) for engine in report["engines"]] == [(n, True) for n in NAMES]
+    assert [(engine["component"], engine["reused"]) for engine in report["engines"]] == [(n, True) for n in COMPILED]
 
 
 @pytest.mark.skipif(bool(cuda_devices()), reason="there is a GPU")

@@ -1,0 +1,62 @@
+"""A denoiser in stages: what runs once a prompt, once a schedule, and once a step of the loop, each a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from latentrt.engines.errors import ExportError
+from latentrt.runtime.manifest import Graph
+
+from .components import Component
+from .onnx_export import check_graph, graph_entry
+from .passes.guidance import share_guidance
+from .passes.stages import split_stages
+from .passes.update import fuse_update
+from .targets import Form
+
+
+def export_stages(component: Component, whole: Graph, form: Form, directory: Path) -> dict[str, Graph]:
+    """Split an exported denoiser, share what guidance leaves equal, and fuse the sampler's update into the step.
+
+    The graphs are written beside the whole one and use its file of weights.
+
+    Args:
+        component: The denoiser, with its roles.
+        whole: Its exported graph.
+        form: Operator set and precision of that.
+        directory: The bundle under construction.
+
+    Returns:
+        By component (``unet_prompt``, ``unet_schedule``, ``unet_step``) the graphs' entries for the manifest; a stage
+        that has nothing to compute is left out.
+
+    Raises:
+        ExportError: if the graph cannot be split, or a stage is not well typed.
+    """
+    roles = component.roles
+    if roles is None:
+        raise ExportError(f"{component.name} has no stages: it is not a denoiser")
+    model = ir.load(directory / whole.file)
+    try:
+        stages = split_stages(model.graph, conditioning=roles.conditioning, time=roles.time, vectors=roles.vectors)
+        of_vectors = () if stages.schedule is None else [str(value.name) for value in stages.schedule.inputs]
+        schedule_is_a_row = any(name in roles.vectors for name in of_vectors)
+        conditioned = [*stages.prompt_tensors, *(stages.schedule_tensors if schedule_is_a_row else ())]
+        left = [str(value.name) for value in stages.step.inputs if value.name in roles.conditioning]
+        share_guidance(stages.step, conditioned=[*conditioned, *left])
+        fuse_update(stages.step, sample=roles.sample, prediction=roles.prediction)
+    except ValueError as error:
+        raise ExportError(f"{component.name} could not be split into stages: {error}") from error
+    graphs = {}
+    for name, graph in (("prompt", stages.prompt), ("schedule", stages.schedule), ("step", stages.step)):
+        if graph is None:
+            continue
+        path = directory / component.name / f"{name}{form.suffix}.onnx"
+        ir.save(ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name), path)
+        check_graph(path, f"{component.name}, stage {name}")
+        weights = [value.const_value for value in graph.initializers.values()]
+        external = whole.external if any(isinstance(weight, ir.ExternalTensor) for weight in weights) else ()
+        graphs[f"{component.name}_{name}"] = graph_entry(graph, path.relative_to(directory).as_posix(), form, external)
+    return graphs

@@ -1,0 +1,358 @@
+"""The denoising loop around engine calls: requests in flight, and the two ways to take them a step further."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.engines import Array, Engine
+from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError
+
+from .noise import TorchGenerator
+from .request import Request
+from .samplers.plan import Plan, step
+
+Floats = NDArray[np.float32]
+Conditioning: TypeAlias = Mapping[str, Array]
+"""What one text comes to for the denoiser: tensors by name, with a leading dimension of 1."""
+
+TEXTS_AT_ONCE = 2
+"""Most texts that are encoded in one call: a prompt and its negative prompt."""
+TIMESTEPS_AT_ONCE = 64
+"""Most rows that the schedule stage is given in one call."""
+
+
+@dataclass(eq=False)
+class Run:
+    """A request in flight, from its noise to its latents.
+
+    Attributes:
+        request: The request.
+        plan: The sampler's plan.
+        conditioning: Its texts: the unconditional one first if the request is guided, the conditional one last.
+        generator: Source of all its noise.
+        registers: float32 ``[images, R, channels, h, w]``; the first register is the latent.
+        index: Number of the plan's row to run next.
+        rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
+        schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
+    """
+
+    request: Request
+    plan: Plan
+    conditioning: Sequence[Conditioning]
+    generator: TorchGenerator
+    registers: Floats
+    index: int = 0
+    rows: Mapping[str, Array] = field(default_factory=dict)
+    schedule: Mapping[str, Array] = field(default_factory=dict)
+    _drawn: tuple[int, Floats] | None = None
+
+    def __len__(self) -> int:
+        """Calls of the denoiser that the whole run takes."""
+        return len(self.plan)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step was taken."""
+        return self.index == len(self.plan)
+
+    @property
+    def latents(self) -> Floats:
+        """float32 ``[images, channels, h, w]``; a view, which the next step leaves behind."""
+        return self.registers[:, 0]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next step runs the unconditional half."""
+        return self.request.guided_at(self.index, len(self.plan))
+
+    def draw(self) -> Floats | None:
+        """Noise for the next step, float32 ``[images, channels, h, w]``; ``None`` where the plan draws none.
+
+        It stays the same until the step was taken: one that failed may be taken again.
+        """
+        if not self.plan.uses_noise[self.index]:
+            return None
+        if self._drawn is None or self._drawn[0] != self.index:
+            self._drawn = self.index, self.generator.randn(self.latents.shape)
+        return self._drawn[1]
+
+    def conditioning_rows(self) -> dict[str, Array]:
+        """Conditioning of the next call, one row a picture and half."""
+        first = 0 if self.guided or not self.request.guided else self.request.images
+        return {name: values[first:] for name, values in self.rows.items()}
+
+
+def start_run(
+    request: Request, plan: Plan, conditioning: Sequence[Conditioning], shape: tuple[int, int, int, int]
+) -> Run:
+    """A run before its first step, with noise from the request's seed.
+
+    Args:
+        request: The request.
+        plan: Its sampler's plan.
+        conditioning: Its texts, the unconditional one first if the request is guided.
+        shape: Of the latents: images, channels, height, width.
+    """
+    generator = TorchGenerator(request.seed)
+    registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)
+    np.multiply(generator.randn(shape), np.float32(plan.init_scale), out=registers[:, 0])
+    rows = {
+        name: np.concatenate([text[name].repeat(request.images, axis=0) for text in conditioning])
+        for name in conditioning[-1]
+    }
+    return Run(request, plan, conditioning, generator, registers, rows=rows)
+
+
+class Loop(ABC):
+    """Takes runs a step further with the engines of one denoiser. Serves many threads; a run belongs to one."""
+
+    @abstractmethod
+    def condition(self, conditioning: Conditioning) -> dict[str, Array]:
+        """What the steps need of texts, all that does not depend on the latents computed.
+
+        Args:
+            conditioning: The denoiser's own inputs by name, a row a text.
+        """
+
+    @abstractmethod
+    def begin(self, run: Run) -> None:
+        """Compute once what depends on the run's timesteps alone."""
+
+    @abstractmethod
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run a step further, with one call of the denoiser for all.
+
+        The runs may differ in sampler, number and index of their steps, guidance and pictures, but not in size.
+
+        Raises:
+            InvalidRequestError: if a run is done, is there twice, or has another size than the others.
+            EngineError: if an engine fails, or computes values that are not finite; no run has moved then.
+        """
+
+
+class PlainLoop(Loop):
+    """One call of the whole denoiser a step; guidance and the sampler's update in numpy.
+
+    Args:
+        unet: The opened engine.
+    """
+
+    def __init__(self, unet: Engine) -> None:
+        self._unet = unet
+
+    def condition(self, conditioning: Conditioning) -> dict[str, Array]:
+        """Nothing is computed ahead."""
+        return dict(conditioning)
+
+    def begin(self, run: Run) -> None:
+        """Nothing is computed ahead."""
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run a step further."""
+        check_together(runs)
+        samples, timesteps = [], []
+        for run in runs:
+            scaled = run.latents * np.float32(run.plan.input_scale[run.index])
+            halves = 2 if run.guided else 1
+            samples += [scaled] * halves
+            timesteps.append(np.full(halves * len(scaled), run.plan.timesteps[run.index], np.float32))
+        feeds = {"sample": np.concatenate(samples), "timestep": np.concatenate(timesteps)}
+        feeds |= _concatenated(run.conditioning_rows() for run in runs)
+        predictions = output_of(self._unet, "unet", "out_sample", feeds)
+        new, first = [], 0
+        for run in runs:
+            count = len(run.latents)
+            guided = self._guided(predictions[first : first + (2 if run.guided else 1) * count], run)
+            first += 2 * count if run.guided else count
+            registers = run.registers.swapaxes(0, 1)
+            new.append(step(run.plan, run.index, registers, guided, run.draw()).swapaxes(0, 1))
+        for run, registers in zip(runs, new, strict=True):
+            run.registers = registers
+            run.index += 1
+
+    @staticmethod
+    def _guided(prediction: Floats, run: Run) -> Floats:
+        if not run.guided:
+            return prediction
+        unconditional, conditional = np.split(prediction, 2)
+        combined: Floats = unconditional + np.float32(run.request.guidance) * (conditional - unconditional)
+        if run.request.guidance_rescale:
+            combined *= _contrast_factor(combined, conditional, run.request.guidance_rescale)
+        return combined
+
+
+class FusedLoop(Loop):
+    """The denoiser in stages: prompt and schedule once a request, and steps that are one engine call each.
+
+    Args:
+        step: Opened engine of the fused step.
+        prompt: Opened engine of the prompt stage, if there is one.
+        schedule: Opened engine of the schedule stage, if there is one.
+
+    Raises:
+        BundleError: if the step needs what no stage computes.
+    """
+
+    def __init__(self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None) -> None:
+        self._step, self._prompt, self._schedule = step, prompt, schedule
+        self._from_schedule = () if schedule is None else tuple(name for name in schedule.outputs)
+        # The schedule may take vectors of the conditioning in; what it computes then differs between the halves.
+        self._vectors = () if schedule is None else tuple(name for name in schedule.inputs if name != "timestep")
+        if missing := [name for name in _STEP if name not in step.inputs]:
+            raise BundleError(f"unet_step has no input {missing[0]!r}, which a fused step has; build the bundle again")
+
+    def condition(self, conditioning: Conditioning) -> dict[str, Array]:
+        """Run the prompt stage."""
+        found: dict[str, Array] = dict(conditioning)
+        if self._prompt is not None:
+            found |= self._prompt.run(cast_feeds(self._prompt, {n: found[n] for n in self._prompt.inputs}))
+        wanted = {*self._step.inputs, *self._vectors}
+        return {name: values for name, values in found.items() if name in wanted}
+
+    def begin(self, run: Run) -> None:
+        """Run the schedule stage on all timesteps of the run, as one batch or a few."""
+        if self._schedule is None:
+            return
+        texts = run.conditioning if self._vectors else run.conditioning[-1:]
+        feeds = {"timestep": np.repeat(run.plan.timesteps, len(texts))}
+        for name in self._vectors:
+            feeds[name] = np.concatenate([text[name] for text in texts] * len(run))
+        feeds = cast_feeds(self._schedule, feeds)
+        parts = [
+            self._schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()})
+            for first in range(0, len(feeds["timestep"]), TIMESTEPS_AT_ONCE)
+        ]
+        table = parts[0] if len(parts) == 1 else _concatenated(parts)
+        run.schedule = {name: v.reshape(len(run), len(texts), *v.shape[1:]) for name, v in table.items()}
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run a step further."""
+        check_together(runs)
+        count = max(run.plan.registers for run in runs)
+        parts, samples, rows = [], 0, 0
+        for run in runs:
+            parts.append(self._feeds(run, count, samples, rows))
+            samples += run.request.images
+            rows += len(parts[-1]["rows"])
+        feeds = _concatenated(parts)
+        result = output_of(self._step, "unet_step", "updated_registers", feeds)
+        first = 0
+        for run in runs:
+            last = first + run.request.images
+            run.registers = result[first:last, : run.plan.registers]
+            run.index += 1
+            first = last
+
+    def _feeds(self, run: Run, registers: int, first_sample: int, first_row: int) -> dict[str, Array]:
+        """All inputs of the step for one run of a batch, with room for as many ``registers``."""
+        samples, own, index = run.request.images, run.plan.registers, run.index
+        state, update = run.registers, run.plan.update[index].astype(np.float32)
+        if own < registers:
+            state = np.concatenate([state, np.zeros((samples, registers - own, *state.shape[2:]), np.float32)], axis=1)
+            padded = np.zeros((registers, registers + 2), np.float32)
+            padded[:own, :own], padded[:own, registers:] = update[:, :own], update[:, own:]
+            update = padded
+        noise = run.draw()
+        guidance = run.request.guidance if run.guided else 1.0
+        rescale = run.request.guidance_rescale if run.guided else 0.0
+        each = np.arange(samples)
+        feeds: dict[str, Array] = {
+            "registers": np.ascontiguousarray(state),
+            "noise": np.zeros(run.latents.shape, np.float32) if noise is None else noise,
+            "update": np.repeat(update[None], samples, axis=0),
+            "input_scale": np.full(samples, run.plan.input_scale[index], np.float32),
+            "guidance": np.full(samples, guidance, np.float32),
+            "guidance_rescale": np.full(samples, rescale, np.float32),
+            "rows": first_sample + (np.concatenate([each, each]) if run.guided else each),
+            "unconditional": first_row + each,
+            "conditional": first_row + (each + samples if run.guided else each),
+        }
+        feeds |= {name: values for name, values in run.conditioning_rows().items() if name in self._step.inputs}
+        for name, table in run.schedule.items():
+            halves = table[index]  # one for all rows, or one for each text
+            if len(halves) == 2 and not run.guided:
+                halves = halves[1:]
+            feeds[name] = np.repeat(halves, samples, axis=0)
+        return feeds
+
+
+_STEP = (
+    *("registers", "noise", "update", "input_scale", "guidance", "guidance_rescale"),
+    *("rows", "unconditional", "conditional"),
+)
+
+
+def check_together(runs: Sequence[Run]) -> None:
+    """Refuse runs that one call cannot take further.
+
+    Raises:
+        InvalidRequestError: if there is none, one is done or there twice, or their sizes differ.
+    """
+    if not runs:
+        raise InvalidRequestError("no run was given; give at least one")
+    if len(set(map(id, runs))) < len(runs):
+        raise InvalidRequestError("a run was given twice; give each once")
+    for run in runs:
+        if run.done:
+            raise InvalidRequestError("a run that was given is done; finish it and leave it out")
+        if run.latents.shape[1:] != runs[0].latents.shape[1:]:
+            sizes = [f"{each.request.width}x{each.request.height}" for each in (runs[0], run)]
+            raise InvalidRequestError(f"runs of {sizes[0]} and of {sizes[1]} pixels cannot share a batch")
+
+
+def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Inputs in the element types that an engine takes."""
+    specs = engine.inputs
+    return {n: array.astype(specs[n].dtype, copy=False) if n in specs else array for n, array in feeds.items()}
+
+
+def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, Array]) -> Floats:
+    """One output of an engine in float32; every input is cast to the element type that its graph takes.
+
+    Raises:
+        BundleError: if the engine has no such output.
+        EngineError: if the engine fails, or the output holds NaN or infinity, which would end in a black picture.
+    """
+    outputs = engine.run(cast_feeds(engine, feeds))
+    if output not in outputs:
+        raise BundleError(f"{component} has no output {output!r}; it has {', '.join(outputs)}")
+    return finite(component, outputs[output])
+
+
+def finite(component: str, values: Array) -> Floats:
+    """``values`` in float32.
+
+    Raises:
+        EngineError: if they hold NaN or infinity.
+    """
+    floats: Floats = values.astype(np.float32, copy=False)
+    if not np.isfinite(floats).all():
+        raise EngineError(
+            f"{component} computed values that are not finite (NaN or infinity); "
+            "run it at precision fp32, or with a lower guidance"
+        )
+    return floats
+
+
+def _concatenated(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
+    """The parts' tensors one behind the other; those of a single part as they are."""
+    listed = list(parts)
+    if len(listed) == 1:
+        return dict(listed[0])
+    return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
+
+
+def _contrast_factor(combined: Floats, conditional: Floats, share: float) -> Floats:
+    """Factor ``[images, 1, 1, 1]`` that brings a ``share`` of the guided prediction to the conditional one's contrast.
+
+    Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
+    """
+    axes = tuple(range(1, combined.ndim))
+    ratio = conditional.std(axis=axes, keepdims=True) / np.maximum(combined.std(axis=axes, keepdims=True), 1e-12)
+    return np.asarray(share * ratio + (1 - share), np.float32)
