@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, nn
 
 from latentrt.engines import TensorSpec
@@ -72,6 +73,7 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     if program is None:
         raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
     _name_dimensions(program.model, component)
+    ShapeInferencePass(data_prop=True)(program.model)  # the exporter leaves the shapes inside decomposed operators out
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces of this machine are no part of a model
     program.model.metadata_props.clear()

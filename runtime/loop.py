@@ -112,6 +112,9 @@ def start_run(
 class Loop(ABC):
     """Takes runs a step further with the engines of one denoiser. Serves many threads; a run belongs to one."""
 
+    name: str
+    """What it is called where a pipeline is loaded."""
+
     @abstractmethod
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """What the steps need of texts, all that does not depend on the latents computed.
@@ -142,6 +145,8 @@ class PlainLoop(Loop):
     Args:
         unet: The opened engine.
     """
+
+    name = "plain"
 
     def __init__(self, unet: Engine) -> None:
         self._unet = unet
@@ -198,6 +203,8 @@ class FusedLoop(Loop):
     Raises:
         BundleError: if the step needs what no stage computes.
     """
+
+    name = "fused"
 
     def __init__(self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None) -> None:
         self._step, self._prompt, self._schedule = step, prompt, schedule

@@ -101,6 +101,21 @@ class ExternalTensor:
         return (math.prod(self.dims) * (_BITS[self.data_type] or 0) + 7) // 8
 
 
+@dataclass(frozen=True)
+class GraphSummary:
+    """What an ONNX file holds.
+
+    Attributes:
+        nodes: Its nodes, those of sub-graphs among them.
+        weights: Elements of its initializers.
+        nbytes: Their size in bytes, wherever they are stored.
+    """
+
+    nodes: int
+    weights: int
+    nbytes: int
+
+
 def plain_file(root: Path, relative: str) -> os.stat_result:
     """Look at a file of a bundle without following a link.
 
@@ -170,6 +185,16 @@ def check_graph(root: Path, graph: Graph) -> tuple[ExternalTensor, ...]:
     return tensors
 
 
+def summarize(path: Path) -> GraphSummary:
+    """Count what an ONNX file holds.
+
+    Raises:
+        BundleIntegrityError: as :func:`external_tensors` does.
+    """
+    reader = _read(path)
+    return GraphSummary(reader.nodes, reader.weights, reader.weight_bytes)
+
+
 def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     """Read all tensors of an ONNX file and return those that are in other files.
 
@@ -179,13 +204,20 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     Raises:
         BundleIntegrityError: if the file is not an ONNX model, is damaged, or holds what no exported model holds.
     """
+    return tuple(_read(path).found)
+
+
+def _read(path: Path) -> _Reader:
+    """Walk through a file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not 0 < size <= MAX_GRAPH_BYTES:
                 raise BundleIntegrityError(f"{path} has {size} bytes, expected an ONNX model of 1 to {MAX_GRAPH_BYTES}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data, str(path)).read()
+                reader = _Reader(data, str(path))
+                reader.read()
+                return reader
     except OSError as error:
         raise BundleIntegrityError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -261,16 +293,14 @@ class _Reader:
         self._data = data
         self._label = label
         self._remaining = _MAX_FIELDS
-        self._found: list[ExternalTensor] = []
+        self.found: list[ExternalTensor] = []
+        self.nodes = 0
+        self.weights = 0
+        self.weight_bytes = 0
 
-    def read(self) -> tuple[ExternalTensor, ...]:
-        """Walk the whole model.
-
-        Returns:
-            What it found.
-        """
+    def read(self) -> None:
+        """Walk the whole model."""
         self._walk("ModelProto", 0, len(self._data), 0)
-        return tuple(self._found)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise BundleIntegrityError(f"{self._label} is not an ONNX model that can be trusted: {reason}")
@@ -328,12 +358,16 @@ class _Reader:
         sparse_dims: list[int] = []
         for field, low, high in self._fields(message, begin, end):
             if field.message == "TensorProto":
-                self._tensor(low, high)
+                elements, size = self._tensor(low, high)
+                if field.name == "initializer":
+                    self.weights += elements
+                    self.weight_bytes += size
             elif field.message == "EntryProto":
                 key, _ = self._entry(low, high)
                 if key in _FORBIDDEN_METADATA:
                     self._refuse(f"its metadata sets {key.decode()!r}, options of the process that loads it")
             elif field.message is not None:
+                self.nodes += field.message == "NodeProto"
                 self._walk(field.message, low, high, depth + 1)
             elif message == "SparseTensorProto":
                 sparse_dims += self._numbers(low, high)
@@ -391,8 +425,12 @@ class _Reader:
             self._refuse(f"a tensor has the shape {dims}, which is more than {limit} elements")
         return math.prod(dims)
 
-    def _tensor(self, begin: int, end: int) -> None:
-        """Check a TensorProto; keep it if its elements are in another file."""
+    def _tensor(self, begin: int, end: int) -> tuple[int, int]:
+        """Check a TensorProto; keep it if its elements are in another file.
+
+        Returns:
+            Elements and bytes.
+        """
         name, data_type, data_location = b"", 0, 0
         dims: list[int] = []
         entries: dict[str, str] = {}
@@ -428,6 +466,7 @@ class _Reader:
                 self._refuse(f"tensor {label!r} has {raw} bytes, which is not what its shape {dims} needs")
         elif elements > room:
             self._refuse(f"tensor {label!r} has fewer elements than its shape {dims} needs")
+        return elements, (elements * (bits or 0) + 7) // 8
 
     def _external_entry(self, entries: dict[str, str], begin: int, end: int) -> None:
         key_bytes, (low, high) = self._entry(begin, end)
@@ -443,7 +482,7 @@ class _Reader:
         if not _CHECKSUM.fullmatch(entries.get("checksum", "0")):
             self._refuse(f"tensor {name!r} has the checksum {entries['checksum']!r}, expected hexadecimal digits")
         length = entries.get("length")
-        self._found.append(
+        self.found.append(
             ExternalTensor(
                 name=name,
                 data_type=data_type,

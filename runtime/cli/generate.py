@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from ..images import GenerationParameters, check_target, sheet, write_png
-from ..pipeline import Pipeline, Result, StepInfo
+from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..samplers import SAMPLERS
 from .console import bar, print_json, seconds
 
@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic"
     )
+    parser.add_argument(
+        "--loop", choices=LOOPS, default="auto", help="denoiser in stages with the update fused, or whole"
+    )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.engine,
         precision=arguments.precision,
         threads=arguments.threads,
+        loop=arguments.loop,
         verify_hash=arguments.verify_hash,
     )
     with loaded as pipe:
@@ -79,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
             clip_skip=arguments.clip_skip,
         )
         result = _draw(stream)
-        model, engine = pipe.manifest.source.name, pipe.engines["unet"]
+        model, loop = pipe.manifest.source.name, pipe.loop.name
+        engine = pipe.engines["unet_step" if loop == "fused" else "unet"]
     request, timings = result.request, result.timings
     parameters = GenerationParameters(
         prompt=request.prompt,
@@ -102,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "request": dataclasses.asdict(request),
                 "truncated_tokens": result.truncated,
                 "engine": getattr(engine, "label", type(engine).__name__),
+                "loop": loop,
                 "seconds": dataclasses.asdict(timings),
             }
         )

@@ -6,11 +6,16 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from latentrt.engines import TensorSpec
+from latentrt.engines.base import nbytes
 from latentrt.engines.store import EngineStore
 
 from ..bundle import Bundle
+from ..manifest import Manifest
+from ..onnx_guard import summarize
 from .console import print_json, size, table
 
 
@@ -26,9 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = Bundle.open(arguments.bundle, verify_hash=arguments.verify_hash)
     records = EngineStore(bundle.engines_directory).records(verify_hash=arguments.verify_hash)
     manifest = bundle.manifest
+    stages = _stages(bundle)
     if arguments.json:
+        content = {"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}
         engines = [dataclasses.asdict(record) for record in records]
-        print_json({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json()), "engines": engines})
+        print_json({**content, "stages": [dataclasses.asdict(stage) for stage in stages], "engines": engines})
         return 0
     defaults, latent = manifest.defaults, manifest.latent
     print(f"{manifest.source.name}: {manifest.family}, {manifest.prediction_type}, licence {manifest.source.licence}")
@@ -37,19 +44,31 @@ def run(arguments: argparse.Namespace) -> int:
         f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
         f"guidance {defaults.guidance:g}"
     )
-    graphs = [
-        (
-            component.name,
-            form,
-            graph.precision,
-            size(sum(manifest.files[file].size for file in (graph.file, *graph.external))),
-            f"{manifest.quality[graph.file]:.1f} dB" if graph.file in manifest.quality else "not measured",
-            ", ".join(map(str, graph.inputs)),
-        )
-        for component in manifest.components.values()
-        for form, graph in component.graphs.items()
-    ]
+    counted: set[str] = set()  # stages share a file of weights
+    graphs = []
+    for component in manifest.components.values():
+        for form, graph in component.graphs.items():
+            files = {graph.file, *graph.external} - counted
+            counted |= files
+            quality = manifest.quality.get(graph.file)
+            graphs.append(
+                (
+                    component.name,
+                    form,
+                    graph.precision,
+                    size(sum(manifest.files[file].size for file in files)),
+                    "not measured" if quality is None else f"{quality:.1f} dB",
+                    _inputs(manifest, component.name, form),
+                )
+            )
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
+    if stages:
+        header = ("the loop", "form", "nodes", "weights", "size", "hands over", "size a row")
+        rows = [
+            (s.component, s.form, f"{s.nodes:,}", f"{s.weights:,}", size(s.nbytes), _tensors(s), _row_size(s))
+            for s in stages
+        ]
+        print("\n" + table(header, rows))
     if records:
         engines_table = [
             (r.component, r.engine, r.sdk_version, r.precision, size(r.size), r.target, r.key, _profile(r.profile))
@@ -58,6 +77,68 @@ def run(arguments: argparse.Namespace) -> int:
         header = ("component", "engine", "version", "precision", "size", "target", "key", "profile")
         print("\n" + table(header, engines_table))
     return 0
+
+
+def _inputs(manifest: Manifest, component: str, form: str) -> str:
+    """Inputs of a graph; those that a stage hands over are only counted."""
+    inputs = manifest.components[component].graphs[form].inputs
+    parts = []
+    if component == "unet_step":
+        for stage in ("unet_prompt", "unet_schedule"):
+            graphs = manifest.components[stage].graphs if stage in manifest.components else {}
+            handed = {spec.name for spec in graphs[form].outputs} if form in graphs else set()
+            if handed:
+                parts.append(f"{len(handed)} tensors of {stage}")
+                inputs = tuple(spec for spec in inputs if spec.name not in handed)
+    return ", ".join([*parts, *map(str, inputs)])
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A graph of the denoising loop: of what size it is, and what it hands over to the step."""
+
+    component: str
+    form: str
+    nodes: int
+    weights: int
+    nbytes: int
+    tensors: int | None
+    row_bytes: int | None
+
+
+def _stages(bundle: Bundle) -> list[_Stage]:
+    """The whole denoiser and its stages, for every form that has stages."""
+    components = bundle.manifest.components
+    if "unet_step" not in components:
+        return []
+    found = []
+    for form in components["unet_step"].graphs:
+        for name in ("unet", "unet_prompt", "unet_schedule", "unet_step"):
+            if name not in components or form not in components[name].graphs:
+                continue
+            summary = summarize(bundle.graph_path(name, form))
+            outputs = components[name].graphs[form].outputs if name in ("unet_prompt", "unet_schedule") else ()
+            sizes = [_row_bytes(spec) for spec in outputs]
+            row = sum(each for each in sizes if each is not None) if outputs and None not in sizes else None
+            tensors = len(outputs) if outputs else None
+            found.append(_Stage(name, form, summary.nodes, summary.weights, summary.nbytes, tensors, row))
+    return found
+
+
+def _row_bytes(spec: TensorSpec) -> int | None:
+    """Bytes of one row of a tensor; ``None`` where another dimension than the first varies."""
+    lengths = [length for length in spec.shape[1:] if isinstance(length, int)]
+    return (
+        nbytes(TensorSpec(spec.name, spec.dtype, tuple(lengths)), {}) if len(lengths) == len(spec.shape) - 1 else None
+    )
+
+
+def _tensors(stage: _Stage) -> str:
+    return "" if stage.tensors is None else f"{stage.tensors} tensors"
+
+
+def _row_size(stage: _Stage) -> str:
+    return "" if stage.tensors is None else "varies" if stage.row_bytes is None else size(stage.row_bytes)
 
 
 def _profile(profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
