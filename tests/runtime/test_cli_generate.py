@@ -89,7 +89,7 @@ def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert report["output"] == str(tmp_path / "o.png")
     assert report["request"]["prompt"] == prompt
     assert (report["request"]["seed"], report["request"]["width"], report["truncated_tokens"]) == (7, 32, 0)
-    assert report["engine"] == "unet (onnxruntime)"
+    assert (report["engine"], report["loop"]) == ("unet_step (onnxruntime)", "fused")
     assert report["seconds"].keys() == {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "total"}
     assert len(report["seconds"]["step"]) == 1
 
@@ -213,15 +213,15 @@ def change_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path]
 
 def truncate(bundle: Path) -> None:
     """Half a graph, as a copy that was cut off leaves it."""
-    graph = bundle / "unet" / "model.onnx"
+    graph = bundle / "unet" / "step.onnx"
     graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
 
 
 def truncate_and_hide(bundle: Path) -> None:
     """Half a graph, and a manifest that says so."""
     truncate(bundle)
-    size = (bundle / "unet" / "model.onnx").stat().st_size
-    change_manifest(lambda manifest: manifest["files"]["unet/model.onnx"].update(size=size))(bundle)
+    size = (bundle / "unet" / "step.onnx").stat().st_size
+    change_manifest(lambda manifest: manifest["files"]["unet/step.onnx"].update(size=size))(bundle)
 
 
 def leave(manifest: dict[str, Any]) -> None:
@@ -247,7 +247,7 @@ def link(bundle: Path) -> None:
         (lambda bundle: (bundle / "unet" / "model.onnx").unlink(), "unet/model.onnx"),
         (lambda bundle: (bundle / "tokenizer" / "tokenizer.json").unlink(), "tokenizer/tokenizer.json"),
         (truncate, "but the manifest says"),
-        (truncate_and_hide, "unet/model.onnx"),
+        (truncate_and_hide, "unet/step.onnx"),
         (link, "unet/model.onnx"),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_damaged_bundle(
     if command == "generate":
         assert_fails(capsys, generate(tiny_bundle, tmp_path / "o.png"), 1, message)
         assert not (tmp_path / "o.png").exists()
-    elif damage is not truncate_and_hide:  # inspect reads no graph
+    else:
         assert_fails(capsys, main(["inspect", str(tiny_bundle)]), 1, message)
 
 
@@ -307,7 +307,7 @@ def test_ctrl_c_while_drawing_leaves_no_file(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("latentrt.runtime.pipeline.step", interrupt)
+    monkeypatch.setattr("latentrt.runtime.loop.FusedLoop.advance", interrupt)
     assert generate(bundle, tmp_path / "o.png") == 130
     assert capsys.readouterr() == ("", "latentrt: interrupted\n")
     assert list(tmp_path.iterdir()) == []

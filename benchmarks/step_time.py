@@ -1,0 +1,239 @@
+"""What a step of the denoising loop takes: fused against plain, interleaved in one run, and the host's share of it.
+
+    python -m latentrt.benchmarks.step_time [BUNDLE | --size sd15|tiny] [--rounds N] [--json FILE]
+
+Both loops take guided steps of the same run with ONNX Runtime, in turn (A B A B), so that what else the machine does
+meets both. The host's share is what a step takes outside the engine: scaling, guidance and update in numpy for the
+plain loop, inputs for the fused one. Without a bundle the U-Net has random seeded weights and is exported to a
+temporary directory first, by a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from latentrt.engines import Array, Engine, TensorSpec
+from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.loop import FusedLoop, Loop, PlainLoop, Run, start_run
+from latentrt.runtime.onnx_guard import summarize
+from latentrt.runtime.request import Request
+from latentrt.runtime.samplers import compile_plan
+
+from .build_sd15_unet import CONFIGS
+
+PARTS = ("unet", "unet_prompt", "unet_schedule", "unet_step")
+FORM = "opset20-fp32"
+_SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}
+
+
+class Timed:
+    """An engine whose :meth:`run` is timed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.inputs: Mapping[str, TensorSpec] = engine.inputs
+        self.outputs: Mapping[str, TensorSpec] = engine.outputs
+        self.seconds = 0.0
+        self._engine = engine
+
+    def open(self) -> Timed:
+        """It is open already."""
+        return self
+
+    def bind(self, feeds: Mapping[str, Array]) -> None:
+        """Pass on."""
+        self._engine.bind(feeds)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Pass on, and add what it took."""
+        begin = time.perf_counter()
+        try:
+            return self._engine.run(feeds)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Pass on."""
+        self._engine.close()
+
+
+@dataclass
+class Samples:
+    """Seconds of every step of one loop, and how much of each was outside the engine."""
+
+    step: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+
+
+def export(directory: Path, size: str, seed: int) -> None:
+    """Export a U-Net of random weights to ``directory``, whole and in stages."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from latentrt.exporter.components import Component, Denoiser, Roles
+    from latentrt.exporter.onnx_export import export_component
+    from latentrt.exporter.stages import export_stages
+    from latentrt.exporter.targets import Form
+
+    torch.manual_seed(seed)
+    config = CONFIGS[size]
+    unet = UNet2DConditionModel(**config).eval().requires_grad_(requires_grad=False)
+    example = {
+        "sample": torch.randn(2, config["in_channels"], 17, 19),
+        "timestep": torch.tensor([1.0, 999.0]),
+        "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"]),
+    }
+    picture = {0: "batch", 2: "latent_height", 3: "latent_width"}
+    dynamic = {"sample": picture, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
+    roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
+    keep = frozenset({"timestep"})
+    component = Component("unet", Denoiser(unet), example, dynamic, ("out_sample",), keep, roles)
+    whole = export_component(component, Form(20, "fp32"), directory)
+    del unet
+    export_stages(component, whole, Form(20, "fp32"), directory)
+
+
+def measure(
+    paths: Mapping[str, Path], *, side: int, rounds: int, images: int, threads: int, warm_up: int = 1
+) -> dict[str, Any]:
+    """Time both loops.
+
+    Args:
+        paths: Graphs of :data:`PARTS`; prompt and schedule may be missing.
+        side: Height and width of the latents.
+        rounds: Steps that each loop takes.
+        images: Pictures in the batch.
+        threads: Threads inside an operator; 0 is automatic.
+        warm_up: Steps before that, which are not counted.
+    """
+    with ExitStack() as stack:
+        options = OnnxRuntimeOptions(threads=threads)
+        opened = {
+            name: stack.enter_context(OnnxRuntimeEngine(path, options, label=name)) for name, path in paths.items()
+        }
+        engines = {name: Timed(engine) for name, engine in opened.items()}
+        loops: dict[str, tuple[Loop, Timed]] = {
+            "plain": (PlainLoop(engines["unet"]), engines["unet"]),
+            "fused": (
+                FusedLoop(engines["unet_step"], engines.get("unet_prompt"), engines.get("unet_schedule")),
+                engines["unet_step"],
+            ),
+        }
+        channels = engines["unet"].inputs["sample"].shape[1]
+        length, width = engines["unet"].inputs["encoder_hidden_states"].shape[1:]
+        shape = (images, int(channels), side, side)
+        generator = np.random.default_rng(0)
+        texts = [generator.standard_normal((1, int(length), int(width)), np.float32) for _ in range(2)]
+        runs: dict[str, Run] = {}
+        for name, (loop, _) in loops.items():
+            plan = compile_plan("euler", _SCHEDULER, warm_up + rounds)
+            request = Request("", "", warm_up + rounds, 7.5, 0, "euler", side, side, images, 0)
+            conditioning = [loop.condition({"encoder_hidden_states": text}) for text in texts]
+            runs[name] = start_run(request, plan, conditioning, shape)
+            loop.begin(runs[name])
+        samples = {name: Samples() for name in loops}
+        for turn in range(warm_up + rounds):
+            for name, (loop, engine) in loops.items():
+                engine.seconds, begin = 0.0, time.perf_counter()
+                loop.advance([runs[name]])
+                seconds = time.perf_counter() - begin
+                if turn >= warm_up:
+                    samples[name].step.append(seconds)
+                    samples[name].host.append(seconds - engine.seconds)
+        reference = runs["plain"].latents
+        difference = float(np.linalg.norm(runs["fused"].latents - reference) / np.linalg.norm(reference))
+        pairs = zip(samples["plain"].step, samples["fused"].step, strict=True)
+        return {
+            "latents": list(shape),
+            "rounds": rounds,
+            "samples": {name: asdict(each) for name, each in samples.items()},
+            "plain_over_fused": median(plain / fused for plain, fused in pairs),
+            "relative_difference": difference,
+            "stages": {
+                name: asdict(summarize(path)) | {"outputs": len(engines[name].outputs)} for name, path in paths.items()
+            },
+        }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    shape = "x".join(map(str, report["latents"]))
+    lines = [
+        f"{report['model']}, latents {shape}, guidance on; {report['machine']['cpus']} CPUs, ONNX Runtime fp32",
+        "",
+        "| loop  | step (ms), median | host (ms), median |",
+        "|-------|------------------:|------------------:|",
+    ]
+    for name, samples in report["samples"].items():
+        step, host = 1e3 * median(samples["step"]), 1e3 * median(samples["host"])
+        lines.append(f"| {name:5} | {step:17.1f} | {host:17.3f} |")
+    lines += [
+        "",
+        f"Step by step the plain loop takes {report['plain_over_fused']:.3f} times what the fused one takes (median of "
+        f"{report['rounds']} pairs); the latents differ by {report['relative_difference']:.1e} (relative) at the end.",
+        "",
+        "| graph         | nodes |     weights | outputs |",
+        "|---------------|------:|------------:|--------:|",
+    ]
+    for name, stage in report["stages"].items():
+        lines.append(f"| {name:13} | {stage['nodes']:5,} | {stage['weights']:11,} | {stage['outputs']:7} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m latentrt.benchmarks.step_time", description=__doc__.split("\n")[0])
+    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle with fp32 graphs for ONNX Runtime")
+    parser.add_argument("--size", choices=CONFIGS, default="sd15", help="of the random U-Net without a bundle")
+    parser.add_argument("--side", type=int, help="height and width of the latents (default: the model's own)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each loop (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="pictures in the batch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads inside an operator; 0 is automatic")
+    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.export:
+        export(arguments.export, arguments.size, seed=0)
+        return 0
+    if arguments.rounds < 1 or arguments.images < 1:
+        parser.error("--rounds and --images take numbers from 1")
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as name:
+        if arguments.bundle:
+            bundle = Bundle.open(arguments.bundle)
+            found = bundle.manifest.components
+            paths = {part: bundle.graph_path(part, FORM) for part in PARTS if part in found}
+            model, defaults = bundle.manifest.source.name, bundle.manifest.defaults
+            side = arguments.side or defaults.height // bundle.manifest.latent.factor
+        else:
+            command = [sys.executable, "-m", "latentrt.benchmarks.step_time", "--size", arguments.size]
+            if subprocess.run([*command, "--export", name], check=False).returncode:
+                return 1
+            files = {"unet": "model", "unet_prompt": "prompt", "unet_schedule": "schedule", "unet_step": "step"}
+            paths = {part: Path(name, "unet", f"{file}.onnx") for part, file in files.items()}
+            model, side = f"random U-Net ({arguments.size})", arguments.side or CONFIGS[arguments.size]["sample_size"]
+        figures = measure(paths, side=side, rounds=arguments.rounds, images=arguments.images, threads=arguments.threads)
+    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    report = {"model": model, "machine": machine, **figures}
+    print(table(report))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
