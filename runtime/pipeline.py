@@ -22,7 +22,7 @@ from .cache import TensorCache
 from .engine_choice import EngineSettings, make_engine
 from .loop import TEXTS_AT_ONCE, Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, finite, output_of, start_run
 from .request import Request, RequestOptions
-from .samplers import Plan, compile_plan
+from .samplers import Plan
 from .tokenizers import ClipTokenizer
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
@@ -275,7 +275,7 @@ class Pipeline:
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
         request = Request.create(self.manifest, prompt, **options)
         start = time.perf_counter()
-        plan = compile_plan(request.sampler, self.manifest.scheduler, request.steps)
+        plan = request.compile_plan(self.manifest.scheduler)
         planned = time.perf_counter()
         tokens, truncated = self._tokenize(request)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)

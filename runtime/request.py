@@ -6,19 +6,23 @@ import math
 import numbers
 import reprlib
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
+
+import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
 from .manifest import Manifest
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, Plan, compile_plan
 
 MAX_SIDE = 16384
 """Largest width or height in pixels."""
 MAX_PIXELS = 2**28
 """Most pixels that the pictures of one request may have together (3 GiB as fp32)."""
 
+_MOST_STEPS = 10_000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
 
@@ -38,6 +42,9 @@ class RequestOptions(TypedDict, total=False):
     guidance_start: float
     guidance_end: float
     guidance_rescale: float
+    eta: float | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Request:
         guidance_end: Fraction of the run from which on there is none any more.
         guidance_rescale: Share, 0 to 1, of a prediction whose contrast is brought back to that of the conditional one
             (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+        eta: Amount of fresh noise, 0 to 1, for the samplers that have the choice; ``None`` is the sampler's own.
+        timesteps: Timesteps to visit, descending, in place of those that the sampler would choose.
+        sigmas: Noise levels to visit, descending, in the form that the sampler's diffusers class takes.
     """
 
     prompt: str
@@ -75,6 +85,21 @@ class Request:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0
+    eta: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def compile_plan(self, scheduler: Mapping[str, Any]) -> Plan:
+        """The sampler's plan for this request.
+
+        Args:
+            scheduler: The bundle's ``scheduler_config.json``.
+
+        Raises:
+            InvalidRequestError: if the sampler cannot do what is asked.
+        """
+        steps = self.steps if self.timesteps is None and self.sigmas is None else None
+        return compile_plan(self.sampler, scheduler, steps, timesteps=self.timesteps, sigmas=self.sigmas, eta=self.eta)
 
     @property
     def guided(self) -> bool:
@@ -103,10 +128,13 @@ class Request:
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         guidance_rescale: float = 0.0,
+        eta: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
-        ``seed=None`` draws a seed, which the request then carries.
+        ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``.
 
         Raises:
             InvalidRequestError: naming the first value that is wrong, what was received and what is expected.
@@ -115,10 +143,14 @@ class Request:
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"{name} is a {type(text).__name__}, expected a string")
+        own = {"timesteps": _levels("timesteps", timesteps), "sigmas": _levels("sigmas", sigmas)}
+        count = next((len(levels) for levels in own.values() if levels is not None), defaults.steps)
+        if steps is not None and steps != count and any(levels is not None for levels in own.values()):
+            raise InvalidRequestError(f"steps is {_show(steps)}, but {count} of one's own are given; leave steps out")
         request = cls(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            steps=_integer("steps", defaults.steps if steps is None else steps, 1, 10_000),
+            steps=_integer("steps", count if steps is None else steps, 1, _MOST_STEPS),
             guidance=_number(
                 "guidance", defaults.guidance if guidance is None else guidance, 1000, " (7.5 is usual, 1 is none)"
             ),
@@ -131,6 +163,8 @@ class Request:
             guidance_start=_number("guidance_start", guidance_start, 1),
             guidance_end=_number("guidance_end", guidance_end, 1),
             guidance_rescale=_number("guidance_rescale", guidance_rescale, 1),
+            eta=None if eta is None else _number("eta", eta, 1),
+            **own,
         )
         if request.sampler not in SAMPLERS:
             raise InvalidRequestError(
@@ -175,6 +209,23 @@ def _number(name: str, value: Any, most: int, hint: str = "") -> float:
     if not 0 <= number <= most:  # NaN compares false
         raise InvalidRequestError(f"{name} is {_show(value)}, expected 0 to {most}{hint}")
     return number
+
+
+def _levels(name: str, values: Any) -> tuple[float, ...] | None:
+    """Timesteps or sigmas as they are given; their order and range are the sampler's to check."""
+    if values is None:
+        return None
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+        raise InvalidRequestError(f"{name} is {_show(values)}, expected a sequence of numbers")
+    if not 1 <= len(values) <= _MOST_STEPS:
+        raise InvalidRequestError(f"{name} has {len(values)} entries, expected 1 to {_MOST_STEPS}")
+    try:
+        levels = tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidRequestError(f"{name} is {_show(values)}, expected a sequence of numbers") from None
+    if not all(map(math.isfinite, levels)):
+        raise InvalidRequestError(f"{name} is {_show(values)}, expected finite numbers")
+    return levels
 
 
 def _side(name: str, value: Any, factor: int) -> int:

@@ -10,6 +10,7 @@ from statistics import median
 
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
+from ..request import Request
 from ..samplers import SAMPLERS
 from .console import bar, print_json, seconds
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the noise, as torch's CPU generator takes it")
     parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
+    parser.add_argument("--eta", type=float, metavar="E", help="amount of fresh noise, 0 to 1, of ddim and tcd")
+    parser.add_argument("--timesteps", type=_numbers, metavar="T,T,...", help="timesteps to visit, in place of --steps")
+    parser.add_argument("--sigmas", type=_numbers, metavar="S,S,...", help="noise levels to visit, in place of --steps")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels")
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels")
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
@@ -77,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
             guidance_rescale=arguments.guidance_rescale,
             seed=arguments.seed,
             sampler=arguments.sampler,
+            eta=arguments.eta,
+            timesteps=arguments.timesteps,
+            sigmas=arguments.sigmas,
             width=arguments.width,
             height=arguments.height,
             images=arguments.images,
@@ -97,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         height=request.height,
         model=model,
         clip_skip=request.clip_skip,
+        extra=_extra(request),
     )
     pixels = sheet(result.images, columns=min(4, request.images)) if request.images > 1 else result.images[0]
     write_png(arguments.output, pixels, parameters.to_text())
@@ -119,6 +127,25 @@ def run(arguments: argparse.Namespace) -> int:
         f"{request.steps} steps of {seconds(median(timings.step))}, total {seconds(timings.total)}"
     )
     return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected numbers between commas") from None
+
+
+def _extra(request: Request) -> dict[str, object]:
+    """What the web UI has no entry for, where it is not as usual."""
+    usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
+    usual |= {"eta": None, "timesteps": None, "sigmas": None}
+    given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
+    return {
+        name.replace("_", " ").capitalize(): " ".join(f"{each:g}" for each in value) if type(value) is tuple else value
+        for name, value in given.items()
+    }
 
 
 def _draw(stream: Generator[StepInfo, None, Result]) -> Result:

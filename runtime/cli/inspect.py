@@ -63,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
     if stages:
-        header = ("the loop", "form", "nodes", "weights", "size", "hands over", "size a row")
+        loop_header = ("the loop", "form", "nodes", "weights", "size", "hands over", "size a row")
         rows = [
             (s.component, s.form, f"{s.nodes:,}", f"{s.weights:,}", size(s.nbytes), _tensors(s), _row_size(s))
             for s in stages
         ]
-        print("\n" + table(header, rows))
+        print("\n" + table(loop_header, rows))
     if records:
         engines_table = [
             (r.component, r.engine, r.sdk_version, r.precision, size(r.size), r.target, r.key, _profile(r.profile))

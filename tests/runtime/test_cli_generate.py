@@ -94,6 +94,22 @@ def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert len(report["seconds"]["step"]) == 1
 
 
+def test_a_schedule_of_ones_own(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Timesteps and eta are obeyed, and the file says what the web UI has no entry for."""
+    flags = ("--timesteps", "900,500,100.5", "--sampler", "euler", "--guidance-end", "0.5", "--json")
+    path = tmp_path / "o.png"
+    assert main(["generate", str(bundle), "a cat", "--output", str(path), *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["request"]["timesteps"] == [900, 500, 100.5]
+    assert report["request"]["steps"] == len(report["seconds"]["step"]) == 3
+    text = read_parameters(path)
+    assert text is not None
+    assert "Steps: 3, " in text
+    assert "Guidance end: 0.5, Timesteps: 900 500 100.5, Version: " in text
+    status = main(["generate", str(bundle), "a cat", "--output", str(path), "--sigmas", "1;2"])
+    assert_fails(capsys, status, 2, "argument --sigmas: '1;2' is not understood; expected numbers between commas")
+
+
 def test_an_empty_prompt_draws(bundle: Path, tmp_path: Path) -> None:
     """It is what the unconditional half is given anyway."""
     assert generate(bundle, tmp_path / "o.png", prompt="") == 0

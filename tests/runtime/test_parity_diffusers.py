@@ -129,6 +129,37 @@ def test_options_mean_what_they_mean_in_diffusers(pair: Pair, options: dict[str,
     assert pair.compare("dpmpp-2m", size=pair.sizes[0], images=1, steps=4, **options) >= GATE
 
 
+@pytest.mark.parametrize(
+    ("sampler", "theirs", "options"),
+    [
+        ("ddim", {"eta": 0.5}, {"eta": 0.5}),
+        ("dpmpp-2m", {"timesteps": [950, 700, 300, 40]}, {"timesteps": [950, 700, 300, 40], "steps": None}),
+        ("euler", {"sigmas": [12.0, 4.0, 1.0, 0.2]}, {"sigmas": [12.0, 4.0, 1.0, 0.2], "steps": None}),
+    ],
+    ids=["eta", "timesteps", "sigmas"],
+)
+def test_a_schedule_of_ones_own_is_diffusers(
+    pair: Pair, sampler: str, theirs: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """eta, timesteps and sigmas give diffusers' picture."""
+    width, height = pair.sizes[0]
+    common = {"negative_prompt": NEGATIVE, "width": width, "height": height}
+    settings = {"guidance": 4.0, "steps": 4, "seed": 3, "sampler": sampler, **options}
+    ours = [pipe(PROMPT, **settings, **common).images[0] for pipe in pair.ours.values()]
+    pair.theirs.scheduler = scheduler(sampler, pair.theirs.scheduler.config)
+    picture = pair.theirs(
+        PROMPT,
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        **theirs,
+        **common,
+    ).images[0]
+    expected = np.round(picture * 255).astype(np.uint8)
+    assert min(psnr(each, expected) for each in ours) >= GATE
+
+
 def test_without_guidance_the_picture_is_diffusers(pair: Pair) -> None:
     """At guidance 1 neither side runs the unconditional half, and the pictures agree."""
     common = {"negative_prompt": NEGATIVE, "guidance": 1.0, "steps": 4, "seed": 3, "sampler": "euler"}

@@ -453,7 +453,7 @@ def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
     [
         (lambda m: m["components"].pop("vae_decoder"), "the bundle has no vae_decoder; it has "),
         (lambda m: m["tokenizers"].pop("tokenizer"), "has no tokenizer named 'tokenizer'"),
-        (lambda m: m["components"]["unet"]["graphs"].clear(), "no graph of unet"),
+        (lambda m: m["components"]["unet_step"]["graphs"].clear(), "no graph of unet_step"),
     ],
 )
 def test_a_bundle_that_lacks_a_part(tiny_bundle: Path, change: Callable[[Any], None], message: str) -> None:

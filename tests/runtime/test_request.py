@@ -51,6 +51,9 @@ def test_what_is_given_is_kept() -> None:
         "guidance_start": 0.25,
         "guidance_end": 0.5,
         "guidance_rescale": 0.0,
+        "eta": 0.0,
+        "timesteps": (500.0,),
+        "sigmas": None,
     }
     assert options.keys() == RequestOptions.__annotations__.keys()
     request = create(**options)
@@ -112,6 +115,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance_start": -0.1}, "guidance_start is -0.1, expected 0 to 1"),
     ({"guidance_end": float("nan")}, "guidance_end is nan, expected 0 to 1"),
     ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5, expected 0 to 1"),
+    ({"eta": -1}, "eta is -1, expected 0 to 1"),
+    ({"timesteps": []}, "timesteps has 0 entries, expected 1 to 10000"),
+    ({"sigmas": range(10_001)}, "sigmas has 10001 entries, expected 1 to 10000"),
+    ({"timesteps": "999"}, "timesteps is '999', expected a sequence of numbers"),
+    ({"timesteps": 999}, "timesteps is 999, expected a sequence of numbers"),
+    ({"sigmas": [3, "two"]}, "sigmas is [3, 'two'], expected a sequence of numbers"),
+    ({"sigmas": [3, float("nan")]}, "sigmas is [3, nan], expected finite numbers"),
+    ({"timesteps": [999, 1], "steps": 3}, "steps is 3, but 2 of one's own are given; leave steps out"),
     (
         {"guidance_start": 0.5, "guidance_end": 0.5},
         "guidance_start is 0.5, expected less than guidance_end, which is 0.5; "

@@ -43,7 +43,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.heavy
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(config=configs(), data=st.data())
 def test_any_config_gives_diffusers_latents_or_a_refusal(
     parity: Any, config: dict[str, Any], data: st.DataObject
