@@ -1,11 +1,11 @@
 """What a step of the denoising loop takes: fused against plain, interleaved in one run, and the host's share of it.
 
-    python -m latentrt.benchmarks.step_time [BUNDLE | --size sd15|tiny] [--rounds N] [--json FILE]
+    python -m latentrt.benchmarks.step_time BUNDLE [--rounds N] [--json FILE]
 
 Both loops take guided steps of the same run with ONNX Runtime, in turn (A B A B), so that what else the machine does
 meets both. The host's share is what a step takes outside the engine: scaling, guidance and update in numpy for the
-plain loop, inputs for the fused one. Without a bundle the U-Net has random seeded weights and is exported to a
-temporary directory first, by a process of its own.
+plain loop, inputs for the fused one. :mod:`latentrt.benchmarks.checkpoint` writes a model of Stable Diffusion 1.5's
+size to build the bundle from.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -31,11 +29,10 @@ from latentrt.engines import Array, Engine, TensorSpec
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.loop import FusedLoop, Loop, PlainLoop, Run, start_run
+from latentrt.runtime.manifest import Graph
 from latentrt.runtime.onnx_guard import summarize
 from latentrt.runtime.request import Request
 from latentrt.runtime.samplers import compile_plan
-
-from .build_sd15_unet import CONFIGS
 
 PARTS = ("unet", "unet_prompt", "unet_schedule", "unet_step")
 FORM = "opset20-fp32"
@@ -78,34 +75,6 @@ class Samples:
 
     step: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
-
-
-def export(directory: Path, size: str, seed: int) -> None:
-    """Export a U-Net of random weights to ``directory``, whole and in stages."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from latentrt.exporter.components import Component, Denoiser, Roles
-    from latentrt.exporter.onnx_export import export_component
-    from latentrt.exporter.stages import export_stages
-    from latentrt.exporter.targets import Form
-
-    torch.manual_seed(seed)
-    config = CONFIGS[size]
-    unet = UNet2DConditionModel(**config).eval().requires_grad_(requires_grad=False)
-    example = {
-        "sample": torch.randn(2, config["in_channels"], 17, 19),
-        "timestep": torch.tensor([1.0, 999.0]),
-        "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"]),
-    }
-    picture = {0: "batch", 2: "latent_height", 3: "latent_width"}
-    dynamic = {"sample": picture, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
-    roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
-    keep = frozenset({"timestep"})
-    component = Component("unet", Denoiser(unet), example, dynamic, ("out_sample",), keep, roles)
-    whole = export_component(component, Form(20, "fp32"), directory)
-    del unet
-    export_stages(component, whole, Form(20, "fp32"), directory)
 
 
 def measure(
@@ -198,41 +167,33 @@ def table(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m latentrt.benchmarks.step_time", description=__doc__.split("\n")[0])
-    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle with fp32 graphs for ONNX Runtime")
-    parser.add_argument("--size", choices=CONFIGS, default="sd15", help="of the random U-Net without a bundle")
+    parser.add_argument("bundle", type=Path, help="a bundle with fp32 graphs for ONNX Runtime")
     parser.add_argument("--side", type=int, help="height and width of the latents (default: the model's own)")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each loop (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1, help="pictures in the batch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads inside an operator; 0 is automatic")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
-    parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.export:
-        export(arguments.export, arguments.size, seed=0)
-        return 0
     if arguments.rounds < 1 or arguments.images < 1:
         parser.error("--rounds and --images take numbers from 1")
-    with tempfile.TemporaryDirectory(prefix="latentrt-") as name:
-        if arguments.bundle:
-            bundle = Bundle.open(arguments.bundle)
-            found = bundle.manifest.components
-            paths = {part: bundle.graph_path(part, FORM) for part in PARTS if part in found}
-            model, defaults = bundle.manifest.source.name, bundle.manifest.defaults
-            side = arguments.side or defaults.height // bundle.manifest.latent.factor
-        else:
-            command = [sys.executable, "-m", "latentrt.benchmarks.step_time", "--size", arguments.size]
-            if subprocess.run([*command, "--export", name], check=False).returncode:
-                return 1
-            files = {"unet": "model", "unet_prompt": "prompt", "unet_schedule": "schedule", "unet_step": "step"}
-            paths = {part: Path(name, "unet", f"{file}.onnx") for part, file in files.items()}
-            model, side = f"random U-Net ({arguments.size})", arguments.side or CONFIGS[arguments.size]["sample_size"]
-        figures = measure(paths, side=side, rounds=arguments.rounds, images=arguments.images, threads=arguments.threads)
+    bundle = Bundle.open(arguments.bundle)
+    manifest = bundle.manifest
+    if lacking := [part for part in ("unet", "unet_step") if FORM not in _graphs(bundle, part)]:
+        parser.error(f"{arguments.bundle} has no {lacking[0]} in the form {FORM}; build it with latentrt build-engine")
+    paths = {part: bundle.graph_path(part, FORM) for part in PARTS if FORM in _graphs(bundle, part)}
+    side = arguments.side or manifest.defaults.height // manifest.latent.factor
+    figures = measure(paths, side=side, rounds=arguments.rounds, images=arguments.images, threads=arguments.threads)
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    report = {"model": model, "machine": machine, **figures}
+    report = {"model": manifest.source.name, "machine": machine, "tools": manifest.tools, **figures}
     print(table(report))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _graphs(bundle: Bundle, part: str) -> Mapping[str, Graph]:
+    components = bundle.manifest.components
+    return components[part].graphs if part in components else {}
 
 
 if __name__ == "__main__":

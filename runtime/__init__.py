@@ -31,6 +31,7 @@ from latentrt.engines.errors import (
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .loop import Run
     from .pipeline import Pipeline, Result, StepInfo, Timings
     from .request import Request, RequestOptions
 
@@ -50,6 +51,7 @@ __all__ = [
     "Request",
     "RequestOptions",
     "Result",
+    "Run",
     "SourceError",
     "StepInfo",
     "TensorMismatchError",
@@ -63,6 +65,7 @@ _HOMES = {
     "Request": "request",
     "RequestOptions": "request",
     "Result": "pipeline",
+    "Run": "loop",
     "StepInfo": "pipeline",
     "Timings": "pipeline",
 }

@@ -44,13 +44,13 @@ class Run:
 
     request: Request
     plan: Plan
-    conditioning: Sequence[Conditioning]
-    generator: TorchGenerator
-    registers: Floats
+    conditioning: Sequence[Conditioning] = field(repr=False)
+    generator: TorchGenerator = field(repr=False)
+    registers: Floats = field(repr=False)
     index: int = 0
-    rows: Mapping[str, Array] = field(default_factory=dict)
-    schedule: Mapping[str, Array] = field(default_factory=dict)
-    _drawn: tuple[int, Floats] | None = None
+    rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         """Calls of the denoiser that the whole run takes."""
@@ -121,6 +121,10 @@ class Loop(ABC):
 
         Args:
             conditioning: The denoiser's own inputs by name, a row a text.
+
+        Raises:
+            BundleError: if the steps need more than that.
+            EngineError: if an engine fails.
         """
 
     @abstractmethod
@@ -201,14 +205,14 @@ class FusedLoop(Loop):
         schedule: Opened engine of the schedule stage, if there is one.
 
     Raises:
-        BundleError: if the step needs what no stage computes.
+        BundleError: if the step is not a fused one.
     """
 
     name = "fused"
 
     def __init__(self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None) -> None:
         self._step, self._prompt, self._schedule = step, prompt, schedule
-        self._from_schedule = () if schedule is None else tuple(name for name in schedule.outputs)
+        self._from_schedule = frozenset(() if schedule is None else schedule.outputs)
         # The schedule may take vectors of the conditioning in; what it computes then differs between the halves.
         self._vectors = () if schedule is None else tuple(name for name in schedule.inputs if name != "timestep")
         if missing := [name for name in _STEP if name not in step.inputs]:
@@ -219,7 +223,9 @@ class FusedLoop(Loop):
         found: dict[str, Array] = dict(conditioning)
         if self._prompt is not None:
             found |= self._prompt.run(cast_feeds(self._prompt, {n: found[n] for n in self._prompt.inputs}))
-        wanted = {*self._step.inputs, *self._vectors}
+        wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
+        if missing := sorted(wanted - found.keys()):
+            raise BundleError(f"unet_step needs {missing[0]!r}, which no stage of the bundle computes; build it again")
         return {name: values for name, values in found.items() if name in wanted}
 
     def begin(self, run: Run) -> None:

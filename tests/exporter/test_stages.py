@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -190,7 +191,7 @@ def test_a_step_in_stages_is_guidance_over_the_whole(make: Callable[[], Componen
         plain = stack.enter_context(OnnxRuntimeEngine(tmp_path / whole.file))
         engines = {n: stack.enter_context(OnnxRuntimeEngine(tmp_path / g.file, label=n)) for n, g in graphs.items()}
         assert check_stages(part, engines, "fp32").psnr >= 80
-        for batch, factor in ((1, 1.0), (3, 1.5)):
+        for batch, factor in itertools.product((1, 3), (1.0, 1.5)):
             both = resized(part.example, part.dynamic, 2 * batch, factor)
             for name in (roles.sample, *roles.time):
                 both[name][batch:] = both[name][:batch]

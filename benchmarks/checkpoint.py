@@ -1,0 +1,108 @@
+"""Write a Stable Diffusion checkpoint of random weights: the sizes of the real one, and none of its licence.
+
+    python -m latentrt.benchmarks.checkpoint DIRECTORY [--size sd15|tiny] [--tokenizer DIRECTORY] [--seed S]
+
+What comes out is a diffusers directory that ``latentrt build-engine`` and other runtimes take. Its pictures are noise;
+its latency and memory are those of a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .build_sd15_unet import CONFIGS
+
+# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5: text_encoder/config.json, vae/config.json and
+# scheduler/scheduler_config.json.
+_TEXT: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+    },
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+_VAE: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512},
+    "tiny": {"block_out_channels": (32, 32), "layers_per_block": 1, "sample_size": 32},
+}
+_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
+
+
+def write_checkpoint(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> None:
+    """Write a diffusers directory of fp32 safetensors.
+
+    Args:
+        directory: Where to.
+        size: A key of :data:`~latentrt.benchmarks.build_sd15_unet.CONFIGS`.
+        tokenizer: Directory of a CLIP tokenizer.
+        seed: Of the weights, which are drawn as each class initialises them.
+    """
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    words = CLIPTokenizer.from_pretrained(tokenizer)
+    blocks = len(_VAE[size]["block_out_channels"])
+    text = CLIPTextConfig(
+        **{"vocab_size": len(words), **_TEXT[size]},
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            **_VAE[size],
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words,
+        unet=UNet2DConditionModel(**CONFIGS[size]),
+        scheduler=PNDMScheduler(**_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m latentrt.benchmarks.checkpoint", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("directory", type=Path, help="an empty or a new directory")
+    parser.add_argument("--size", choices=CONFIGS, default="sd15")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path("examples/emoji/tokenizer"),
+        help="directory of a CLIP tokenizer (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.directory.exists() and (not arguments.directory.is_dir() or any(arguments.directory.iterdir())):
+        parser.error(f"{arguments.directory} is not empty; name an empty or a new directory")
+    if not arguments.tokenizer.is_dir():
+        parser.error(f"{arguments.tokenizer} is not there; name the directory of a CLIP tokenizer with --tokenizer")
+    write_checkpoint(arguments.directory, arguments.size, arguments.tokenizer, arguments.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
