@@ -1,8 +1,9 @@
 """What each engine wants from an exported graph: one table.
 
-ONNX Runtime's CPU kernels are fastest on decomposed attention and group normalisation, which its own optimiser
-recognises; TensorRT and TensorRT-RTX take the native operators ``Attention`` and ``GroupNormalization`` and choose
-a kernel themselves. Networks are strongly typed there, so precision is a property of the graph.
+ONNX Runtime's CPU kernels and OpenVINO are fastest on decomposed attention and group normalisation, which their own
+optimisers recognise (OpenVINO's bf16 takes twice as long on the native operators); TensorRT and TensorRT-RTX take the
+native operators ``Attention`` and ``GroupNormalization`` and choose a kernel themselves. Networks are strongly typed
+there, so precision is a property of the graph.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Form:
         return "" if self.name == "opset20-fp32" else f".{self.name}"
 
 
-OPSETS = {"onnxruntime": 20, "tensorrt": 23, "tensorrt-rtx": 23}
+OPSETS = {"onnxruntime": 20, "openvino": 20, "tensorrt": 23, "tensorrt-rtx": 23}
 """Engines that a bundle can be built for, and the operator set that each takes."""
 PRECISIONS = ("fp32", "fp16")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from latentrt.engines import Engine
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.store import EngineRecord, EngineStore
 from latentrt.engines.trt import TensorRTEngine
 
@@ -23,7 +24,7 @@ class EngineSettings:
 
     Attributes:
         name: One of :data:`ENGINES`, or ``"auto"``.
-        precision: ``"fp32"``, ``"fp16"``, or ``None`` for the highest that the bundle has.
+        precision: ``"fp32"``, ``"fp16"``, with OpenVINO also ``"bf16"``, or ``None`` for the highest that there is.
         threads: Threads inside an operator on a CPU; 0 is automatic.
     """
 
@@ -35,15 +36,14 @@ class EngineSettings:
 def choose_graph(component: Component, engine: str, precision: str | None) -> tuple[str, Graph]:
     """The graph of a component that an engine should open, with the name of its form.
 
-    ONNX Runtime prefers decomposed operators. A component that was kept in fp32 because half precision overflows
-    serves an fp16 pipeline too.
+    On a CPU decomposed operators are faster. A component that was kept in fp32 when the bundle was built for fp16,
+    because half precision overflows, has the form of fp16 and serves it.
 
     Raises:
         BundleError: if the bundle has none that fits.
     """
-    wanted = ["fp32", "fp16"] if precision is None else [precision, "fp32"]
-    for each in wanted:
-        fitting = [(name, graph) for name, graph in component.graphs.items() if graph.precision == each]
+    for each in ("fp32", "fp16") if precision is None else (precision,):
+        fitting = [(name, graph) for name, graph in component.graphs.items() if name.rpartition("-")[2] == each]
         if fitting:
             return min(fitting, key=lambda item: (item[1].opset > _LAST_DECOMPOSED_OPSET, item[1].opset))
     raise BundleError(
@@ -56,6 +56,18 @@ def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings) -> En
     form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
     path = bundle.graph_path(component, form)
     return OnnxRuntimeEngine(path, OnnxRuntimeOptions(threads=settings.threads), f"{component} (onnxruntime)")
+
+
+def _openvino(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
+    computed_in = "bf16" if settings.precision == "bf16" else "fp32"
+    stored = "fp32" if settings.precision == "bf16" else settings.precision  # OpenVINO rounds fp32 weights by itself
+    form, graph = choose_graph(bundle.manifest.components[component], settings.name, stored)
+    return OpenVinoEngine(
+        bundle.graph_path(component, form),
+        OpenVinoOptions(computed_in, settings.threads),
+        f"{component} (openvino, {computed_in})",
+        (graph.inputs, graph.outputs),
+    )
 
 
 def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
@@ -74,6 +86,7 @@ def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings) -> Engin
 
 ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings], Engine]] = {
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
 }

@@ -147,8 +147,8 @@ class Pipeline:
 
         Args:
             path: Directory that ``latentrt build-engine`` wrote.
-            engine: ``"onnxruntime"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"auto"``.
-            precision: ``"fp32"``, ``"fp16"``, or ``None`` for the highest that the bundle has.
+            engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"auto"``.
+            precision: ``"fp32"``, ``"fp16"``, with OpenVINO also ``"bf16"``, or ``None`` for the highest there is.
             threads: Threads inside an operator on a CPU; 0 is automatic.
             loop: ``"fused"`` runs the denoiser in stages, with guidance and the sampler's update inside its engine;
                 ``"plain"`` runs it whole, with both in numpy. ``"auto"`` is fused wherever the bundle has the stages.

@@ -8,7 +8,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 
-from latentrt.engines import onnxrt
+from latentrt.engines import onnxrt, ov
 from latentrt.engines.errors import EngineUnavailableError
 from latentrt.engines.trt import SDK_MODULES, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at everything that a build or a run may need."""
-    findings = [_onnxruntime(), *(_tensorrt(name) for name in SDK_MODULES), _export()]
+    findings = [_onnxruntime(), _openvino(), *(_tensorrt(name) for name in SDK_MODULES), _export()]
     machine = {
         "latentrt": importlib.metadata.version("latentrt"),
         "python": platform.python_version(),
@@ -70,6 +70,16 @@ def _onnxruntime() -> Finding:
     except EngineUnavailableError as error:
         return Finding("onnxruntime", "", False, False, str(error))
     return Finding("onnxruntime", sdk.__version__, True, True, "CPU")
+
+
+def _openvino() -> Finding:
+    try:
+        sdk = ov.load_sdk()
+    except EngineUnavailableError as error:
+        return Finding("openvino", "", False, False, str(error))
+    abilities = sdk.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precisions = [precision for precision in ("FP32", "BF16") if precision in abilities]
+    return Finding("openvino", sdk.__version__.partition("-")[0], True, True, f"CPU: {', '.join(precisions).lower()}")
 
 
 def _tensorrt(name: str) -> Finding:

@@ -47,8 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels")
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
-    parser.add_argument("--engine", default="auto", metavar="NAME", help="onnxruntime, tensorrt, tensorrt-rtx or auto")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="precision of the graphs to run")
+    parser.add_argument(
+        "--engine", default="auto", metavar="NAME", help="onnxruntime, openvino, tensorrt, tensorrt-rtx or auto"
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="precision to run at")
     parser.add_argument(
         "--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic"
     )

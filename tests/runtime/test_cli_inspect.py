@@ -88,7 +88,7 @@ def test_doctor_reports_machine_and_engines(capsys: Captured) -> None:
     assert report["machine"]["python"] == platform.python_version()
     assert report["machine"]["processors"] == os.cpu_count()
     engines = {engine["name"]: engine for engine in report["engines"]}
-    assert list(engines) == ["onnxruntime", "tensorrt-rtx", "tensorrt", "export"]
+    assert list(engines) == ["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "export"]
     assert engines["onnxruntime"] == {
         "name": "onnxruntime",
         "version": onnxruntime.__version__,
@@ -96,6 +96,10 @@ def test_doctor_reports_machine_and_engines(capsys: Captured) -> None:
         "builds": True,
         "detail": "CPU",
     }
+    openvino = engines["openvino"]
+    assert openvino["version"] == version("openvino")
+    assert (openvino["runs"], openvino["builds"]) == (True, True)
+    assert openvino["detail"].startswith("CPU: fp32")
     assert (engines["tensorrt"]["runs"], engines["tensorrt"]["builds"]) == (False, False)
     assert "pip install tensorrt" in engines["tensorrt"]["detail"]
     assert engines["export"]["version"] == version("torch")

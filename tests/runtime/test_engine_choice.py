@@ -11,6 +11,7 @@ import pytest
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import TensorRTEngine
 from latentrt.runtime import Bundle
@@ -36,7 +37,6 @@ def component(*forms: tuple[int, str]) -> Component:
         ([(20, "fp16"), (20, "fp32")], None, "opset20-fp32"),
         ([(20, "fp16")], None, "opset20-fp16"),
         ([(20, "fp16"), (20, "fp32")], "fp16", "opset20-fp16"),
-        ([(20, "fp32")], "fp16", "opset20-fp32"),
         ([(23, "fp32"), (20, "fp32")], None, "opset20-fp32"),
         ([(23, "fp32"), (18, "fp32"), (20, "fp32")], None, "opset18-fp32"),
         ([(23, "fp32")], None, "opset23-fp32"),
@@ -49,8 +49,16 @@ def test_the_graph_that_fits(forms: list[tuple[int, str]], precision: str | None
     assert graph.file == chosen.removeprefix("opset") + ".onnx"
 
 
+def test_a_component_that_fp16_cannot_hold_serves_it_in_fp32() -> None:
+    """A graph that was kept in fp32 when fp16 was asked for goes by the form that was asked for."""
+    graph = Graph("kept.onnx", "fp32", 20, SPEC, SPEC)
+    assert choose_graph(Component("unet", {"opset20-fp16": graph}), "onnxruntime", "fp16") == ("opset20-fp16", graph)
+
+
 def test_no_graph_fits() -> None:
-    """The sentence says what was asked for and what there is."""
+    """The sentence says what was asked for and what there is; another precision does not take its place."""
+    with pytest.raises(BundleError, match="no graph of unet for onnxruntime at fp16; it has opset20-fp32"):
+        choose_graph(component((20, "fp32")), "onnxruntime", "fp16")
     with pytest.raises(BundleError, match="no graph of unet for onnxruntime at fp32; it has opset20-fp16"):
         choose_graph(component((20, "fp16")), "onnxruntime", "fp32")
     with pytest.raises(BundleError, match=r"at any precision; it has none$"):
@@ -72,6 +80,17 @@ def test_onnx_runtime_serves_every_component(bundle: Bundle, name: str) -> None:
         assert engine.options == OnnxRuntimeOptions(threads=3)
         assert engine.path.is_relative_to(bundle.path)
         assert engine._session is None
+
+
+@pytest.mark.parametrize(("precision", "computed_in"), [(None, "fp32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_openvino_computes_in_what_is_asked_for(bundle: Bundle, precision: str | None, computed_in: str) -> None:
+    """bf16 is computed from the graph of fp32, and the label says what it is."""
+    engine = make_engine(bundle, "unet_step", EngineSettings("openvino", precision, threads=2))
+    assert isinstance(engine, OpenVinoEngine)
+    assert engine.options == OpenVinoOptions(computed_in, 2)
+    assert engine.label == f"unet_step (openvino, {computed_in})"
+    with pytest.raises(BundleError, match="no graph of unet_step for openvino at fp16"):
+        make_engine(bundle, "unet_step", EngineSettings("openvino", "fp16"))
 
 
 def test_an_unknown_engine_and_an_unknown_component(bundle: Bundle) -> None:

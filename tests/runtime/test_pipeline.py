@@ -486,6 +486,18 @@ def test_a_picture_from_a_bundle(tiny_bundles: dict[str, Path], kind: str) -> No
     np.testing.assert_array_equal(first.images, again.images)
 
 
+@pytest.mark.parametrize("loop", ["fused", "plain"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_openvino_draws_what_onnx_runtime_draws(tiny_bundles: dict[str, Path], kind: str, loop: str) -> None:
+    """Two engines that share no code agree on a whole run, with either loop."""
+    options: dict[str, Any] = {"steps": 4, "seed": 7, "images": 2, "guidance": 4, "width": 48}
+    bundle = tiny_bundles[kind]
+    with Pipeline.load(bundle, "openvino", loop=loop) as one, Pipeline.load(bundle, "onnxruntime", loop=loop) as other:
+        received, expected = one("a red apple", **options), other("a red apple", **options)
+    np.testing.assert_allclose(received.latents, expected.latents, atol=1e-3)
+    assert int(np.abs(received.images.astype(int) - expected.images).max()) <= 1
+
+
 def test_many_threads_share_one_pipeline(real: Pipeline) -> None:
     """Eight threads with requests of their own draw bit for bit what one after the other draws."""
     requests: list[dict[str, Any]] = [

@@ -1,0 +1,188 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .base import Array, BaseEngine, TensorSpec
+from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError
+
+PRECISIONS = ("fp32", "bf16")
+"""What a graph of fp32 may be computed in."""
+
+MAX_THREADS = 1024
+"""Most threads that a compiled model may be given."""
+
+# OpenVINO's names of element types that are not numpy's.
+_DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i8": "int8",
+    "u8": "uint8",
+    "boolean": "bool",
+}
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class OpenVinoOptions:
+    """Settings of a compiled model.
+
+    Attributes:
+        precision: What is computed in, one of :data:`PRECISIONS`; sums are fp32 in either.
+        threads: Threads inside an operator; 0 leaves the choice to OpenVINO (one a physical core).
+    """
+
+    precision: str = "fp32"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InvalidRequestError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if type(self.threads) is not int or not 0 <= self.threads <= MAX_THREADS:
+            raise InvalidRequestError(f"threads is {self.threads!r}, expected 0 (automatic) to {MAX_THREADS}")
+
+
+class OpenVinoEngine(BaseEngine):
+    """One ONNX graph compiled by OpenVINO for the CPU.
+
+    Many threads may run it at once; each run takes an inference request of its own from a pool. Inputs are read where
+    they are, outputs are copied.
+
+    Args:
+        path: The graph. It must have passed :meth:`latentrt.runtime.bundle.Bundle.graph_path`, since OpenVINO itself
+            opens whatever files a graph names.
+        options: Settings.
+        label: What messages call the engine.
+        specs: Inputs and outputs as the manifest lists them. OpenVINO forgets the names of variable lengths; with these
+            the engine checks that a name stands for one length throughout a call.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: OpenVinoOptions | None = None,
+        label: str | None = None,
+        specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None = None,
+    ) -> None:
+        super().__init__(label or f"{path.parent.name} (openvino)")
+        self.path = path
+        self.options = options or OpenVinoOptions()
+        self._specs = specs
+        self._compiled: Any = None
+        self._feeds: Mapping[str, int] = {}
+        self._fetches: Mapping[str, int] = {}
+        self._idle: list[Any] = []
+        self._pool = threading.Lock()
+
+    def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+        sdk = load_sdk()
+        core = sdk.Core()
+        require_precision(core, self.options.precision)
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[self.options.precision],
+        }
+        if self.options.threads:
+            settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
+        with translated(f"{self.label} could not load {self.path.name}"):
+            compiled = core.compile_model(str(self.path), "CPU", settings)
+        given = self._specs or ([_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
+        inputs, outputs = ({spec.name: spec for spec in specs} for specs in given)
+        # A tensor may have several names, of which the graph's own is one.
+        self._feeds, self._fetches = _match(compiled.inputs, inputs), _match(compiled.outputs, outputs)
+        self._compiled = compiled
+        return inputs, outputs
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        compiled = self._compiled
+        if compiled is None:
+            raise EngineClosedError(f"{self.label} was closed while it was in use")
+        with translated(f"{self.label} failed"):
+            with self._pool:
+                request = self._idle.pop() if self._idle else None
+            if request is None:
+                request = compiled.create_infer_request()
+            contiguous = {self._feeds[name]: np.asarray(array, order="C") for name, array in feeds.items()}
+            results = request.infer(contiguous, share_inputs=True, share_outputs=True)
+            # The next run of this request writes to the same memory.
+            found = {name: np.array(results[place]) for name, place in self._fetches.items()}
+        with self._pool:
+            if self._compiled is compiled:
+                self._idle.append(request)
+        return found
+
+    def _close(self) -> None:
+        with self._pool:
+            self._compiled = None
+            self._idle.clear()
+
+
+def load_sdk() -> ModuleType:
+    """Import OpenVINO.
+
+    Raises:
+        EngineUnavailableError: if it is not installed.
+    """
+    # It would report its use to its maker otherwise.
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineUnavailableError(
+            'OpenVINO is not installed; install it with: pip install "latentrt[openvino]"'
+        ) from error
+    return openvino  # type: ignore[no-any-return]
+
+
+def require_precision(core: Any, precision: str) -> None:
+    """Refuse a precision that this processor has no instructions for; OpenVINO would compute in fp32 and not say so.
+
+    Raises:
+        EngineUnavailableError: naming what to choose instead.
+    """
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EngineUnavailableError(
+            "this processor has no instructions for bf16 (AVX-512 BF16 or AMX); choose precision fp32"
+        )
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn any exception of the SDK into an :class:`EngineError` that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line and not line.startswith("Exception from ")]
+        raise EngineError(f"{what}: {lines[-1][:300] if lines else type(error).__name__}") from error
+
+
+def _match(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Places of the tensors that ``specs`` names."""
+    places = {name: place for place, port in enumerate(ports) for name in port.get_names()}
+    if missing := [name for name in specs if name not in places]:
+        raise EngineError(f"the compiled graph has no tensor {missing[0]!r}")
+    return {name: places[name] for name in specs}
+
+
+def _spec(port: Any) -> TensorSpec:
+    name, kind = port.any_name, port.element_type.get_type_name()
+    if kind not in _DTYPES:
+        raise EngineError(f"the graph's tensor {name!r} is of type {kind}, which is not supported")
+    shape = tuple(
+        f"{name}_{axis}" if length.is_dynamic else int(length.get_length())
+        for axis, length in enumerate(port.partial_shape)
+    )
+    return TensorSpec(name, _DTYPES[kind], shape)
