@@ -19,7 +19,7 @@ from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engin
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
 from latentrt.runtime.bundle import Bundle, write_bundle
-from latentrt.runtime.loop import TEXTS_AT_ONCE, TIMESTEPS_AT_ONCE
+from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
@@ -358,9 +358,9 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
     both_halves = Range(pictures.min, 2 * pictures.opt, 2 * pictures.max)
     registers = {"registers": Range(1, 2, _MOST_REGISTERS), "terms": Range(3, 4, _MOST_REGISTERS + 2)}
     return {
-        "text_encoder": {"batch": Range(1, 2, TEXTS_AT_ONCE)},
+        "text_encoder": {"batch": Range.fixed(1)},  # texts come one by one
         "unet": {"batch": both_halves, **latents},
-        "unet_prompt": {"batch": Range(1, 2, TEXTS_AT_ONCE)},
+        "unet_prompt": {"batch": Range.fixed(1)},
         "unet_schedule": {"batch": Range(1, min(defaults.steps, TIMESTEPS_AT_ONCE), TIMESTEPS_AT_ONCE)},
         "unet_step": {"batch": pictures, "rows": both_halves, **registers, **latents},
         "vae_decoder": {"batch": pictures, **latents},

@@ -21,8 +21,6 @@ Floats = NDArray[np.float32]
 Conditioning: TypeAlias = Mapping[str, Array]
 """What one text comes to for the denoiser: tensors by name, with a leading dimension of 1."""
 
-TEXTS_AT_ONCE = 2
-"""Most texts that are encoded in one call: a prompt and its negative prompt."""
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
 
@@ -335,22 +333,13 @@ def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, A
     outputs = engine.run(cast_feeds(engine, feeds))
     if output not in outputs:
         raise BundleError(f"{component} has no output {output!r}; it has {', '.join(outputs)}")
-    return finite(component, outputs[output])
-
-
-def finite(component: str, values: Array) -> Floats:
-    """``values`` in float32.
-
-    Raises:
-        EngineError: if they hold NaN or infinity.
-    """
-    floats: Floats = values.astype(np.float32, copy=False)
-    if not np.isfinite(floats).all():
+    values: Floats = outputs[output].astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
         raise EngineError(
             f"{component} computed values that are not finite (NaN or infinity); "
             "run it at precision fp32, or with a lower guidance"
         )
-    return floats
+    return values
 
 
 def _concatenated(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:

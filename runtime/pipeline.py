@@ -20,7 +20,7 @@ from latentrt.engines.errors import BundleError, EngineClosedError, InvalidReque
 from .bundle import Bundle
 from .cache import TensorCache
 from .engine_choice import EngineSettings, make_engine
-from .loop import TEXTS_AT_ONCE, Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, finite, output_of, start_run
+from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, start_run
 from .request import Request, RequestOptions
 from .samplers import Plan
 from .tokenizers import ClipTokenizer
@@ -306,27 +306,20 @@ class Pipeline:
 
         As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers.
         """
-        states = ["last_hidden_state"] * len(tokens)
-        if request.clip_skip:
-            states[-1] = "penultimate_hidden_state"
-        keys = [(row.tobytes(), state) for row, state in zip(tokens, states, strict=True)]
-        found = {key: self._texts.get(key) for key in keys}
-        new = [index for index, key in enumerate(keys) if found[key] is None and key not in keys[:index]]
-        for first in range(0, len(new), TEXTS_AT_ONCE):
-            part = new[first : first + TEXTS_AT_ONCE]
-            encoded = self.engines["text_encoder"].run({"input_ids": tokens[part]})
-            if missing := [states[index] for index in part if states[index] not in encoded]:
-                raise BundleError(f"text_encoder has no output {missing[0]!r}; it has {', '.join(encoded)}")
-            rows = np.stack([encoded[states[index]][place] for place, index in enumerate(part)])
-            begin = time.perf_counter()
-            conditioning = self.loop.condition({"encoder_hidden_states": finite("text_encoder", rows)})
-            timings.prompt += time.perf_counter() - begin
-            for place, index in enumerate(part):
-                # Copies of their own, since a view would keep all rows of the call in memory.
-                text = {name: values[place : place + 1].copy() for name, values in conditioning.items()}
-                found[keys[index]] = text
-                self._texts.put(keys[index], text)
-        return [known for key in keys if (known := found[key]) is not None]
+        found = []
+        for number, ids in enumerate(tokens, start=1):
+            state = "penultimate_hidden_state" if request.clip_skip and number == len(tokens) else "last_hidden_state"
+            key = (ids.tobytes(), state)
+            text = self._texts.get(key)
+            if text is None:
+                # One by one: in a batch of two the last bits would depend on what else is in the cache.
+                encoded = output_of(self.engines["text_encoder"], "text_encoder", state, {"input_ids": ids[None]})
+                begin = time.perf_counter()
+                text = self.loop.condition({"encoder_hidden_states": encoded})
+                timings.prompt += time.perf_counter() - begin
+                self._texts.put(key, text)
+            found.append(text)
+        return found
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
