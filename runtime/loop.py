@@ -220,7 +220,8 @@ class FusedLoop(Loop):
         """Run the prompt stage."""
         found: dict[str, Array] = dict(conditioning)
         if self._prompt is not None:
-            found |= self._prompt.run(cast_feeds(self._prompt, {n: found[n] for n in self._prompt.inputs}))
+            known = {name: values for name, values in found.items() if name in self._prompt.inputs}
+            found |= self._prompt.run(cast_feeds(self._prompt, known))
         wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
         if missing := sorted(wanted - found.keys()):
             raise BundleError(f"unet_step needs {missing[0]!r}, which no stage of the bundle computes; build it again")
