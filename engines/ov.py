@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,8 +89,7 @@ class OpenVinoEngine(BaseEngine):
         self._pool = threading.Lock()
 
     def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
-        sdk = load_sdk()
-        core = sdk.Core()
+        core = load_core()
         require_precision(core, self.options.precision)
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -98,7 +98,7 @@ class OpenVinoEngine(BaseEngine):
         if self.options.threads:
             settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
         with translated(f"{self.label} could not load {self.path.name}"):
-            compiled = core.compile_model(str(self.path), "CPU", settings)
+            compiled = core.compile_model(_read_onnx(self.path), "CPU", settings)
         given = self._specs or ([_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
         inputs, outputs = ({spec.name: spec for spec in specs} for specs in given)
         # A tensor may have several names, of which the graph's own is one.
@@ -147,6 +147,19 @@ def load_sdk() -> ModuleType:
     return openvino  # type: ignore[no-any-return]
 
 
+@functools.cache
+def load_core() -> Any:
+    """OpenVINO's entry point, one for the whole process and never freed.
+
+    When the last one goes, OpenVINO 2026.4 unloads its CPU plugin, which has given the process a stack for signals and
+    takes that memory with it: the next signal, such as Ctrl-C, would end the process.
+
+    Raises:
+        EngineUnavailableError: if OpenVINO is not installed.
+    """
+    return load_sdk().Core()
+
+
 def require_precision(core: Any, precision: str) -> None:
     """Refuse a precision that this processor has no instructions for; OpenVINO would compute in fp32 and not say so.
 
@@ -157,6 +170,12 @@ def require_precision(core: Any, precision: str) -> None:
         raise EngineUnavailableError(
             "this processor has no instructions for bf16 (AVX-512 BF16 or AMX); choose precision fp32"
         )
+
+
+def _read_onnx(path: Path) -> Any:
+    """Read a graph as ONNX; left to itself, OpenVINO tries the readers of all formats that it knows on any file."""
+    frontend = load_sdk().frontend.FrontEndManager().load_by_framework("onnx")
+    return frontend.convert(frontend.load(str(path)))
 
 
 @contextlib.contextmanager

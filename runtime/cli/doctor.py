@@ -77,7 +77,7 @@ def _openvino() -> Finding:
         sdk = ov.load_sdk()
     except EngineUnavailableError as error:
         return Finding("openvino", "", False, False, str(error))
-    abilities = sdk.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    abilities = ov.load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precisions = [precision for precision in ("FP32", "BF16") if precision in abilities]
     return Finding("openvino", sdk.__version__.partition("-")[0], True, True, f"CPU: {', '.join(precisions).lower()}")
 
