@@ -442,7 +442,12 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
                 check = check_component(component, engine, graph.precision)
             figures[graph.file] = check.psnr
             reporter.result(f"{check.psnr:.1f} dB")
-            if stages := {part: components[part].graphs[form] for part in STAGES.get(name, ()) if part in components}:
+            stages = {
+                part: components[part].graphs[form]
+                for part in STAGES.get(name, ())
+                if part in components and form in components[part].graphs
+            }
+            if f"{name}_step" in stages:
                 reporter.stage(f"{name}: {form}, stages of the loop")
                 for part in stages:
                     bundle.graph_path(part, form)  # looks into the graph before ONNX Runtime opens it

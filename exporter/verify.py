@@ -146,6 +146,8 @@ def check_stages(component: Component, engines: Mapping[str, Engine], precision:
             "unconditional": np.array([0]),
             "conditional": np.array([1]),
         }
+        if missing := [n for n in step.inputs if n not in known]:
+            raise VerificationError(f"{component.name} in stages needs {missing[0]!r}, which no stage computes")
         value = psnr(expected, step.run({n: known[n] for n in step.inputs})["updated_registers"][:, 0])
         if not value >= GATES[precision]:
             raise VerificationError(

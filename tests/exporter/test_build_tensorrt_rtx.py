@@ -110,7 +110,9 @@ def test_another_profile(tiny_sources: dict[str, Path], bundle: Path) -> None:
     same = {name for name in COMPILED if second[name].key == first[name]}
     assert same == {"text_encoder", "unet_prompt", "unet_schedule"}
     assert len(records(bundle)) == 6 + 3
-    assert second["unet"].profile["sample"] == ((1, 4, 8, 16), (2, 4, 16, 16), (4, 4, 32, 16))
+    step = second["unet_step"].profile
+    assert step["noise"] == ((1, 4, 8, 16), (1, 4, 16, 16), (2, 4, 32, 16))
+    assert step["rows"] == ((1,), (2,), (4,))
     assert second["vae_encoder"].profile["sample"] == ((1, 3, 16, 32), (1, 3, 32, 32), (2, 3, 64, 32))
 
 

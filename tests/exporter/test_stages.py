@@ -248,6 +248,9 @@ def test_a_stage_that_computes_something_else_is_refused(tiny_source: Path, tiny
         }
         with pytest.raises(VerificationError, match=r"unet in stages \(fp32\) does not compute what its source"):
             check_stages(part, engines, "fp32")
+        del engines["unet_schedule"]
+        with pytest.raises(VerificationError, match=r"unet in stages needs '.*', which no stage computes"):
+            check_stages(part, engines, "fp32")
 
 
 def test_what_cannot_be_split(tiny_source: Path, tiny_bundle: Path) -> None:

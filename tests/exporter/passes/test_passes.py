@@ -253,7 +253,7 @@ def test_a_staged_and_shared_unet_computes_what_the_export_computes(
 ) -> None:
     """On exported U-Nets: K and V of each cross-attention on the frontier, and the same result to 1e-5."""
     bundle = Bundle.open({"emoji": emoji_bundle, **tiny_bundles}[kind])
-    plain = ir.load(bundle.graph_path("unet", "opset20-fp32")).graph
+    plain = ir.external_data.load_to_model(ir.load(bundle.graph_path("unet", "opset20-fp32"))).graph
     channels, width = int(plain.inputs[0].shape[1]), int(plain.inputs[2].shape[2])  # type: ignore[index, arg-type]
     stages = split_stages(plain, conditioning=["encoder_hidden_states"], time=["timestep"])
     attentions = {"emoji": 7, "sd1": 4, "sd2": 4}[kind]
