@@ -48,7 +48,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_config_gives_diffusers_latents_or_a_refusal(
     parity: Any, config: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Whatever the config, a sampler agrees with diffusers, or says in one sentence why it does not run."""
+    """Whatever the config, a sampler agrees with diffusers wherever that reaches finite latents, or says why not."""
     sampler = data.draw(st.sampled_from([name for name in parity.samplers if not name.startswith(("edm", "flow"))]))
     steps = data.draw(st.sampled_from([1, 2, 3, 4, 5, 20, 50]))
     # There diffusers' weight of the third order has a constant of the wrong sign, see dpmpp_2m_sde.
@@ -56,5 +56,6 @@ def test_any_config_gives_diffusers_latents_or_a_refusal(
     try:
         holds = parity.compare(sampler, config, steps).holds
     except InvalidRequestError:
-        holds = not parity.diffusers_succeeds(sampler, config, steps)
-    assert holds
+        holds = False
+    # Where diffusers fails or ends in NaN (UniPC's bh1 down to noise level zero) there is nothing to be held against.
+    assert holds or not parity.diffusers_succeeds(sampler, config, steps)
