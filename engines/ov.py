@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,8 +135,6 @@ def load_sdk() -> ModuleType:
     Raises:
         EngineUnavailableError: if it is not installed.
     """
-    # It would report its use to its maker otherwise.
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
     try:
         import openvino
     except ImportError as error:

@@ -31,6 +31,9 @@ COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 LOOPS = ("auto", "fused", "plain")
 """Ways to run the denoising loop."""
 
+PROMPT_CACHE = 256 << 20
+"""Bytes of encoded texts that a pipeline keeps unless told otherwise."""
+
 _STAGES = ("unet_prompt", "unet_schedule", "unet_step")
 
 
@@ -116,7 +119,7 @@ class Pipeline:
         prompt_cache: Most bytes to keep of texts that were encoded, so that one that comes again is not encoded again.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, prompt_cache: int = 256 << 20) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, prompt_cache: int = PROMPT_CACHE) -> None:
         self.bundle = bundle
         self.engines = dict(engines)
         self.manifest = bundle.manifest
@@ -140,7 +143,7 @@ class Pipeline:
         precision: str | None = None,
         threads: int = 0,
         loop: str = "auto",
-        prompt_cache: int = 256 << 20,
+        prompt_cache: int = PROMPT_CACHE,
         verify_hash: bool = False,
     ) -> Self:
         """Open a bundle.

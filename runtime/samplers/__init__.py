@@ -147,7 +147,7 @@ def compile_plan(
     try:
         with np.errstate(all="ignore"):
             return compiler(config, request)
-    except (ZeroDivisionError, OverflowError) as error:
+    except (ZeroDivisionError, OverflowError, np.linalg.LinAlgError) as error:
         raise InvalidRequestError(
             f"{sampler!r} with this scheduler config and {request.steps} steps visits a noise level twice or leaves "
             "the range of numbers: use fewer steps or another timestep_spacing"

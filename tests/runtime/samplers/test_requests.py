@@ -77,6 +77,15 @@ def test_a_config_that_is_no_mapping_of_names_is_refused(config: Any) -> None:
         compile_plan("euler", config, 20)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_solver_that_meets_noise_level_zero_at_full_order_is_refused(order: int) -> None:
+    """UniPC's equations have no solution there (diffusers fails as well): one sentence, not numpy's own error."""
+    config = {**CONFIG, "solver_order": order, "lower_order_final": False}
+    with pytest.raises(InvalidRequestError, match="use fewer steps|noise level twice") as refusal:
+        compile_plan("unipc", config, 5)
+    assert "\n" not in str(refusal.value)
+
+
 def test_clipping_is_refused_where_it_is_asked_for_and_off_where_a_switched_config_lacks_it() -> None:
     """Clipping is nonlinear; a DDIM config without the key asks for it, another class's config does not."""
     with pytest.raises(InvalidRequestError, match="clip_sample"):
