@@ -23,13 +23,17 @@ from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
+from .calibration import Calibration
 from .components import ALL, NAMES, STAGES, Component, latent_factor, load_component
-from .onnx_export import export_component, parameter_count
+from .emulate import EmulatedEngine, widened_copy
+from .onnx_export import cast_inputs, export_component, parameter_count
 from .progress import Reporter, Silent
+from .quality import compare_engine, require
+from .reduce import STEP, Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
 from .source import Source
 from .stages import export_stages
-from .targets import OPSETS, Form, form_for
-from .verify import check_component, check_stages, overflows
+from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
+from .verify import check_component, check_stages, heavy_weight
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _LONGEST = {"batch": 4096, "height": MAX_SIDE, "width": MAX_SIDE}
@@ -45,16 +49,19 @@ class BuildRequest:
         source: A diffusers directory.
         output: The bundle's directory; a bundle that is there already is replaced, or extended if it comes from the
             same source.
-        engines: Engines to build for, keys of :data:`latentrt.exporter.targets.OPSETS`.
-        precision: ``"fp32"`` or ``"fp16"``.
+        engines: Engines to build for, keys of :data:`latentrt.exporter.targets.TARGETS`.
+        precision: One of :data:`latentrt.exporter.targets.PRECISIONS` that all of the engines have.
         ranges: Lengths that compiled engines are built for: ``batch`` (pictures), ``height`` and ``width`` (pixels).
             What is left out is one picture of the model's own size.
-        verify: Compare every exported component with torch.
+        verify: Compare every exported component with torch, and pictures of reduced precision with those of fp32.
         options: Settings of TensorRT builds.
         steps: Sampler steps that the bundle uses by default; ``None`` keeps those of a bundle that is extended, or
             takes 20.
         guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or 7.5.
         sampler: Sampler that the bundle uses by default; ``None`` likewise, or the one of the source's scheduler.
+        calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
+        quantization: How the layers are chosen that are computed in 8 bits.
+        accept_quality: Keep a reduced precision whose pictures are below the gate.
     """
 
     source: Path
@@ -67,10 +74,13 @@ class BuildRequest:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    quantization: Quantization = field(default_factory=Quantization)
+    accept_quality: bool = False
 
     def __post_init__(self) -> None:
         if not self.engines:
-            raise InvalidRequestError(f"no engine is named; known engines: {', '.join(OPSETS)}")
+            raise InvalidRequestError(f"no engine is named; known engines: {', '.join(TARGETS)}")
         for engine in self.engines:
             form_for(engine, self.precision)
         for name, lengths in self.ranges.items():
@@ -109,7 +119,7 @@ class BuildReport:
     Attributes:
         path: The bundle.
         exported: Graphs that were exported, relative to the bundle; empty where all were there already.
-        quality: PSNR in dB of each exported graph against torch, by graph.
+        quality: What was measured: PSNR in dB of each exported graph, by graph, and figures of pictures by engine.
         engines: Compiled engines.
         seconds: How long it took.
     """
@@ -147,7 +157,10 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
         for sdk_name, sdk in sdks.items()
         for name in _to_compile(bundle)
     )
-    quality = {graph: bundle.manifest.quality[graph] for graph in exported if graph in bundle.manifest.quality}
+    pictures = tuple(f"pictures/{engine}/{request.precision}/" for engine in request.engines)
+    quality = {
+        name: value for name, value in bundle.manifest.quality.items() if name in exported or name.startswith(pictures)
+    }
     return BuildReport(bundle.path, exported, quality, engines, time.perf_counter() - start)
 
 
@@ -170,6 +183,15 @@ def _export(
     found = older.manifest.components if older else {}
     kept = {part: dict(found[part].graphs) if part in found else {} for part in ALL}
     quality = dict(older.manifest.quality) if older else {}
+    unjudged = [
+        engine
+        for engine in dict.fromkeys(request.engines)
+        if request.precision != "fp32" and request.verify and picture_key(engine, request.precision) not in quality
+    ]
+    wanted = list(dict.fromkeys(map(exported_form, forms)))
+    # Pictures are compared with those of fp32, which are then needed for this build alone.
+    exports = list(dict.fromkeys([*wanted, *([PORTABLE] if unjudged else [])]))
+    unquantized = [form for form in forms if form.quantized and form.name not in kept[STEP]]
 
     def lacks(part: str, form: Form) -> bool:
         return form.name not in kept[part] or (request.verify and kept[part][form.name].file not in quality)
@@ -177,12 +199,17 @@ def _export(
     missing = [
         (name, form)
         for name in NAMES
-        for form in forms
+        for form in exports
         if lacks(name, form) or (name in STAGES and lacks(STAGES[name][-1], form))
     ]
     defaults = _defaults(request, source, older.manifest.defaults if older else None)
     origin = m.Source(source.name, source.licence, source.fingerprint)
-    if older and not missing and older.manifest.defaults == defaults and older.manifest.source == origin:
+    if (
+        older
+        and not (missing or unquantized or unjudged)
+        and older.manifest.defaults == defaults
+        and older.manifest.source == origin
+    ):
         reporter.stage("ONNX graphs")
         reporter.result("already exported from this source")
         return older, ()
@@ -202,14 +229,15 @@ def _export(
             for part in source.configs:
                 source.load(part)
         for name in NAMES:
-            wanted = [form for each, form in missing if each == name]
-            if wanted:
-                new = _export_component(source, name, wanted, writer.directory, request.verify, quality, reporter)
+            lacking = [form for each, form in missing if each == name]
+            if lacking:
+                new = _export_component(source, name, lacking, writer.directory, request.verify, quality, reporter)
                 exported += [graph.file for graphs in new.values() for graph in graphs.values()]
                 for part, graphs in new.items():
                     kept[part] |= graphs
-        writer.commit(
-            m.Manifest(
+
+        def manifest() -> m.Manifest:
+            return m.Manifest(
                 format_version=m.FORMAT_VERSION,
                 family=source.family,
                 prediction_type=str(source.scheduler.get("prediction_type", "epsilon")),
@@ -223,8 +251,118 @@ def _export(
                 tools=tool_versions(),
                 quality=quality,
             )
-        )
+
+        size = _picture_size(request)
+        for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
+            _widen_where_needed(source, writer.preview(manifest()), form, request, size, kept, quality, reporter)
+        for form in unquantized:
+            exported.append(_quantize(writer.preview(manifest()), form, request, size, kept, quality, reporter))
+        for engine in unjudged:
+            _judge(writer.preview(manifest()), engine, request, size, quality, reporter)
+        if PORTABLE not in wanted and not (older and PORTABLE.name in older.manifest.components[STEP].graphs):
+            exported = [file for file in exported if file not in _drop(PORTABLE, kept, quality, writer.directory)]
+        writer.commit(manifest())
     return Bundle.open(request.output), tuple(exported)
+
+
+def picture_key(engine: str, precision: str) -> str:
+    """Where a manifest's ``quality`` has the PSNR in dB of pictures that an engine draws in a reduced precision."""
+    return f"pictures/{engine}/{precision}/psnr_db"
+
+
+def _picture_size(request: BuildRequest) -> dict[str, int | None]:
+    """Width and height in pixels to calibrate with: those that engines are tuned for."""
+    return {name: request.ranges[name].opt if name in request.ranges else None for name in ("width", "height")}
+
+
+def _widen_where_needed(
+    source: Source,
+    bundle: Bundle,
+    form: Form,
+    request: BuildRequest,
+    size: Mapping[str, int | None],
+    kept: dict[str, dict[str, m.Graph]],
+    quality: dict[str, float],
+    reporter: Reporter,
+) -> None:
+    """Keep in fp32 what leaves the range of fp16 while pictures are drawn; a denoiser is then split again."""
+    reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(request.calibration.prompts)} pictures")
+    found = ranges_of_pictures(bundle, form, request.calibration, **size)
+    told = []
+    for name in NAMES:
+        values = {
+            value: reached for part in (name, *STAGES.get(name, ())) for value, reached in found.get(part, {}).items()
+        }
+        if not values:
+            continue
+        nodes = keep_in_fp32(bundle.path / kept[name][form.name].file, values)
+        told.append(f"{nodes} operators of {name} kept in fp32, where values reach {max(values.values()):.0f}")
+        component = load_component(source, name)
+        exported = Form(form.opset, kept[name][form.name].precision)
+        for part, graph in _stages(
+            component, kept[name][form.name], exported, bundle.path, request.verify, quality
+        ).items():
+            kept[part][form.name] = graph
+    reporter.result("; ".join(told) or "all values stay within half of what fp16 holds")
+
+
+def _quantize(
+    bundle: Bundle,
+    form: Form,
+    request: BuildRequest,
+    size: Mapping[str, int | None],
+    kept: dict[str, dict[str, m.Graph]],
+    quality: dict[str, float],
+    reporter: Reporter,
+) -> str:
+    """Quantise the denoiser's step; every other component serves the new form as it is. Returns the graph's file."""
+    base = exported_form(form)
+    reporter.stage(f"{STEP}: {form.precision}, opset {form.opset}, the rest {base.precision}")
+    start = time.perf_counter()
+    quantized = quantize_step(bundle, form, request.calibration, request.quantization, **size)
+    for part, graphs in kept.items():
+        if part not in STAGES and base.name in graphs:  # a whole denoiser is not quantised
+            graphs[form.name] = graphs[base.name]
+    kept[STEP][form.name] = quantized.graph
+    quality[quantized.graph.file] = round(min(quantized.psnr, 999.0), 2)
+    reporter.result(f"{describe(quantized)}, {time.perf_counter() - start:.1f} s")
+    return quantized.graph.file
+
+
+def _judge(
+    bundle: Bundle,
+    engine: str,
+    request: BuildRequest,
+    size: Mapping[str, int | None],
+    quality: dict[str, float],
+    reporter: Reporter,
+) -> None:
+    """Compare pictures of a reduced precision with those of fp32.
+
+    Raises:
+        VerificationError: if they are below the gate, and that is not accepted.
+    """
+    precision = request.precision
+    reporter.stage(f"{engine}, {precision}: pictures against fp32")
+    start = time.perf_counter()
+    judged = compare_engine(bundle, engine, precision, request.calibration, **size)
+    if not request.accept_quality:
+        require(judged.pictures, precision, engine)
+    prefix = picture_key(engine, precision).removesuffix("psnr_db")
+    quality[f"{prefix}psnr_db"] = round(judged.pictures.psnr, 2)
+    quality[f"{prefix}worst_db"] = round(judged.pictures.worst, 2)
+    quality[f"{prefix}ssim"] = round(judged.pictures.ssim, 4)
+    reporter.result(f"{judged}, {time.perf_counter() - start:.1f} s")
+
+
+def _drop(form: Form, kept: dict[str, dict[str, m.Graph]], quality: dict[str, float], directory: Path) -> set[str]:
+    """Take a form out of a bundle under construction. Returns the graphs' files."""
+    dropped = [graphs.pop(form.name) for graphs in kept.values() if form.name in graphs]
+    used = {file for graphs in kept.values() for graph in graphs.values() for file in (graph.file, *graph.external)}
+    for file in {file for graph in dropped for file in (graph.file, *graph.external)} - used:
+        (directory / file).unlink()
+        quality.pop(file, None)
+    return {graph.file for graph in dropped} - used
 
 
 def _same_source(request: BuildRequest, source: Source) -> Bundle | None:
@@ -267,42 +405,66 @@ def _export_component(
     for form in forms:
         reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
         start = time.perf_counter()
-        exported, note = form, ""
-        if form.precision == "fp16" and (layer := overflows(component)):
-            exported, note = Form(form.opset, "fp32"), f"; kept in fp32, since {layer} leaves the range of fp16"
+        exported, notes = form, []
+        if form.precision == "fp16" and (weight := heavy_weight(component)):
+            exported = Form(form.opset, "fp32")
+            notes.append(f"kept in fp32, since {weight} leaves the range of fp16")
         graph = export_component(component, exported, directory)
+        if graph.precision == "fp16":
+            example = {n: t.numpy() for n, t in cast_inputs(component, component.example, "fp32").items()}
+            if large := out_of_range(directory / graph.file, [example]):
+                nodes = keep_in_fp32(directory / graph.file, large)
+                notes.append(f"{nodes} operators kept in fp32, where values reach {max(large.values()):.0f}")
         size = sum((directory / file).stat().st_size for file in (graph.file, *graph.external))
         parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{size / 1e6:.1f} MB"]
         if verify:
-            with OnnxRuntimeEngine(directory / graph.file, label=name) as engine:
-                check = check_component(component, engine, graph.precision)
-            quality[graph.file] = round(min(check.psnr, 999.0), 2)
-            parts.append(f"{check.psnr:.1f} dB against torch")
+            quality[graph.file] = _check_graph(component, graph, directory)
+            parts.append(f"{quality[graph.file]:.1f} dB against torch")
         graphs[name][form.name] = graph  # under the form that was asked for; the graph says what it is
-        reporter.result(f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s{note}")
+        reporter.result("; ".join([f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s", *notes]))
         if component.roles:
             reporter.stage(f"{name}: stages of the loop")
             start = time.perf_counter()
-            stages = export_stages(component, graph, exported, directory)
+            stages = _stages(component, graph, exported, directory, verify, quality)
             told = [f"{len(stage.outputs)} tensors from {part}" for part, stage in stages.items()][:-1]
             if verify:
-                psnr = _check_stages(component, stages, directory)
-                quality |= {stage.file: round(min(psnr, 999.0), 2) for stage in stages.values()}
-                told.append(f"{psnr:.1f} dB against torch")
+                told.append(f"{quality[next(iter(stages.values())).file]:.1f} dB against torch")
             for part, stage in stages.items():
                 graphs.setdefault(part, {})[form.name] = stage
             reporter.result(f"{', '.join(told)}, {time.perf_counter() - start:.1f} s")
     return graphs
 
 
+def _stages(
+    component: Component, graph: m.Graph, form: Form, directory: Path, verify: bool, quality: dict[str, float]
+) -> dict[str, m.Graph]:
+    """Stages of a component, none if it is no denoiser; ``quality`` gains what they agree to with torch."""
+    if component.roles is None:
+        return {}
+    stages = export_stages(component, graph, form, directory)
+    if verify:
+        psnr = round(min(_check_stages(component, stages, directory), 999.0), 2)
+        quality |= {stage.file: psnr for stage in stages.values()}
+    return stages
+
+
+def _check_graph(component: Component, graph: m.Graph, directory: Path) -> float:
+    """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings."""
+    with (
+        widened_copy(directory / graph.file, rounded=True) as copy,
+        EmulatedEngine(copy, graph, component.name) as engine,
+    ):
+        return round(min(check_component(component, engine, graph.precision).psnr, 999.0), 2)
+
+
 def _check_stages(component: Component, stages: Mapping[str, m.Graph], directory: Path) -> float:
-    """PSNR in dB of a guided step through the stages of a denoiser."""
+    """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings."""
     with ExitStack() as stack:
-        engines = {
-            part: stack.enter_context(OnnxRuntimeEngine(directory / stage.file, label=part))
-            for part, stage in stages.items()
-        }
-        return check_stages(component, engines, next(iter(stages.values())).precision).psnr
+        engines = {}
+        for part, stage in stages.items():
+            copy = stack.enter_context(widened_copy(directory / stage.file, rounded=True))
+            engines[part] = stack.enter_context(EmulatedEngine(copy, stage, part))
+        return check_stages(component, engines, stages[f"{component.name}_step"].precision).psnr
 
 
 def _write_tokenizer(source: Source, directory: Path) -> m.Tokenizer:

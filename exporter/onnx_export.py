@@ -21,17 +21,19 @@ from latentrt.engines.errors import ExportError
 from latentrt.runtime.manifest import Graph
 
 from .components import Component
+from .passes.borders import float_borders
 from .targets import Form
 
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Weights above this many bytes go to a file of their own: a protobuf message ends at 2 GiB."""
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""torch's types of the precisions that have half the bits of fp32."""
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 
 
 def cast_inputs(component: Component, inputs: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     """Inputs in the element type that a graph of ``precision`` takes."""
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    keep = component.keep_fp32
+    dtype, keep = HALVES.get(precision, torch.float32), component.keep_fp32
     return {n: t.to(dtype) if t.is_floating_point() and n not in keep else t for n, t in inputs.items()}
 
 
@@ -51,7 +53,8 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     Raises:
         ExportError: if torch cannot export the module, or the graph is not well typed.
     """
-    module = _in_half_precision(component.module) if form.precision == "fp16" else component.module
+    half = HALVES.get(form.precision)
+    module = component.module if half is None else _in_half_precision(component.module, half)
     example = cast_inputs(component, component.example, form.precision)
     try:
         with _quiet(), torch.no_grad():
@@ -73,6 +76,7 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     if program is None:
         raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
     _name_dimensions(program.model, component)
+    float_borders(program.model.graph)
     ShapeInferencePass(data_prop=True)(program.model)  # the exporter leaves the shapes inside decomposed operators out
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces of this machine are no part of a model
@@ -105,13 +109,13 @@ def graph_entry(graph: ir.Graph, file: str, form: Form, external: tuple[str, ...
     )
 
 
-def _in_half_precision(module: nn.Module) -> nn.Module:
-    """A copy in fp16. Only the copy's weights take memory: those in fp32 are never there twice."""
+def _in_half_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in fp16 or bf16. Only the copy's weights take memory: those in fp32 are never there twice."""
     tensors = [*module.parameters(), *module.buffers()]
     half: dict[int, object] = {}
     for tensor in tensors:
         if tensor.is_floating_point():
-            cast = tensor.detach().half()
+            cast = tensor.detach().to(dtype)
             is_weight = isinstance(tensor, nn.Parameter)
             half[id(tensor)] = nn.Parameter(cast, requires_grad=False) if is_weight else cast
     return copy.deepcopy(module, half)

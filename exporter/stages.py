@@ -11,6 +11,7 @@ from latentrt.runtime.manifest import Graph
 
 from .components import Component
 from .onnx_export import check_graph, graph_entry
+from .passes.borders import float_borders
 from .passes.guidance import share_guidance
 from .passes.stages import split_stages
 from .passes.update import fuse_update
@@ -53,6 +54,7 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
     for name, graph in (("prompt", stages.prompt), ("schedule", stages.schedule), ("step", stages.step)):
         if graph is None:
             continue
+        float_borders(graph)
         path = directory / component.name / f"{name}{form.suffix}.onnx"
         ir.save(ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name), path)
         check_graph(path, f"{component.name}, stage {name}")

@@ -8,6 +8,7 @@ there, so precision is a property of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentrt.engines.errors import InvalidRequestError
@@ -19,7 +20,8 @@ class Form:
 
     Attributes:
         opset: ONNX operator set. From 21 on group normalisation, and from 23 on attention, are single operators.
-        precision: Element type of weights and activations, ``"fp32"`` or ``"fp16"``.
+        precision: Element type of weights and activations (``"fp32"``, ``"fp16"``, ``"bf16"``), or how products are
+            quantised (``"int8"``, ``"fp8"``, ``"int8-weights"``).
     """
 
     opset: int
@@ -33,22 +35,75 @@ class Form:
     @property
     def suffix(self) -> str:
         """What the graph's file name carries between ``model`` and ``.onnx``; nothing for the portable form."""
-        return "" if self.name == "opset20-fp32" else f".{self.name}"
+        return "" if self == PORTABLE else f".{self.name}"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products are computed in, or weights stored in, 8 bits."""
+        return self.precision in QUANTIZED
 
 
-OPSETS = {"onnxruntime": 20, "openvino": 20, "tensorrt": 23, "tensorrt-rtx": 23}
-"""Engines that a bundle can be built for, and the operator set that each takes."""
-PRECISIONS = ("fp32", "fp16")
+@dataclass(frozen=True)
+class Target:
+    """What an engine takes.
+
+    Attributes:
+        opset: Operator set of its graphs.
+        precisions: Precisions that it computes in.
+        rest: Precision of everything that is not quantised where products are.
+    """
+
+    opset: int
+    precisions: tuple[str, ...]
+    rest: str
+
+
+PORTABLE = Form(20, "fp32")
+"""The form that every tool reads; pictures of reduced precision are compared with what it draws."""
+
+QUANTIZED = ("int8", "fp8", "int8-weights")
+"""Precisions made by quantising another form."""
+
+# ONNX Runtime has no bf16 and no fp8 arithmetic on a CPU, OpenVINO no fp8; OpenVINO rounds fp32 graphs to bf16 itself.
+# TensorRT multiplies 8-bit weights with 8-bit activations only, and is slow where the rest is fp32.
+TARGETS: Mapping[str, Target] = {
+    "onnxruntime": Target(20, ("fp32", "fp16", "int8", "int8-weights"), "fp32"),
+    "openvino": Target(20, ("fp32", "fp16", "bf16", "int8", "int8-weights"), "fp32"),
+    "tensorrt": Target(23, ("fp32", "fp16", "bf16", "int8", "fp8"), "fp16"),
+    "tensorrt-rtx": Target(23, ("fp32", "fp16", "bf16", "int8", "fp8"), "fp16"),
+}
+"""Engines that a bundle can be built for."""
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights")
+"""Every precision, of which each engine has some."""
 
 
 def form_for(engine: str, precision: str) -> Form:
     """The form that ``engine`` takes at ``precision``.
 
     Raises:
-        InvalidRequestError: for an unknown engine or precision.
+        InvalidRequestError: for an unknown engine or precision, or one that the engine does not have.
     """
-    if engine not in OPSETS:
-        raise InvalidRequestError(f"unknown engine {engine!r}; known engines: {', '.join(OPSETS)}")
+    if engine not in TARGETS:
+        raise InvalidRequestError(f"unknown engine {engine!r}; known engines: {', '.join(TARGETS)}")
     if precision not in PRECISIONS:
         raise InvalidRequestError(f"unknown precision {precision!r}; known precisions: {', '.join(PRECISIONS)}")
-    return Form(OPSETS[engine], precision)
+    target = TARGETS[engine]
+    if precision not in target.precisions:
+        raise InvalidRequestError(f"{engine} has no precision {precision}; it has {', '.join(target.precisions)}")
+    if engine == "openvino" and precision == "bf16":
+        return PORTABLE
+    return Form(target.opset, precision)
+
+
+def exported_form(form: Form) -> Form:
+    """The form that torch exports for ``form``: itself, or what is quantised to make it."""
+    if not form.quantized:
+        return form
+    rest = {target.opset: target.rest for target in TARGETS.values()}
+    return Form(form.opset, rest[form.opset])
+
+
+def next_higher(engine: str, precision: str) -> str:
+    """The precision of an engine that ``precision`` should be faster than: what is not quantised has it, or fp32."""
+    return TARGETS[engine].rest if precision in QUANTIZED else "fp32"

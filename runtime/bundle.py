@@ -199,6 +199,19 @@ class BundleWriter:
         self.committed = False
         self._claim = claim
 
+    def preview(self, manifest: Manifest) -> Bundle:
+        """The bundle as it stands, to be run before it is committed; nothing is hashed or written.
+
+        Args:
+            manifest: Everything but :attr:`Manifest.files`, which is filled in here with sizes alone.
+        """
+        files = {
+            path.relative_to(self.directory).as_posix(): FileEntry(path.stat().st_size, "")
+            for path in self.directory.rglob("*")
+            if path.is_file()
+        }
+        return Bundle(self.directory, replace(manifest, files=files))
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash all files, write ``bundle.json``, and put the bundle in its place.
 

@@ -43,7 +43,7 @@ def choose_graph(component: Component, engine: str, precision: str | None) -> tu
         BundleError: if the bundle has none that fits.
     """
     for each in ("fp32", "fp16") if precision is None else (precision,):
-        fitting = [(name, graph) for name, graph in component.graphs.items() if name.rpartition("-")[2] == each]
+        fitting = [(name, graph) for name, graph in component.graphs.items() if name.partition("-")[2] == each]
         if fitting:
             return min(fitting, key=lambda item: (item[1].opset > _LAST_DECOMPOSED_OPSET, item[1].opset))
     raise BundleError(

@@ -31,7 +31,7 @@ ENGINES_DIRECTORY = "engines"
 TOKENIZER_FILE = "tokenizer.json"
 """Name of the tokenizer's file in a tokenizer's directory."""
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights")
 """What a graph may say it computes in."""
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")

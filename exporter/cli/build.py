@@ -11,14 +11,18 @@ from latentrt.engines.trt import Range, parse_ranges
 from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
 
 from ..build import BuildRequest, build_bundle
-from ..targets import OPSETS, PRECISIONS
+from ..calibration import PROMPTS, Calibration, read_prompts
+from ..reduce import Quantization
+from ..targets import PRECISIONS, TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a diffusers directory with safetensors weights")
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
-    parser.add_argument("--engine", action="append", choices=tuple(OPSETS), help="engine to build for; may be repeated")
+    parser.add_argument(
+        "--engine", action="append", choices=tuple(TARGETS), help="engine to build for; may be repeated"
+    )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="element type of weights and activations"
     )
@@ -40,6 +44,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PROMPTS.txt",
+        help="prompts, one a line, that a reduced precision learns from",
+    )
+    parser.add_argument(
+        "--calibration-steps", type=int, default=8, metavar="N", help="steps of the pictures drawn for that; default 8"
+    )
+    parser.add_argument(
+        "--least-sqnr",
+        type=float,
+        default=20.0,
+        metavar="DB",
+        help="layers that keep less signal over noise in 8 bits stay as they are; default 20",
+    )
+    parser.add_argument(
+        "--accept-quality", action="store_true", help="keep a reduced precision whose pictures are below the gate"
+    )
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -61,6 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         guidance=arguments.guidance,
         sampler=arguments.sampler,
+        calibration=Calibration(
+            read_prompts(arguments.calibration) if arguments.calibration else PROMPTS, arguments.calibration_steps
+        ),
+        quantization=Quantization(arguments.least_sqnr),
+        accept_quality=arguments.accept_quality,
     )
     console = BuildConsole(quiet=arguments.json)
     try:
@@ -72,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "bundle": str(report.path),
                 "exported": report.exported,
-                "quality_db": report.quality,
+                "quality": report.quality,
                 "engines": [{**dataclasses.asdict(built.record), "reused": built.reused} for built in report.engines],
                 "seconds": round(report.seconds, 2),
             }

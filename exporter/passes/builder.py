@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 
 class Builder:
-    """Adds nodes in front of one node of a graph, or behind all; names of values are unique by their number.
+    """Adds nodes in front of one node of a graph, or behind all; names of values are new, by their number.
 
     Args:
         graph: Gains nodes and constants.
@@ -25,6 +25,8 @@ class Builder:
         self.before: ir.Node | None = None
         self._prefix = prefix
         self._count = 0
+        self._taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+        self._taken |= {value.name for node in graph for value in node.outputs}
 
     def insert(self, node: ir.Node) -> None:
         """Add a node that is made already."""
@@ -56,6 +58,13 @@ class Builder:
         self.graph.register_initializer(value)
         return value
 
+    def tensor(self, values: ArrayLike, dtype: ir.DataType) -> ir.Value:
+        """A constant of any element type that ONNX has."""
+        array = np.asarray(values).astype(dtype.numpy())
+        value = ir.val(self._name("constant"), const_value=ir.Tensor(array, dtype=dtype))
+        self.graph.register_initializer(value)
+        return value
+
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
         """Declare another input of the graph."""
         value = ir.val(name, dtype=dtype, shape=ir.Shape(shape))
@@ -63,5 +72,8 @@ class Builder:
         return value
 
     def _name(self, what: str) -> str:
-        self._count += 1
-        return f"{self._prefix}_{what.lower()}_{self._count}"
+        while True:
+            self._count += 1
+            name = f"{self._prefix}_{what.lower()}_{self._count}"
+            if name not in self._taken:
+                return name

@@ -245,7 +245,7 @@ def test_build_and_verify(
     report = json.loads(output)
     assert errors == ""
     assert report["bundle"] == str(bundle)
-    assert (report["exported"], report["quality_db"], report["engines"]) == ([], {}, [])
+    assert (report["exported"], report["quality"], report["engines"]) == ([], {}, [])
 
     assert status_of("verify", bundle, "--source", tiny_source) == 0
     output, errors = capfd.readouterr()
