@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from latentrt.engines import Array
 from latentrt.engines.onnxrt import load_sdk, translated
@@ -45,6 +46,32 @@ def largest_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[
     found = dict.fromkeys(names, 0.0)
     for results in _run(path, outputs, feeds):
         found = {name: max(found[name], float(results[name])) for name in found}
+    return found
+
+
+def channel_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
+    """Largest magnitude of each channel, the last dimension, of each value over all calls.
+
+    Args:
+        path: An ONNX file in fp32.
+        values: Names of values whose rank is known.
+        feeds: Inputs.
+
+    Raises:
+        EngineError: if the graph cannot be run.
+    """
+    with _extended(path) as (graph, builder):
+        known, wanted = _values(graph), {}
+        for name in values:
+            shape = known[name].shape
+            assert shape is not None
+            axes = builder.constant(list(range(len(shape) - 1)))
+            magnitudes = builder.add("Abs", [known[name]], _FLOAT)
+            wanted[name] = builder.add("ReduceMax", [magnitudes, axes], _FLOAT, [shape[-1]], keepdims=0)
+        outputs = _outputs(graph, wanted)
+    found: dict[str, NDArray[np.float32]] = {}
+    for results in _run(path, outputs, feeds):
+        found = {name: np.maximum(found.get(name, 0), values) for name, values in results.items()}
     return found
 
 
@@ -169,8 +196,6 @@ def _outputs(graph: ir.Graph, values: Mapping[str, ir.Value]) -> dict[str, str]:
     """Make these values the only outputs of a graph; returns the names of the outputs."""
     graph.outputs.clear()
     graph.outputs.extend(values.values())
-    for value in values.values():
-        value.shape = ir.Shape([])
     return {name: str(value.name) for name, value in values.items()}
 
 

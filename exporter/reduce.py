@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from latentrt.engines import Array
 from latentrt.engines.errors import ExportError, InvalidRequestError
@@ -17,10 +18,11 @@ from latentrt.runtime.manifest import Graph
 
 from .calibration import Calibration, record
 from .emulate import EmulatedEngine, emulated, widened_copy
-from .observe import best_ranges, largest_magnitudes, layer_sqnr
+from .observe import Feeds, best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
 from .onnx_export import EXTERNAL_THRESHOLD, check_graph, graph_entry
 from .passes.islands import keep_fp32
-from .passes.quantize import FORMATS, find_layers, quantize, quantized_share
+from .passes.quantize import FORMATS, Layer, NumberFormat, find_layers, quantize, quantized_share
+from .passes.smooth import factors, smooth, smoothable
 from .targets import Form, exported_form
 from .verify import psnr
 
@@ -28,6 +30,9 @@ FP16_LIMIT = float(np.finfo(np.float16).max) / 2
 """Largest magnitude that a value of an fp16 graph may reach on known inputs: half of what the type holds."""
 
 STEP = "unet_step"
+
+_NOISY = 35.0  # dB; above, there is no need to smooth
+_LEAST_GAIN = 3.0  # dB; less is not worth an operator more
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Quantized:
     Attributes:
         graph: Its entry for the manifest.
         layers: How many layers are quantised.
+        smoothed: Of how many of them the channels were smoothed.
         excluded: Layers that are not, with the SQNR in dB that they would have had, worst first.
         share: Share of the layers' weights that is quantised.
         psnr: Of its results against the graph that it was made from, over the recorded calls, in dB.
@@ -59,6 +65,7 @@ class Quantized:
 
     graph: Graph
     layers: int
+    smoothed: int
     excluded: Mapping[str, float]
     share: float
     psnr: float
@@ -148,12 +155,11 @@ def quantize_step(
     with emulated(bundle, base.name, rounded=False) as (pipeline, paths):
         calls = record(pipeline, calibration, width=width, height=height).calls[STEP]
         layers = find_layers(ir.load(paths[STEP]).graph)
-        ranges: dict[str, float] = {}
-        if not weights_only:
-            largest = largest_magnitudes(paths[STEP], dict.fromkeys(layer.activation for layer in layers), calls)
-            # Floating point has finer steps near zero anyway: there nothing is gained by saturating.
-            ranges = best_ranges(paths[STEP], largest, number, calls) if number.name == "int8" else largest
-        sqnr = layer_sqnr(paths[STEP], layers, None if weights_only else ranges, number, calls)
+        ranges = None if weights_only else _ranges(paths[STEP], layers, number, calls)
+        sqnr = layer_sqnr(paths[STEP], layers, ranges, number, calls)
+        smoothed: dict[str, NDArray[np.float32]] = {}
+        if ranges is not None:
+            smoothed = _smooth_where_it_helps(paths[STEP], number, calls, ranges, sqnr)
         with EmulatedEngine(paths[STEP], bundle.graph(STEP, base.name), STEP) as engine:
             expected = [engine.run(call)["updated_registers"] for call in calls]
     chosen = [name for name, ratio in sqnr.items() if ratio >= quantization.least_sqnr]
@@ -164,7 +170,8 @@ def quantize_step(
     source = bundle.graph(STEP, base.name)
     model = ir.load(bundle.path / source.file)
     share = quantized_share(model.graph, chosen)
-    quantize(model.graph, number, ranges, layers=chosen, weights_only=weights_only)
+    smooth(model.graph, {name: factor for name, factor in smoothed.items() if name in chosen})
+    quantize(model.graph, number, ranges, layers=chosen)
     folder, stem = Path(source.file).parent, f"step.{form.name}.onnx"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{stem}.data" if size > EXTERNAL_THRESHOLD else None
@@ -179,8 +186,45 @@ def quantize_step(
         agreement = min(
             psnr(result, engine.run(call)["updated_registers"]) for call, result in zip(calls, expected, strict=True)
         )
+    helped = sum(name in chosen for name in smoothed)
     excluded = {name: ratio for name, ratio in sorted(sqnr.items(), key=lambda item: item[1]) if name not in chosen}
-    return Quantized(graph, len(chosen), excluded, share, agreement)
+    return Quantized(graph, len(chosen), helped, excluded, share, agreement)
+
+
+def _ranges(path: Path, layers: Sequence[Layer], number: NumberFormat, calls: Feeds) -> dict[str, float]:
+    largest = largest_magnitudes(path, dict.fromkeys(layer.activation for layer in layers), calls)
+    # Floating point has finer steps near zero anyway: there nothing is gained by saturating.
+    return best_ranges(path, largest, number, calls) if number.name == "int8" else largest
+
+
+def _smooth_where_it_helps(
+    path: Path, number: NumberFormat, calls: Feeds, ranges: dict[str, float], sqnr: dict[str, float]
+) -> dict[str, NDArray[np.float32]]:
+    """Factors of the noisy layers that gain by smoothing; ``ranges`` and ``sqnr`` are brought up to date for them."""
+    model = ir.load(path)
+    noisy = [layer for layer in smoothable(model.graph) if sqnr[layer.name] < _NOISY]
+    if not noisy:
+        return {}
+    magnitudes = channel_magnitudes(path, dict.fromkeys(layer.activation for layer in noisy), calls)
+    tried = {}
+    for layer in noisy:
+        constant = model.graph.initializers[layer.weight].const_value
+        assert constant is not None
+        tried[layer.name] = factors(magnitudes[layer.activation], np.abs(constant.numpy()).max(axis=layer.axis))
+    smooth(model.graph, tried)
+    copy = path.with_name(f".{path.stem}.smooth.onnx")
+    try:
+        ir.save(model, copy)  # what stays as it was is read from where it is
+        layers = [layer for layer in find_layers(model.graph) if layer.name in tried]
+        new_ranges = _ranges(copy, layers, number, calls)
+        new_sqnr = layer_sqnr(copy, layers, new_ranges, number, calls)
+    finally:
+        copy.unlink(missing_ok=True)
+    helped = [layer for layer in layers if new_sqnr[layer.name] >= sqnr[layer.name] + _LEAST_GAIN]
+    for layer in helped:
+        sqnr[layer.name] = new_sqnr[layer.name]
+        ranges[layer.activation] = new_ranges[layer.activation]
+    return {layer.name: tried[layer.name] for layer in helped}
 
 
 def describe(quantized: Quantized) -> str:
@@ -189,6 +233,8 @@ def describe(quantized: Quantized) -> str:
         f"{quantized.layers} layers with {quantized.share:.1%} of the weights",
         f"{quantized.psnr:.1f} dB against unquantised",
     ]
+    if quantized.smoothed:
+        parts.insert(1, f"{quantized.smoothed} smoothed")
     if quantized.excluded:
         name, ratio = next(iter(quantized.excluded.items()))
         shown = "no signal" if math.isinf(ratio) else f"{ratio:.1f} dB"

@@ -130,10 +130,9 @@ def representable(scales: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np
 def quantize(
     graph: ir.Graph,
     number: NumberFormat,
-    ranges: Mapping[str, float],
+    ranges: Mapping[str, float] | None,
     *,
     layers: Collection[str] | None = None,
-    weights_only: bool = False,
 ) -> list[str]:
     """Quantise layers of ``graph`` to 8 bits.
 
@@ -142,15 +141,15 @@ def quantize(
            share the pair.
         2. Weights are stored in 8 bits, with one scale for each output channel, and pass through ``DequantizeLinear``;
            layers that share them share it.
-        3. With ``weights_only`` activations are left as they are.
+        3. Without ``ranges`` activations are left as they are.
         4. Zero points are there, and zero: TensorRT takes no others. Biases stay as they are.
 
     Args:
         graph: Changed in place.
         number: The format.
-        ranges: For each activation, the magnitude that becomes the format's largest number.
+        ranges: For each activation, the magnitude that becomes the format's largest number; ``None`` quantises the
+            weights alone.
         layers: Names of the nodes to quantise; all that can be if left out.
-        weights_only: Leave activations alone.
 
     Returns:
         Names of the nodes that were quantised.
@@ -171,7 +170,7 @@ def quantize(
         source, constant = node.inputs[0], node.inputs[1]
         assert source is not None
         assert constant is not None
-        if not weights_only:
+        if ranges is not None:
             if layer.activation not in ranges:
                 raise ValueError(f"there is no range of {layer.activation!r}, which {name!r} takes")
             if layer.activation not in activations:

@@ -1,0 +1,86 @@
+"""Move the spread of an activation's channels into the weights it is multiplied with, before both are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .builder import Builder
+from .quantize import Layer, find_layers
+
+STRENGTH = 0.7
+"""Share of the spread that is moved. On the emoji model's feed-forward layers 0.3 gains 2.7 to 4.8 dB, 0.5 gains 5.5 to
+7.8 dB, 0.7 gains 7.1 to 9.0 dB."""
+
+
+def smoothable(graph: ir.Graph) -> list[Layer]:
+    """Matrix products whose activation no other operator takes, so that it can be scaled for them alone."""
+    activations = {value.name: value for node in graph for value in node.outputs}
+    return [
+        layer
+        for layer in find_layers(graph)
+        if layer.operator != "Conv"
+        and layer.activation in activations
+        and len(activations[layer.activation].uses()) == 1
+    ]
+
+
+def factors(activation: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What each channel of an activation is divided by, and its row of the weights multiplied with.
+
+    Xiao et al. 2023, "SmoothQuant" (arXiv 2211.10438), equation 4; the geometric mean is 1.
+
+    Args:
+        activation: Largest magnitude of each channel, ``[channels]``.
+        weight: Largest magnitude of the weights of each channel, ``[channels]``.
+    """
+    spread = np.maximum(activation, 1e-5) ** STRENGTH / np.maximum(weight, 1e-5) ** (1 - STRENGTH)
+    return np.asarray(spread / np.exp(np.log(spread).mean()), np.float32)
+
+
+def smooth(graph: ir.Graph, by: Mapping[str, NDArray[np.float32]]) -> None:
+    """Divide activations by factors, and multiply weights with them: the products stay what they are, to rounding.
+
+    Cases:
+        1. The activation passes through a ``Mul`` with the factors' inverses; its result is named after the layer.
+        2. The weights' rows are multiplied with the factors. Weights that other layers share are not changed for them.
+
+    Args:
+        graph: Changed in place.
+        by: Factors, ``[channels]``, by the name of a layer that :func:`smoothable` finds.
+
+    Raises:
+        ValueError: for a layer that cannot be smoothed.
+    """
+    layers = {layer.name: layer for layer in smoothable(graph)}
+    if unknown := sorted(by.keys() - layers.keys()):
+        raise ValueError(f"{unknown[0]!r} is no layer whose activation can be smoothed")
+    nodes = {node.name: node for node in graph}
+    builder = Builder(graph, "smooth")
+    for name, factor in by.items():
+        layer, node = layers[name], nodes[name]
+        activation, weight = node.inputs[0], node.inputs[1]
+        assert activation is not None
+        assert weight is not None
+        assert weight.const_value is not None
+        assert activation.dtype is not None
+        builder.before = node
+        inverse = builder.tensor(1 / factor, activation.dtype)
+        scaled = builder.add("Mul", [activation, inverse], activation.dtype, activation.shape)
+        scaled.name = smoothed_name(layer)
+        node.replace_input_with(0, scaled)
+        rows = factor[None, :] if layer.axis == 0 else factor[:, None]
+        array = (weight.const_value.numpy().astype(np.float32) * rows).astype(weight.const_value.dtype.numpy())
+        changed = ir.val(f"{weight.name}_{name}_smoothed", const_value=ir.Tensor(array, dtype=weight.const_value.dtype))
+        graph.register_initializer(changed)
+        node.replace_input_with(1, changed)
+        if not weight.uses() and weight.name in graph.initializers:
+            del graph.initializers[weight.name]
+
+
+def smoothed_name(layer: Layer) -> str:
+    """Name of a layer's activation after :func:`smooth`."""
+    return f"{layer.name}_smoothed"
