@@ -9,12 +9,10 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
-from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engine_key
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
@@ -24,16 +22,12 @@ from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
 from .calibration import Calibration
-from .components import ALL, NAMES, STAGES, Component, latent_factor, load_component
-from .emulate import EmulatedEngine, widened_copy
-from .onnx_export import cast_inputs, export_component, parameter_count
+from .components import ALL, NAMES, STAGES, latent_factor
+from .construction import Construction, picture_key
 from .progress import Reporter, Silent
-from .quality import compare_engine, require
-from .reduce import STEP, Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
+from .reduce import STEP, Quantization
 from .source import Source
-from .stages import export_stages
 from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
-from .verify import check_component, check_stages, heavy_weight
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _LONGEST = {"batch": 4096, "height": MAX_SIDE, "width": MAX_SIDE}
@@ -216,7 +210,6 @@ def _export(
     if older is None and (request.output / m.MANIFEST_FILE).exists():
         reporter.stage(f"{request.output.name}: older bundle")
         reporter.result("from another source or other tool versions, or damaged; replaced together with its engines")
-    exported: list[str] = []
     with write_bundle(request.output) as writer:
         if older:
             for relative in older.manifest.files:
@@ -228,13 +221,6 @@ def _export(
         if missing:  # all weights are read once, so that damage in the last does not show after the first is exported
             for part in source.configs:
                 source.load(part)
-        for name in NAMES:
-            lacking = [form for each, form in missing if each == name]
-            if lacking:
-                new = _export_component(source, name, lacking, writer.directory, request.verify, quality, reporter)
-                exported += [graph.file for graphs in new.values() for graph in graphs.values()]
-                for part, graphs in new.items():
-                    kept[part] |= graphs
 
         def manifest() -> m.Manifest:
             return m.Manifest(
@@ -252,117 +238,28 @@ def _export(
                 quality=quality,
             )
 
-        size = _picture_size(request)
+        def preview() -> Bundle:
+            return writer.preview(manifest())
+
+        new = Construction(source, writer.directory, request.verify, reporter, kept, quality, preview)
+        for name in NAMES:
+            new.export(name, [form for each, form in missing if each == name])
+        size, calibration = _picture_size(request), request.calibration
         for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
-            _widen_where_needed(source, writer.preview(manifest()), form, request, size, kept, quality, reporter)
+            new.widen_where_needed(form, calibration, size)
         for form in unquantized:
-            exported.append(_quantize(writer.preview(manifest()), form, request, size, kept, quality, reporter))
+            new.quantize(form, calibration, request.quantization, size)
         for engine in unjudged:
-            _judge(writer.preview(manifest()), engine, request, size, quality, reporter)
-        if PORTABLE not in wanted and not (older and PORTABLE.name in older.manifest.components[STEP].graphs):
-            exported = [file for file in exported if file not in _drop(PORTABLE, kept, quality, writer.directory)]
+            new.judge(engine, request.precision, calibration, size, accept=request.accept_quality)
+        if PORTABLE not in wanted and not (older and PORTABLE.name in found[STEP].graphs):
+            new.drop(PORTABLE)
         writer.commit(manifest())
-    return Bundle.open(request.output), tuple(exported)
-
-
-def picture_key(engine: str, precision: str) -> str:
-    """Where a manifest's ``quality`` has the PSNR in dB of pictures that an engine draws in a reduced precision."""
-    return f"pictures/{engine}/{precision}/psnr_db"
+    return Bundle.open(request.output), tuple(new.exported)
 
 
 def _picture_size(request: BuildRequest) -> dict[str, int | None]:
     """Width and height in pixels to calibrate with: those that engines are tuned for."""
     return {name: request.ranges[name].opt if name in request.ranges else None for name in ("width", "height")}
-
-
-def _widen_where_needed(
-    source: Source,
-    bundle: Bundle,
-    form: Form,
-    request: BuildRequest,
-    size: Mapping[str, int | None],
-    kept: dict[str, dict[str, m.Graph]],
-    quality: dict[str, float],
-    reporter: Reporter,
-) -> None:
-    """Keep in fp32 what leaves the range of fp16 while pictures are drawn; a denoiser is then split again."""
-    reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(request.calibration.prompts)} pictures")
-    found = ranges_of_pictures(bundle, form, request.calibration, **size)
-    told = []
-    for name in NAMES:
-        values = {
-            value: reached for part in (name, *STAGES.get(name, ())) for value, reached in found.get(part, {}).items()
-        }
-        if not values:
-            continue
-        nodes = keep_in_fp32(bundle.path / kept[name][form.name].file, values)
-        told.append(f"{nodes} operators of {name} kept in fp32, where values reach {max(values.values()):.0f}")
-        component = load_component(source, name)
-        exported = Form(form.opset, kept[name][form.name].precision)
-        for part, graph in _stages(
-            component, kept[name][form.name], exported, bundle.path, request.verify, quality
-        ).items():
-            kept[part][form.name] = graph
-    reporter.result("; ".join(told) or "all values stay within half of what fp16 holds")
-
-
-def _quantize(
-    bundle: Bundle,
-    form: Form,
-    request: BuildRequest,
-    size: Mapping[str, int | None],
-    kept: dict[str, dict[str, m.Graph]],
-    quality: dict[str, float],
-    reporter: Reporter,
-) -> str:
-    """Quantise the denoiser's step; every other component serves the new form as it is. Returns the graph's file."""
-    base = exported_form(form)
-    reporter.stage(f"{STEP}: {form.precision}, opset {form.opset}, the rest {base.precision}")
-    start = time.perf_counter()
-    quantized = quantize_step(bundle, form, request.calibration, request.quantization, **size)
-    for part, graphs in kept.items():
-        if part not in STAGES and base.name in graphs:  # a whole denoiser is not quantised
-            graphs[form.name] = graphs[base.name]
-    kept[STEP][form.name] = quantized.graph
-    quality[quantized.graph.file] = round(min(quantized.psnr, 999.0), 2)
-    reporter.result(f"{describe(quantized)}, {time.perf_counter() - start:.1f} s")
-    return quantized.graph.file
-
-
-def _judge(
-    bundle: Bundle,
-    engine: str,
-    request: BuildRequest,
-    size: Mapping[str, int | None],
-    quality: dict[str, float],
-    reporter: Reporter,
-) -> None:
-    """Compare pictures of a reduced precision with those of fp32.
-
-    Raises:
-        VerificationError: if they are below the gate, and that is not accepted.
-    """
-    precision = request.precision
-    reporter.stage(f"{engine}, {precision}: pictures against fp32")
-    start = time.perf_counter()
-    judged = compare_engine(bundle, engine, precision, request.calibration, **size)
-    if not request.accept_quality:
-        require(judged.pictures, precision, engine)
-    prefix = picture_key(engine, precision).removesuffix("psnr_db")
-    quality[f"{prefix}psnr_db"] = round(judged.pictures.psnr, 2)
-    quality[f"{prefix}worst_db"] = round(judged.pictures.worst, 2)
-    quality[f"{prefix}ssim"] = round(judged.pictures.ssim, 4)
-    reporter.result(f"{judged}, {time.perf_counter() - start:.1f} s")
-
-
-def _drop(form: Form, kept: dict[str, dict[str, m.Graph]], quality: dict[str, float], directory: Path) -> set[str]:
-    """Take a form out of a bundle under construction. Returns the graphs' files."""
-    dropped = [graphs.pop(form.name) for graphs in kept.values() if form.name in graphs]
-    used = {file for graphs in kept.values() for graph in graphs.values() for file in (graph.file, *graph.external)}
-    for file in {file for graph in dropped for file in (graph.file, *graph.external)} - used:
-        (directory / file).unlink()
-        quality.pop(file, None)
-    return {graph.file for graph in dropped} - used
 
 
 def _same_source(request: BuildRequest, source: Source) -> Bundle | None:
@@ -388,83 +285,6 @@ def _carry_engines(older: Bundle, directory: Path) -> None:
             (directory / key).mkdir(parents=True)
             for name in (record.file, RECORD_NAME):
                 shutil.copyfile(store.root / key / name, directory / key / name)
-
-
-def _export_component(
-    source: Source,
-    name: str,
-    forms: Sequence[Form],
-    directory: Path,
-    verify: bool,
-    quality: dict[str, float],
-    reporter: Reporter,
-) -> dict[str, dict[str, m.Graph]]:
-    """Graphs by component and form: those of the component itself, and those of its stages where it has some."""
-    component = load_component(source, name)
-    graphs: dict[str, dict[str, m.Graph]] = {name: {}}
-    for form in forms:
-        reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
-        start = time.perf_counter()
-        exported, notes = form, []
-        if form.precision == "fp16" and (weight := heavy_weight(component)):
-            exported = Form(form.opset, "fp32")
-            notes.append(f"kept in fp32, since {weight} leaves the range of fp16")
-        graph = export_component(component, exported, directory)
-        if graph.precision == "fp16":
-            example = {n: t.numpy() for n, t in cast_inputs(component, component.example, "fp32").items()}
-            if large := out_of_range(directory / graph.file, [example]):
-                nodes = keep_in_fp32(directory / graph.file, large)
-                notes.append(f"{nodes} operators kept in fp32, where values reach {max(large.values()):.0f}")
-        size = sum((directory / file).stat().st_size for file in (graph.file, *graph.external))
-        parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{size / 1e6:.1f} MB"]
-        if verify:
-            quality[graph.file] = _check_graph(component, graph, directory)
-            parts.append(f"{quality[graph.file]:.1f} dB against torch")
-        graphs[name][form.name] = graph  # under the form that was asked for; the graph says what it is
-        reporter.result("; ".join([f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s", *notes]))
-        if component.roles:
-            reporter.stage(f"{name}: stages of the loop")
-            start = time.perf_counter()
-            stages = _stages(component, graph, exported, directory, verify, quality)
-            told = [f"{len(stage.outputs)} tensors from {part}" for part, stage in stages.items()][:-1]
-            if verify:
-                told.append(f"{quality[next(iter(stages.values())).file]:.1f} dB against torch")
-            for part, stage in stages.items():
-                graphs.setdefault(part, {})[form.name] = stage
-            reporter.result(f"{', '.join(told)}, {time.perf_counter() - start:.1f} s")
-    return graphs
-
-
-def _stages(
-    component: Component, graph: m.Graph, form: Form, directory: Path, verify: bool, quality: dict[str, float]
-) -> dict[str, m.Graph]:
-    """Stages of a component, none if it is no denoiser; ``quality`` gains what they agree to with torch."""
-    if component.roles is None:
-        return {}
-    stages = export_stages(component, graph, form, directory)
-    if verify:
-        psnr = round(min(_check_stages(component, stages, directory), 999.0), 2)
-        quality |= {stage.file: psnr for stage in stages.values()}
-    return stages
-
-
-def _check_graph(component: Component, graph: m.Graph, directory: Path) -> float:
-    """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings."""
-    with (
-        widened_copy(directory / graph.file, rounded=True) as copy,
-        EmulatedEngine(copy, graph, component.name) as engine,
-    ):
-        return round(min(check_component(component, engine, graph.precision).psnr, 999.0), 2)
-
-
-def _check_stages(component: Component, stages: Mapping[str, m.Graph], directory: Path) -> float:
-    """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings."""
-    with ExitStack() as stack:
-        engines = {}
-        for part, stage in stages.items():
-            copy = stack.enter_context(widened_copy(directory / stage.file, rounded=True))
-            engines[part] = stack.enter_context(EmulatedEngine(copy, stage, part))
-        return check_stages(component, engines, stages[f"{component.name}_step"].precision).psnr
 
 
 def _write_tokenizer(source: Source, directory: Path) -> m.Tokenizer:
@@ -575,45 +395,3 @@ def _compile(
     )
     reporter.result(f"{record.size / 1e6:.1f} MB, {record.built_seconds:.1f} s ({key})")
     return BuiltEngine(record, reused=False)
-
-
-def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = None) -> dict[str, float]:
-    """Compare every graph of a bundle with the source that it should come from.
-
-    Returns:
-        PSNR in dB by graph.
-
-    Raises:
-        BundleError: if the bundle comes from another source.
-        VerificationError: if a graph falls below the gate of its precision.
-    """
-    reporter = reporter or Silent()
-    if bundle.manifest.source.fingerprint != source.fingerprint:
-        raise BundleError(
-            f"{bundle.path.name} was not built from {source.name}: the fingerprints of the weights differ"
-        )
-    figures: dict[str, float] = {}
-    components = bundle.manifest.components
-    for name in NAMES:
-        if name not in components:
-            continue
-        component = load_component(source, name)
-        for form, graph in components[name].graphs.items():
-            reporter.stage(f"{name}: {form}")
-            with OnnxRuntimeEngine(bundle.graph_path(name, form), label=name) as engine:
-                check = check_component(component, engine, graph.precision)
-            figures[graph.file] = check.psnr
-            reporter.result(f"{check.psnr:.1f} dB")
-            stages = {
-                part: components[part].graphs[form]
-                for part in STAGES.get(name, ())
-                if part in components and form in components[part].graphs
-            }
-            if f"{name}_step" in stages:
-                reporter.stage(f"{name}: {form}, stages of the loop")
-                for part in stages:
-                    bundle.graph_path(part, form)  # looks into the graph before ONNX Runtime opens it
-                psnr = _check_stages(component, stages, bundle.path)
-                figures |= {stage.file: psnr for stage in stages.values()}
-                reporter.result(f"{psnr:.1f} dB")
-    return figures

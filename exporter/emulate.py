@@ -69,13 +69,16 @@ def _in_fp32(spec: TensorSpec) -> TensorSpec:
 
 
 @contextlib.contextmanager
-def widened_copy(path: Path, *, rounded: bool, lowered: ir.DataType | None = None) -> Iterator[Path]:
-    """A copy of a graph without half precision, beside it until the end of the with statement.
+def widened_copy(
+    path: Path, *, rounded: bool, lowered: ir.DataType | None = None, scratch: Path | None = None
+) -> Iterator[Path]:
+    """A copy of a graph without half precision, there until the end of the with statement.
 
     Args:
         path: The graph. One that has no value of half precision is not copied, unless ``lowered`` is given.
         rounded: Round every value to what it was, see :func:`~latentrt.exporter.passes.widen.widen`.
         lowered: Round what the model computes to this type, as an engine does that lowers fp32 by itself.
+        scratch: Where to put it; ``None`` is beside the graph.
     """
     model = ir.load(path)
     widened = widen(model.graph, rounded=rounded)
@@ -84,11 +87,14 @@ def widened_copy(path: Path, *, rounded: bool, lowered: ir.DataType | None = Non
     elif not widened:
         yield path
         return
-    copy = path.with_name(f".{path.stem}.{'rounded' if rounded else 'widened'}.onnx")
+    copy = (scratch or path.parent) / f".{path.stem}.{'rounded' if rounded else 'widened'}.onnx"
     weights = copy.with_suffix(".onnx.data")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     try:
-        ir.save(model, copy, external_data=weights.name if size > EXTERNAL_THRESHOLD else None)
+        if size > EXTERNAL_THRESHOLD:
+            ir.save(model, copy, external_data=weights.name)
+        else:
+            ir.save(ir.external_data.load_to_model(model), copy)
         yield copy
     finally:
         copy.unlink(missing_ok=True)

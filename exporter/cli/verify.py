@@ -9,8 +9,8 @@ from latentrt.engines.store import EngineStore
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json
 
-from ..build import verify_bundle
 from ..source import Source
+from ..verification import verify_bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
