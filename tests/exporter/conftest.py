@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from latentrt.exporter import build
+from latentrt.exporter import construction
 from latentrt.exporter.components import Component
 from latentrt.exporter.targets import Form
 from latentrt.runtime.bundle import Bundle
@@ -47,5 +47,5 @@ def copied_exports(tiny_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatc
         exported.append(f"{component.name} {form.name}")
         return Graph(file, form.precision, known.opset, known.inputs, known.outputs, known.external)
 
-    monkeypatch.setattr(build, "export_component", copy)
+    monkeypatch.setattr(construction, "export_component", copy)
     return exported

@@ -26,15 +26,18 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.engines.trt import Range
-from latentrt.exporter import build, onnx_export
-from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle, verify_bundle
+from latentrt.exporter import build, construction, onnx_export
+from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle
 from latentrt.exporter.components import ALL, NAMES, load_component
+from latentrt.exporter.construction import Construction
 from latentrt.exporter.onnx_export import export_component
 from latentrt.exporter.progress import Silent
 from latentrt.exporter.source import Source
 from latentrt.exporter.targets import Form
-from latentrt.exporter.verify import GATES, check_component, overflows, psnr
+from latentrt.exporter.verification import verify_bundle
+from latentrt.exporter.verify import GATES, check_component, heavy_weight, psnr
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.manifest import Graph
 
 EditJson = Callable[..., None]
 FORM = "opset20-fp32"
@@ -190,34 +193,68 @@ def with_huge_weights(source: Path, name: str, factor: float) -> None:
     save_file({**tensors, key: tensors[key] * factor}, file)
 
 
-@pytest.mark.parametrize(
-    ("name", "factor", "layer"),
-    [("layers.1.mlp.fc1.weight", 1e6, "layers.1.mlp.fc1"), ("layers.2.mlp.fc2.bias", 1e9, "layers.2.mlp.fc2")],
-)
-def test_overflow_is_found(tiny_source: Path, name: str, factor: float, layer: str) -> None:
-    """The layer that leaves fp16's range is named, be it by its activations or by the weights themselves."""
-    component = load_component(Source.open(tiny_source), "text_encoder")
-    assert overflows(component) is None
-    ((path, weight),) = [(path, each) for path, each in component.module.named_parameters() if path.endswith(name)]
-    weight.data = (weight.data + 0.01) * factor
-    assert (overflows(component) or "").startswith(path.removesuffix(name) + layer)
-
-
-@pytest.mark.heavy
-def test_overflowing_component_is_kept_in_fp32(
-    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A component that fp16 cannot hold is exported in fp32, which the build says, and passes fp32's gate."""
-    with_huge_weights(tiny_source, "layers.1.mlp.fc1.weight", 1e6)
-    monkeypatch.setattr(build, "NAMES", ("text_encoder",))
+def exported_in_fp16(
+    source: Path, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Construction, str]:
+    """One component exported at opset 20 in fp16, and what was told of it."""
     told: list[str] = []
     reporter = Silent()
     monkeypatch.setattr(reporter, "result", told.append)
-    report = build_bundle(BuildRequest(tiny_source, tmp_path / "bundle", precision="fp16"), reporter)
-    graph = Bundle.open(report.path).graph("text_encoder", "opset20-fp16")
+    graphs: dict[str, dict[str, Graph]] = {part: {} for part in ALL}
+    made = Construction(
+        Source.open(source), directory, True, reporter, graphs, {}, lambda: pytest.fail("not asked for")
+    )
+    made.export(name, [Form(20, "fp16")])
+    return made, " ".join(told)
+
+
+def test_weight_beyond_fp16_is_found(tiny_source: Path) -> None:
+    """The first weight that fp16 cannot hold is named by its path."""
+    component = load_component(Source.open(tiny_source), "text_encoder")
+    assert heavy_weight(component) is None
+    name = "layers.2.mlp.fc2.bias"
+    ((path, weight),) = [(path, each) for path, each in component.module.named_parameters() if path.endswith(name)]
+    weight.data = (weight.data + 0.01) * 1e9
+    assert heavy_weight(component) == path
+
+
+@pytest.mark.heavy
+def test_component_with_too_heavy_weights_is_kept_in_fp32(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A component whose weights fp16 cannot hold is exported in fp32, which the build says, and passes fp32's gate."""
+    with_huge_weights(tiny_source, "layers.1.mlp.fc1.weight", 1e9)
+    made, told = exported_in_fp16(tiny_source, "text_encoder", tmp_path, monkeypatch)
+    graph = made.graphs["text_encoder"]["opset20-fp16"]
     assert graph.precision == "fp32"
-    assert report.quality[graph.file] >= GATES["fp32"]
-    assert any("kept in fp32" in line and "layers.1.mlp.fc1" in line for line in told)
+    assert made.quality[graph.file] >= GATES["fp32"]
+    assert "kept in fp32" in told
+    assert "layers.1.mlp.fc1" in told
+
+
+@pytest.mark.heavy
+def test_decoder_whose_values_leave_fp16_does_not_turn_black(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where activations leave the range of fp16 operators run in fp32, and the rest, weights too, stays fp16.
+
+    Run in half precision with all its roundings, the same graph without them gives nothing finite.
+    """
+    file = tiny_source / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "decoder.conv_in.weight": tensors["decoder.conv_in.weight"] * 3e5}, file)
+    monkeypatch.setattr(construction, "out_of_range", lambda path, feeds: {})
+    with pytest.raises(VerificationError, match="agrees to nan dB"):
+        exported_in_fp16(tiny_source, "vae_decoder", tmp_path / "black", monkeypatch)
+    monkeypatch.undo()
+    made, told = exported_in_fp16(tiny_source, "vae_decoder", tmp_path / "right", monkeypatch)
+    graph = made.graphs["vae_decoder"]["opset20-fp16"]
+    assert graph.precision == "fp16"
+    assert made.quality[graph.file] >= GATES["fp16"]
+    assert "operators kept in fp32, where values reach" in told
+    model = onnx.load(tmp_path / "right" / graph.file)
+    kinds = {each.data_type for each in model.graph.initializer if each.data_type != onnx.TensorProto.INT64}
+    assert kinds == {onnx.TensorProto.FLOAT16}
 
 
 # --- what is verified
