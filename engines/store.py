@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 from .errors import BundleIntegrityError, BundleVersionError, LatentRTError, OutputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of ``engine.json`` that this module writes and reads."""
 
 RECORD_NAME = "engine.json"
@@ -55,6 +55,7 @@ class EngineRecord:
         sha256: Its SHA-256, in hex.
         precision: ``"fp32"``, ``"fp16"``, ...
         profile: Input name -> (minimum, optimum, maximum) shape, for the inputs with dynamic shapes.
+        flags: Builder options by name, as they went into the key; None where the builder's defaults were used.
         sdk: Name of the SDK that compiled it.
         sdk_version: Version of that SDK.
         target: What it runs on: ``"sm_90"``, ``"sm_80+"``, a CPU instruction set.
@@ -70,6 +71,7 @@ class EngineRecord:
     sha256: str
     precision: str
     profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    flags: Mapping[str, Any] | None
     sdk: str
     sdk_version: str
     target: str
@@ -206,6 +208,7 @@ class EngineStore:
         sdk: str,
         sdk_version: str,
         target: str,
+        flags: Mapping[str, Any] | None = None,
     ) -> EngineRecord:
         """Compile an engine and keep it.
 
@@ -247,6 +250,7 @@ class EngineStore:
                     sha256=file_sha256(temporary / file),
                     precision=precision,
                     profile=_profile({name: [list(shape) for shape in shapes] for name, shapes in profile.items()}),
+                    flags=None if flags is None else dict(flags),
                     sdk=sdk,
                     sdk_version=sdk_version,
                     target=target,
@@ -375,6 +379,7 @@ def _read_record(directory: Path, key: str) -> EngineRecord:
         )
     kinds: dict[str, tuple[type, ...]] = {field.name: (str,) for field in dataclasses.fields(EngineRecord)}
     kinds |= {"size": (int,), "built_seconds": (int, float), "profile": (dict,)}
+    kinds["flags"] = (dict, type(None))
     if wrong := sorted(data.keys() ^ kinds.keys()):
         raise _damaged(directory, f"{RECORD_NAME} lacks or adds {wrong[0]!r}")
     if wrong := [name for name, kind in kinds.items() if not isinstance(data[name], kind)]:

@@ -14,13 +14,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines import onnxrt
 from latentrt.engines.errors import (
     EngineClosedError,
     EngineError,
     EngineUnavailableError,
     InvalidRequestError,
     TensorMismatchError,
+    translated,
 )
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 
@@ -274,8 +274,8 @@ def test_no_exception_escapes_translation() -> None:
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) > 5
     for kind in [*kinds, RuntimeError, ValueError, MemoryError]:
-        with pytest.raises(EngineError, match=r"^unet failed: first$") as caught, onnxrt.translated("unet failed"):
+        with pytest.raises(EngineError, match=r"^unet failed: first$") as caught, translated("unet failed"):
             raise kind("first\nsecond")
         assert isinstance(caught.value.__cause__, kind)
-    with pytest.raises(KeyboardInterrupt), onnxrt.translated("unet failed"):
+    with pytest.raises(KeyboardInterrupt), translated("unet failed"):
         raise KeyboardInterrupt

@@ -37,6 +37,7 @@ DESCRIPTION: dict[str, Any] = {
     "sdk": "tensorrt_rtx",
     "sdk_version": "1.7.1.116",
     "target": "sm_80+",
+    "flags": DECIDES["flags"],
 }
 
 
@@ -319,8 +320,8 @@ def test_unreadable_engine(store: EngineStore, added: EngineRecord, monkeypatch:
 
 def test_other_format_version(store: EngineStore, added: EngineRecord) -> None:
     """A record of another format version is named as such, and rebuilt under repair=True."""
-    _edit(store, format_version=2)
-    with pytest.raises(BundleVersionError, match="format version 2"):
+    _edit(store, format_version=3)
+    with pytest.raises(BundleVersionError, match="format version 3"):
         store.find(KEY)
     assert store.find(KEY, repair=True) is None
 

@@ -1,0 +1,131 @@
+"""Models that OpenVINO has compiled, kept in a bundle's ``engines/<key>/``.
+
+A model that is there is opened in a fraction of the time that compiling takes, and computes the same bits. What is
+damaged is passed over and said so in the log, never used; nothing that goes wrong here keeps an engine from running.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .errors import BundleError, LatentRTError
+from .store import EngineRecord, EngineStore, engine_key
+
+ENGINE = "openvino"
+
+_logger = logging.getLogger("latentrt.engines.ov")
+_logger.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """Compiled models of one graph.
+
+    Attributes:
+        store: The bundle's engines.
+        component: Part of the model that the graph computes.
+        graph: SHA-256 (hex) of the ONNX graph file.
+        weights: Name -> SHA-256 (hex) of every external weights file that the graph uses.
+        keep: Store what had to be compiled. Otherwise what is there is used, and nothing is written.
+    """
+
+    store: EngineStore
+    component: str
+    graph: str
+    weights: Mapping[str, str]
+    keep: bool = False
+
+    def load(
+        self,
+        core: Any,
+        sdk: ModuleType,
+        properties: Mapping[str, str],
+        compile_model: Callable[[], Any],
+        *,
+        label: str,
+        precision: str,
+        shapes: Mapping[str, int],
+    ) -> Any:
+        """The compiled model: the one that is kept if there is one for just this, else a new one.
+
+        Args:
+            core: OpenVINO's entry point.
+            sdk: The Python module.
+            properties: What the model is compiled or imported with.
+            compile_model: Compiles it.
+            label: What messages call the engine.
+            precision: What is computed in; with ``shapes`` a part of the key.
+            shapes: Lengths that never vary, by symbol.
+
+        Raises:
+            Exception: what ``compile_model`` raises, and nothing else.
+        """
+        facts = {
+            "engine": ENGINE,
+            "sdk": ENGINE,
+            "sdk_version": str(sdk.__version__),
+            "precision": precision,
+            "profile": {},
+            # Threads are no part of it: they are given to a model when it is imported.
+            "flags": {"shapes": dict(shapes)},
+            "target": cpu_target(core),
+        }
+        key = engine_key(graph=self.graph, weights=self.weights, **facts)
+        record = self._find(key, label)
+        if record is not None:
+            try:
+                return _import(core, sdk, self.store.path(record).read_bytes(), properties)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the graph can still be compiled
+                _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, error)
+        compiled = compile_model()
+        if self.keep and record is None:
+            self._add(key, compiled, label, facts)
+        return compiled
+
+    def _find(self, key: str, label: str) -> EngineRecord | None:
+        try:
+            return self.store.find(key)
+        except (BundleError, OSError) as error:
+            _logger.warning("%s: %s; compiling again", label, error)
+        if self.keep:
+            try:
+                return self.store.find(key, repair=True)
+            except (LatentRTError, OSError) as error:
+                _logger.warning("%s: the damaged model cannot be removed (%s)", label, error)
+        return None
+
+    def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> None:
+        def write(path: Any) -> None:
+            path.write_bytes(_export(compiled))
+
+        try:
+            self.store.add(key, write, component=self.component, file=f"{self.component}.blob", **facts)
+        except Exception as error:  # noqa: BLE001  # a full disk, a bundle that is read only, a model without export
+            _logger.warning("%s: the compiled model was not kept (%s)", label, error)
+
+
+def cpu_target(core: Any) -> str:
+    """This processor, and the element types that it has instructions for, e.g. ``"x86_64 AMD EPYC: FP32 INT8"``."""
+    name = core.get_property("CPU", "FULL_DEVICE_NAME")
+    abilities = set(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")) - {"EXPORT_IMPORT"}
+    return f"{platform.machine()} {name}: {' '.join(sorted(abilities))}"
+
+
+def _export(compiled: Any) -> bytes:
+    exported = compiled.export_model()
+    return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
+
+
+def _import(core: Any, sdk: ModuleType, content: bytes, properties: Mapping[str, str]) -> Any:
+    try:
+        return core.import_model(sdk.Tensor(np.frombuffer(content, np.uint8)), "CPU", dict(properties))
+    except TypeError:  # OpenVINO before 2025.3 takes streams only
+        return core.import_model(io.BytesIO(content), "CPU", dict(properties))
