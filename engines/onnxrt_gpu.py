@@ -200,23 +200,36 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._memory, number)
 
 
-def require_provider(ort: ModuleType, engine: str) -> str:
-    """Make sure that ONNX Runtime has the provider of an engine and that there is a GPU for it.
+def find_provider(ort: ModuleType, engine: str) -> str:
+    """Make sure that ONNX Runtime has the provider of an engine.
 
     Returns:
         The name under which a plugin has brought the provider; empty where it is part of ONNX Runtime.
 
     Raises:
-        EngineUnavailableError: saying what to install or to choose.
+        EngineUnavailableError: saying what to install.
     """
     provider = PROVIDERS[engine]
-    plugged = ""
-    if provider.name not in ort.get_available_providers():
-        plugged = _plug_in(ort, provider.plugin) if provider.plugin else ""
-        if not plugged:
-            raise EngineUnavailableError(
-                f"ONNX Runtime {ort.__version__} as installed has no {provider.name}; {provider.install}"
-            )
+    if provider.name in ort.get_available_providers():
+        return ""
+    plugged = _plug_in(ort, provider.plugin) if provider.plugin else ""
+    if not plugged:
+        raise EngineUnavailableError(
+            f"ONNX Runtime {ort.__version__} as installed has no {provider.name}; {provider.install}"
+        )
+    return plugged
+
+
+def require_provider(ort: ModuleType, engine: str) -> str:
+    """Make sure that ONNX Runtime has the provider of an engine, and that there is a GPU for it.
+
+    Returns:
+        As :func:`find_provider`.
+
+    Raises:
+        EngineUnavailableError: saying what to install or to choose.
+    """
+    plugged = find_provider(ort, engine)
     if not cuda_devices():
         raise EngineUnavailableError(
             f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"

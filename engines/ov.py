@@ -15,7 +15,7 @@ import numpy as np
 
 from .base import Array, BaseEngine, TensorSpec, check_threads
 from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, translated
-from .ov_cache import ModelCache
+from .ov_cache import ModelCache, Opened
 
 PRECISIONS = ("fp32", "bf16")
 """What a graph of fp32 may be computed in."""
@@ -93,6 +93,8 @@ class OpenVinoEngine(BaseEngine):
         self.path = path
         self.options = options or OpenVinoOptions()
         self.cache = cache
+        self.opened = Opened(None)
+        """The compiled model, and whether it comes from the bundle; set by :meth:`open`."""
         self._specs = specs
         self._compiled: Any = None
         self._feeds: Mapping[str, int] = {}
@@ -104,7 +106,8 @@ class OpenVinoEngine(BaseEngine):
         core = load_core()
         require_precision(core, self.options.precision)
         with translated(f"{self.label} could not load {self.path.name}", line=-1):
-            compiled = self._load(core)
+            self.opened = self._load(core)
+        compiled = self.opened.model
         given = self._specs or ([_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
         inputs, outputs = ({spec.name: self._fixed(spec) for spec in specs} for specs in given)
         # A tensor may have several names, of which the graph's own is one.
@@ -112,16 +115,23 @@ class OpenVinoEngine(BaseEngine):
         self._compiled = compiled
         return inputs, outputs
 
-    def _load(self, core: Any) -> Any:
+    def _load(self, core: Any) -> Opened:
         properties = self.options.as_properties()
 
         def compile_model() -> Any:
             return core.compile_model(self._read(), "CPU", properties)
 
         if self.cache is None:
-            return compile_model()
-        facts = {"precision": self.options.precision, "shapes": dict(self.options.shapes)}
-        return self.cache.load(core, load_sdk(), properties, compile_model, label=self.label, **facts)
+            return Opened(compile_model())
+        return self.cache.load(
+            core,
+            load_sdk(),
+            properties,
+            compile_model,
+            label=self.label,
+            precision=self.options.precision,
+            shapes=self.options.shapes,
+        )
 
     def _read(self) -> Any:
         """Read the graph, with the lengths that never vary in place of their symbols."""
@@ -162,6 +172,7 @@ class OpenVinoEngine(BaseEngine):
     def _close(self) -> None:
         with self._pool:
             self._compiled = None
+            self.opened = Opened(None)
             self._idle.clear()
 
 

@@ -26,6 +26,21 @@ _logger.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A model that is ready to run.
+
+    Attributes:
+        model: OpenVINO's compiled model.
+        record: Its record in the bundle; None where it is not kept.
+        reused: Whether it was there already.
+    """
+
+    model: Any
+    record: EngineRecord | None = None
+    reused: bool = False
+
+
+@dataclass(frozen=True)
 class ModelCache:
     """Compiled models of one graph.
 
@@ -35,6 +50,7 @@ class ModelCache:
         graph: SHA-256 (hex) of the ONNX graph file.
         weights: Name -> SHA-256 (hex) of every external weights file that the graph uses.
         keep: Store what had to be compiled. Otherwise what is there is used, and nothing is written.
+        required: Fail where it cannot be stored, in place of a warning.
     """
 
     store: EngineStore
@@ -42,6 +58,7 @@ class ModelCache:
     graph: str
     weights: Mapping[str, str]
     keep: bool = False
+    required: bool = False
 
     def load(
         self,
@@ -53,7 +70,7 @@ class ModelCache:
         label: str,
         precision: str,
         shapes: Mapping[str, int],
-    ) -> Any:
+    ) -> Opened:
         """The compiled model: the one that is kept if there is one for just this, else a new one.
 
         Args:
@@ -66,7 +83,8 @@ class ModelCache:
             shapes: Lengths that never vary, by symbol.
 
         Raises:
-            Exception: what ``compile_model`` raises, and nothing else.
+            OutputError: if ``required`` and it cannot be stored.
+            Exception: what ``compile_model`` raises.
         """
         facts = {
             "engine": ENGINE,
@@ -82,13 +100,14 @@ class ModelCache:
         record = self._find(key, label)
         if record is not None:
             try:
-                return _import(core, sdk, self.store.path(record).read_bytes(), properties)
+                model = _import(core, sdk, self.store.path(record).read_bytes(), properties)
+                return Opened(model, record, reused=True)
             except Exception as error:  # noqa: BLE001  # whatever it is, the graph can still be compiled
                 _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, error)
         compiled = compile_model()
         if self.keep and record is None:
-            self._add(key, compiled, label, facts)
-        return compiled
+            record = self._add(key, compiled, label, facts)
+        return Opened(compiled, record)
 
     def _find(self, key: str, label: str) -> EngineRecord | None:
         try:
@@ -102,14 +121,17 @@ class ModelCache:
                 _logger.warning("%s: the damaged model cannot be removed (%s)", label, error)
         return None
 
-    def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> None:
+    def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> EngineRecord | None:
         def write(path: Any) -> None:
             path.write_bytes(_export(compiled))
 
         try:
-            self.store.add(key, write, component=self.component, file=f"{self.component}.blob", **facts)
-        except Exception as error:  # noqa: BLE001  # a full disk, a bundle that is read only, a model without export
+            return self.store.add(key, write, component=self.component, file=f"{self.component}.blob", **facts)
+        except Exception as error:  # a full disk, a bundle that is read only, a model without export
+            if self.required:
+                raise
             _logger.warning("%s: the compiled model was not kept (%s)", label, error)
+            return None
 
 
 def cpu_target(core: Any) -> str:

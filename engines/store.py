@@ -145,17 +145,24 @@ class EngineStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def stored_keys(self) -> list[str]:
+        """Keys of all engines, sound or not. Names that are no key (temporary ones too) are passed over.
+
+        Raises:
+            BundleIntegrityError: if something else is in the directory's place.
+        """
+        return sorted(filter(_KEY.fullmatch, os.listdir(self.root))) if self._has_root() else []
+
     def records(self, *, verify_hash: bool = False) -> list[EngineRecord]:
-        """All engines, by component, then engine, then key. Names that are no key (temporary ones too) are passed over.
+        """All engines, by component, then engine, then key.
 
         Raises:
             BundleIntegrityError: naming the engine that is damaged.
             BundleVersionError: if an engine's record is of another format version.
         """
-        if not self._has_root():
-            return []
-        keys = [name for name in os.listdir(self.root) if _KEY.fullmatch(name)]
-        records = [record for key in keys if (record := self.find(key, verify_hash=verify_hash)) is not None]
+        records = [
+            record for key in self.stored_keys() if (record := self.find(key, verify_hash=verify_hash)) is not None
+        ]
         return sorted(records, key=lambda record: (record.component, record.engine, record.key))
 
     def find(self, key: str, *, repair: bool = False, verify_hash: bool = True) -> EngineRecord | None:

@@ -278,6 +278,7 @@ DAMAGE: dict[str, Any] = {
     "file outside": lambda store: _edit(store, file="../../outside"),
     "absolute file": lambda store: _edit(store, file="/etc/passwd"),
     "record as file": lambda store: _edit(store, file="engine.json"),
+    "flags that are a list": lambda store: _edit(store, flags=["tf32"]),
     "profile with floats": lambda store: _edit(store, profile={"x": [[1.5], [2], [3]]}),
     "profile with two shapes": lambda store: _edit(store, profile={"x": [[1], [2]]}),
 }
