@@ -86,7 +86,7 @@ class ModelCache:
             OutputError: if ``required`` and it cannot be stored.
             Exception: what ``compile_model`` raises.
         """
-        facts = {
+        facts: dict[str, Any] = {
             "engine": ENGINE,
             "sdk": ENGINE,
             "sdk_version": str(sdk.__version__),

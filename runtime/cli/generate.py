@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine-cache",
         choices=CACHES,
         default="read",
-        help="use compiled OpenVINO models, store new ones too, or not",
+        help="compiled OpenVINO models: use them, store new ones too, or not",
     )
     parser.add_argument(
         "--fixed-size", action="store_true", help="compile for this size alone, at which OpenVINO is faster"
@@ -137,13 +137,13 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(f"engine: {choice.name} ({choice.reason})")
     if result.truncated:
         print(f"note: {result.truncated} tokens did not fit the text encoder and were cut off")
     print(
         f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
         f"{request.steps} steps of {seconds(median(timings.step))}, total {seconds(timings.total)}"
     )
+    print(f"engine: {choice.name} ({choice.reason})")
     return 0
 
 

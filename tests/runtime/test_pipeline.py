@@ -28,6 +28,7 @@ from latentrt.engines.errors import (
 )
 from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
 from latentrt.runtime import pipeline as module
+from latentrt.runtime.engine_choice import FixedSize
 from latentrt.runtime.samplers import compile_plan, run_plan
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -496,6 +497,30 @@ def test_openvino_draws_what_onnx_runtime_draws(tiny_bundles: dict[str, Path], k
         received, expected = one("a red apple", **options), other("a red apple", **options)
     np.testing.assert_allclose(received.latents, expected.latents, atol=1e-3)
     assert int(np.abs(received.images.astype(int) - expected.images).max()) <= 1
+
+
+def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
+    """It draws that size without being told, refuses others before anything runs, and takes one run at a time."""
+    with Pipeline.load(tiny_bundles["sd1"], "openvino", fixed_size=(48, None, 2)) as pipe:
+        assert (pipe.fixed_size, pipe.engine_choice.name) == (FixedSize(48, 32, 2), "openvino")
+        drawn = pipe("a red apple", steps=2, seed=7)
+        assert drawn.images.shape == (2, 32, 48, 3)
+        halves = pipe("a red apple", steps=2, seed=7, guidance=4, guidance_end=0.5, images=2, width=48)
+        assert halves.images.shape == (2, 32, 48, 3)
+        for options, message in (
+            ({"width": 32}, "width is 32, and this pipeline was loaded for 48 alone"),
+            ({"images": 1}, "images is 1, and this pipeline was loaded for 2 alone"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                pipe("a red apple", **options)
+        runs = [pipe.start("a red apple", steps=2), pipe.start("a leaf", steps=2)]
+        with pytest.raises(InvalidRequestError, match="a fixed size takes one run at a time"):
+            pipe.advance(runs)
+    with Pipeline.load(tiny_bundles["sd1"], "onnxruntime") as other:
+        expected = other("a red apple", steps=2, seed=7, images=2, width=48)
+    np.testing.assert_allclose(drawn.latents, expected.latents, atol=1e-3)
+    with pytest.raises(InvalidRequestError, match="width is 31, expected a multiple of"):
+        Pipeline.load(tiny_bundles["sd1"], fixed_size=(31, None, None))
 
 
 def test_many_threads_share_one_pipeline(real: Pipeline) -> None:
