@@ -11,6 +11,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -100,7 +101,7 @@ class ModelCache:
         record = self._find(key, label)
         if record is not None:
             try:
-                model = _import(core, sdk, self.store.path(record).read_bytes(), properties)
+                model = _import(core, sdk, self.store.path(record), properties)
                 return Opened(model, record, reused=True)
             except Exception as error:  # noqa: BLE001  # whatever it is, the graph can still be compiled
                 _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, error)
@@ -122,7 +123,7 @@ class ModelCache:
         return None
 
     def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> EngineRecord | None:
-        def write(path: Any) -> None:
+        def write(path: Path) -> None:
             path.write_bytes(_export(compiled))
 
         try:
@@ -146,8 +147,10 @@ def _export(compiled: Any) -> bytes:
     return exported.getvalue() if isinstance(exported, io.BytesIO) else bytes(exported)
 
 
-def _import(core: Any, sdk: ModuleType, content: bytes, properties: Mapping[str, str]) -> Any:
+def _import(core: Any, sdk: ModuleType, path: Path, properties: Mapping[str, str]) -> Any:
     try:
-        return core.import_model(sdk.Tensor(np.frombuffer(content, np.uint8)), "CPU", dict(properties))
+        # Mapped, so that one copy is made of what may be gigabytes: OpenVINO's own, which outlives the file.
+        content = sdk.Tensor(np.memmap(path, np.uint8, mode="r"))
+        return core.import_model(content, "CPU", dict(properties))
     except TypeError:  # OpenVINO before 2025.3 takes streams only
-        return core.import_model(io.BytesIO(content), "CPU", dict(properties))
+        return core.import_model(io.BytesIO(path.read_bytes()), "CPU", dict(properties))
