@@ -104,7 +104,11 @@ class ModelCache:
                 model = _import(core, sdk, self.store.path(record), properties)
                 return Opened(model, record, reused=True)
             except Exception as error:  # noqa: BLE001  # whatever it is, the graph can still be compiled
-                _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, error)
+                why = " ".join(str(error).split())[:300]
+                _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, why)
+                record = self._discard(record, label)
+        else:
+            self._tell_stale(key, facts, label)
         compiled = compile_model()
         if self.keep and record is None:
             record = self._add(key, compiled, label, facts)
@@ -121,6 +125,41 @@ class ModelCache:
             except (LatentRTError, OSError) as error:
                 _logger.warning("%s: the damaged model cannot be removed (%s)", label, error)
         return None
+
+    def _discard(self, record: EngineRecord, label: str) -> EngineRecord | None:
+        """Make room for a sound model, where one is to be kept."""
+        if not self.keep:
+            return record
+        try:
+            self.store.discard(record.key)
+        except (LatentRTError, OSError) as error:
+            _logger.warning("%s: the compiled model %s cannot be removed (%s)", label, record.key, error)
+            return record
+        return None
+
+    def _tell_stale(self, present: str, facts: Mapping[str, Any], label: str) -> None:
+        """Name models that were compiled for the same use and do not fit any more."""
+        use = {"component": self.component, **{name: facts[name] for name in ("engine", "precision", "flags")}}
+        for key in self._stored_keys():
+            try:
+                record = self.store.find(key, verify_hash=False)
+            except (BundleError, OSError):
+                continue  # a damaged one is named where it is asked for
+            if key == present or record is None or any(getattr(record, name) != use[name] for name in use):
+                continue
+            if record.sdk_version != facts["sdk_version"]:
+                reason = f"OpenVINO {record.sdk_version}, and this is {facts['sdk_version']}"
+            elif record.target != facts["target"]:
+                reason = f"{record.target}, and this is {facts['target']}"
+            else:
+                reason = "another graph"
+            _logger.warning("%s: the compiled model %s is stale, it is of %s; compiling again", label, key, reason)
+
+    def _stored_keys(self) -> list[str]:
+        try:
+            return self.store.stored_keys()
+        except (BundleError, OSError):
+            return []
 
     def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> EngineRecord | None:
         def write(path: Path) -> None:

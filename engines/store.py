@@ -283,6 +283,18 @@ class EngineStore:
                 with contextlib.suppress(OSError):
                     self.root.rmdir()  # succeeds only while it is empty: nothing came of this
 
+    def discard(self, key: str) -> None:
+        """Remove an engine that its SDK refuses, so that it is built anew; none under ``key`` is no error.
+
+        Raises:
+            OutputError: if it cannot be removed.
+        """
+        _check_key(key)
+        aside = self.root / f".{key}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        with self._writing(), contextlib.suppress(FileNotFoundError):
+            os.rename(self.root / key, aside)
+            _remove(aside)
+
     def _has_root(self) -> bool:
         try:
             mode = os.lstat(self.root).st_mode

@@ -122,30 +122,37 @@ def test_without_keep_nothing_is_written(graph: Path, cache: ModelCache, compila
     ids=["graph", "weights"],
 )
 def test_another_graph_has_another_model(
-    graph: Path, cache: ModelCache, compilations: list[Path], change: dict[str, Any]
+    graph: Path, cache: ModelCache, compilations: list[Path], warnings: Any, change: dict[str, Any]
 ) -> None:
-    """What was compiled from an older graph or older weights is not opened."""
+    """What was compiled from an older graph or older weights is not opened, and named in the log."""
     run(graph, cache)
+    assert warnings() == []
+    (record,) = cache.store.records()
     run(graph, dataclasses.replace(cache, **change))
+    assert warnings() == [f"unet: the compiled model {record.key} is stale, it is of another graph; compiling again"]
     assert len(compilations) == 2
     assert len(cache.store.records()) == 2
 
 
 def test_another_version_processor_or_size_has_another_model(
-    graph: Path, cache: ModelCache, compilations: list[Path], monkeypatch: pytest.MonkeyPatch
+    graph: Path, cache: ModelCache, compilations: list[Path], warnings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them alone makes a kept model a stranger."""
+    """Each of them alone makes a kept model a stranger; another size is none that is stale."""
     run(graph, cache)
     run(graph, cache, OpenVinoOptions(shapes={"height": 4}))
+    assert warnings() == []
     with monkeypatch.context() as patch:
         patch.setattr(ov_cache, "cpu_target", lambda core: "riscv64 Other: FP32")
         run(graph, cache)
+    (stale,) = warnings()
+    assert "and this is riscv64 Other: FP32; compiling again" in stale
     sdk = ov.load_sdk()
     newer = types.SimpleNamespace(__version__="2099.1.0", Tensor=sdk.Tensor)
     monkeypatch.setattr(ov, "load_sdk", lambda: newer)
     monkeypatch.setattr(ov, "_read_onnx", lambda path: compilations.append(path) or ov.load_core().read_model(path))
     run(graph, cache)
     assert len(compilations) == 4
+    assert "and this is 2099.1.0; compiling again" in warnings()[1]
     assert len({record.key for record in cache.store.records()}) == 4
 
 
@@ -188,6 +195,8 @@ def test_a_model_that_openvino_refuses(graph: Path, cache: ModelCache, compilati
     np.testing.assert_array_equal(run(graph, cache), expected)
     assert len(compilations) == 2
     assert f"the compiled model {record.key} cannot be opened" in warnings()[0]
+    assert run(graph, cache).shape == expected.shape
+    assert len(compilations) == 2  # the sound model is in its place
 
 
 @pytest.mark.parametrize("obstacle", ["file in the way", "full disk"])
