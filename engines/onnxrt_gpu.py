@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ _INSTALL_GPU = (
     "pip install --force-reinstall --no-deps onnxruntime-gpu"
 )
 _RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+_PLUGGING = threading.Lock()
 
 # Operators that take a step's time. Integer arithmetic on shapes belongs on the CPU, and ONNX Runtime puts it there.
 _HEAVY = frozenset(
@@ -212,7 +214,8 @@ def find_provider(ort: ModuleType, engine: str) -> str:
     provider = PROVIDERS[engine]
     if provider.name in ort.get_available_providers():
         return ""
-    plugged = _plug_in(ort, provider.plugin) if provider.plugin else ""
+    with _PLUGGING:  # registering twice is an error
+        plugged = _plug_in(ort, provider.plugin) if provider.plugin else ""
     if not plugged:
         raise EngineUnavailableError(
             f"ONNX Runtime {ort.__version__} as installed has no {provider.name}; {provider.install}"

@@ -302,6 +302,15 @@ def test_sound_engine_survives_repair(store: EngineStore, added: EngineRecord) -
     assert store.find(KEY, repair=True) == added
 
 
+def test_discard_removes_a_sound_engine(store: EngineStore, added: EngineRecord) -> None:
+    """What an SDK refuses makes room for another, and discarding it again is no error."""
+    for _ in range(2):
+        store.discard(KEY)
+        assert store.find(KEY) is None
+    assert left_in(store.root) == []
+    assert store.add(KEY, write_plan, **DESCRIPTION).sha256 == added.sha256
+
+
 def test_engine_repaired_meanwhile_survives(store: EngineStore, added: EngineRecord) -> None:
     """If another process replaced the damaged engine before it could be removed, the new one stays."""
     assert store._remove_damaged(KEY, True) == added
