@@ -20,6 +20,7 @@ from latentrt.engines import onnxrt_gpu
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
 from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine, OnnxRuntimeGpuOptions, OrtArray
 from latentrt.engines.trt.cuda import CudaDevice
+from latentrt.runtime import Pipeline, engine_choice, engine_probe
 
 CUDA = "CUDAExecutionProvider"
 MODEL = """
@@ -398,3 +399,23 @@ def test_operators_on_the_cpu_are_recognised(graph: Path) -> None:
     session = onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
     assert onnxrt_gpu._heavy_on_cpu(session) == ["MatMul"]
     assert onnxrt_gpu._heavy_on_cpu(object()) == []
+
+
+def test_a_pipeline_on_the_provider(
+    tiny_bundles: dict[str, Path], gpu: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Auto takes CUDA where there are no plans, and a whole request draws what the CPU draws."""
+    for module in (engine_choice, engine_probe):
+        monkeypatch.setattr(module, "cuda_devices", onnxrt_gpu.cuda_devices)
+    with Pipeline.load(tiny_bundles["sd1"]) as pipe:
+        choice = pipe.engine_choice
+        assert choice.name == "onnxruntime-cuda"
+        assert choice.reason == "the bundle has no plans for this NVIDIA Test, and ONNX Runtime has CUDA"
+        assert set(choice.passed_over) == {"tensorrt", "tensorrt-rtx"}
+        assert {session.asked[0][0] for session in gpu.sessions} == {CUDA}
+        received = pipe("a red apple", steps=2, seed=7, guidance=4)
+    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+    with Pipeline.load(tiny_bundles["sd1"], "onnxruntime") as pipe:
+        expected = pipe("a red apple", steps=2, seed=7, guidance=4)
+    np.testing.assert_array_equal(received.latents, expected.latents)
+    np.testing.assert_array_equal(received.images, expected.images)
