@@ -6,8 +6,10 @@ most logs that. Here the provider that was asked for is the one that runs, or op
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -147,6 +149,7 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
             session = ort.InferenceSession(str(self.path), settings, enable_fallback=0)
             wanted, self._memory = plugged, "cpu"  # a plugin's memory has no name that a binding takes
         else:
+            _preload(ort)
             chosen = {"device_id": str(self.gpu_options.device)}
             chain = [(provider.name, {**chosen, **provider.options}), *((other, chosen) for other in provider.others)]
             session = ort.InferenceSession(str(self.path), settings, providers=chain, enable_fallback=0)
@@ -253,6 +256,16 @@ def _plug_in(ort: ModuleType, plugin: str) -> str:
     with translated(f"ONNX Runtime could not load {plugin}"):
         ort.register_execution_provider_library(name, module.get_library_path())
     return name
+
+
+@functools.cache
+def _preload(ort: ModuleType) -> None:
+    """Let ONNX Runtime find the CUDA and cuDNN that came as Python packages, once a process."""
+    if hasattr(
+        ort, "preload_dlls"
+    ):  # from 1.21 on; it prints what it does not find, which may be in the system's place
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 def _heavy_on_cpu(session: Any) -> list[str]:

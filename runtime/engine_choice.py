@@ -101,10 +101,18 @@ class EngineChoice:
     passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_engine(bundle: Bundle, components: Iterable[str], settings: EngineSettings) -> EngineChoice:
+def choose_engine(
+    bundle: Bundle, components: Iterable[str], settings: EngineSettings, failed: Mapping[str, str] | None = None
+) -> EngineChoice:
     """Find the engine for what was asked: the named one if it can run here, or with ``"auto"`` the best that can.
 
     ``"auto"`` never lowers precision: without one it takes the highest that the bundle has, whatever is faster.
+
+    Args:
+        bundle: The bundle.
+        components: What is to be opened of it.
+        settings: What is asked for.
+        failed: Engines that did not open when they were chosen, and why; ``"auto"`` passes them over.
 
     Raises:
         InvalidRequestError: if the engine or the precision is unknown, or the two do not go together.
@@ -121,6 +129,8 @@ def choose_engine(bundle: Bundle, components: Iterable[str], settings: EngineSet
     failures: list[LatentRTError] = []
     for name in candidates:
         try:
+            if failed and name in failed:
+                raise EngineUnavailableError(failed[name])
             reason = _why(bundle, components, dataclasses.replace(settings, name=name))
         except BundleIntegrityError:
             raise

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError
+from latentrt.engines.errors import BundleError, EngineClosedError, EngineUnavailableError, InvalidRequestError
 
 from .bundle import Bundle
 from .cache import TensorCache
@@ -191,14 +191,19 @@ class Pipeline:
         size = None if fixed_size is None else _fixed_size(bundle, *fixed_size)
         settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash)
         components = components_for(bundle, loop)
-        choice = choose_engine(bundle, components, settings)
-        settings = dataclasses.replace(settings, name=choice.name)
+        failed: dict[str, str] = {}
         with ExitStack() as stack:
-            engines: dict[str, Engine] = {}
-            for component in components:
-                opened = make_engine(bundle, component, settings).open()
+            while True:
+                choice = choose_engine(bundle, components, settings, failed)
+                try:
+                    engines = _open(bundle, components, dataclasses.replace(settings, name=choice.name))
+                    break
+                except EngineUnavailableError as error:
+                    if settings.name != "auto":
+                        raise
+                    failed[choice.name] = str(error)  # there, as far as could be seen, and yet it does not start
+            for opened in engines.values():
                 stack.callback(opened.close)
-                engines[component] = opened
             pipeline = cls(bundle, engines, prompt_cache=prompt_cache, engine_choice=choice, fixed_size=size)
             stack.pop_all()
         return pipeline
@@ -385,6 +390,17 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open(bundle: Bundle, components: Sequence[str], settings: EngineSettings) -> dict[str, Engine]:
+    """Opened engines by component; if one does not open, the others are closed."""
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for component in components:
+            engines[component] = make_engine(bundle, component, settings).open()
+            stack.callback(engines[component].close)
+        stack.pop_all()
+    return engines
 
 
 def _fixed_size(bundle: Bundle, width: int | None, height: int | None, images: int | None) -> FixedSize:

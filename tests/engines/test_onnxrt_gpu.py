@@ -135,7 +135,12 @@ class FakeOnnxRuntime:
     copies: list[str] = field(default_factory=list)
     sessions: list[Session] = field(default_factory=list)
     plugged: list[str] = field(default_factory=list)
+    preloaded: int = 0
     __version__: str = "1.31.0"
+
+    def preload_dlls(self) -> None:
+        self.preloaded += 1
+        print("Failed to load libcudnn")
 
     def __hash__(self) -> int:
         return id(self)
@@ -262,6 +267,17 @@ def test_names_and_shapes_are_checked_as_ever(graph: Path, gpu: FakeOnnxRuntime)
         engine.bind({"x": X, "w": W.T})
         with pytest.raises(TensorMismatchError, match=r"input 'w' has shape \(2, 3\)"):
             engine.run({"rows": ROWS})
+
+
+def test_libraries_from_packages_are_found(
+    graph: Path, gpu: FakeOnnxRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime looks for them once, and what it prints meanwhile stays out of our output."""
+    for _ in range(2):
+        with OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda"):
+            assert gpu.preloaded == 1
+    assert capsys.readouterr().out == ""
+    assert callable(onnxruntime.preload_dlls)
 
 
 def test_many_threads(graph: Path, gpu: FakeOnnxRuntime) -> None:

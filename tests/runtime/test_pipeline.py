@@ -5,6 +5,7 @@ Pictures against diffusers are in test_parity_diffusers.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +27,10 @@ from latentrt.engines.errors import (
     InvalidRequestError,
     LatentRTError,
 )
-from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
+from latentrt.engines.trt.cuda import CudaDevice
+from latentrt.runtime import Bundle, Pipeline, Result, StepInfo, engine_choice
 from latentrt.runtime import pipeline as module
-from latentrt.runtime.engine_choice import FixedSize
+from latentrt.runtime.engine_choice import EngineSettings, FixedSize
 from latentrt.runtime.samplers import compile_plan, run_plan
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -440,6 +442,33 @@ def test_a_load_that_fails_closes_what_was_opened(tiny_bundles: dict[str, Path],
     for engine in made.values():
         with pytest.raises(EngineClosedError):
             engine.run({})
+
+
+def test_auto_goes_on_where_an_engine_does_not_start(tiny_bundles: dict[str, Path], monkeypatch: Any) -> None:
+    """An engine that looked fine and does not open is passed over with its reason; a named one is an error."""
+    real, asked = module.make_engine, []
+
+    def make(bundle: Bundle, component: str, settings: EngineSettings) -> Any:
+        asked.append((settings.name, component))
+        engine: Any = real(bundle, component, dataclasses.replace(settings, name="onnxruntime"))
+        if settings.name == "onnxruntime-cuda" and component == "vae_decoder":
+
+            def refuse() -> Any:
+                raise EngineUnavailableError("ONNX Runtime could not start CUDAExecutionProvider")
+
+            monkeypatch.setattr(engine, "_open", refuse)
+        return engine
+
+    monkeypatch.setattr(module, "make_engine", make)
+    monkeypatch.setattr(engine_choice, "cuda_devices", lambda: (CudaDevice("NVIDIA Test", "sm_90"),))
+    monkeypatch.setattr(engine_choice, "check_engine", lambda name, precision: None)
+    with Pipeline.load(tiny_bundles["sd1"], loop="plain") as pipe:
+        choice = pipe.engine_choice
+        assert choice.name == "onnxruntime"
+        assert choice.passed_over["onnxruntime-cuda"] == "ONNX Runtime could not start CUDAExecutionProvider"
+    assert [name for name, _ in asked] == ["onnxruntime-cuda"] * 3 + ["onnxruntime"] * 3
+    with pytest.raises(EngineUnavailableError, match="could not start"):
+        Pipeline.load(tiny_bundles["sd1"], "onnxruntime-cuda", loop="plain")
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
