@@ -16,13 +16,17 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EngineClosedError, TensorMismatchError
+from .errors import EngineClosedError, InvalidRequestError, TensorMismatchError
 
 Array: TypeAlias = NDArray[Any]
 """A numpy array. (Engines on a device may hand out their own arrays; they speak DLPack.)"""
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 """Names of the element types that a tensor of a bundle may have."""
+
+
+MAX_THREADS = 1024
+"""Most threads that an engine on a CPU may be given; they are started at once, needed or not."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,16 @@ class BaseEngine(ABC):
 
     def _close(self) -> None:
         return None
+
+
+def check_threads(threads: object) -> None:
+    """Check a number of threads inside an operator; 0 leaves the choice to the SDK.
+
+    Raises:
+        InvalidRequestError: naming what was received and the range.
+    """
+    if type(threads) is not int or not 0 <= threads <= MAX_THREADS:
+        raise InvalidRequestError(f"threads is {threads!r}, expected 0 (automatic) to {MAX_THREADS}")
 
 
 def nbytes(spec: TensorSpec, lengths: Mapping[str, int]) -> int:

@@ -7,6 +7,9 @@ that says what was received, what was expected and, where there is one, the way 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class LatentRTError(Exception):
     """Base of all errors of this package."""
@@ -58,3 +61,24 @@ class EngineClosedError(EngineError):
 
 class OutputError(LatentRTError, OSError):
     """A result could not be written; nothing was left half written."""
+
+
+@contextlib.contextmanager
+def translated(what: str, *, line: int = 0) -> Iterator[None]:
+    """Turn any exception of an SDK into an :class:`EngineError`, with the SDK's own as its cause.
+
+    Args:
+        what: What failed; the message begins with it.
+        line: Which line of the SDK's message tells the reason: ONNX Runtime puts it first, OpenVINO last.
+
+    Raises:
+        EngineError: from any exception that is not LatentRT's own.
+    """
+    try:
+        yield
+    except LatentRTError:
+        raise
+    except Exception as error:
+        # OpenVINO says where in its sources it failed, before it says why.
+        lines = [each for each in map(str.strip, str(error).splitlines()) if each and "Exception from " not in each]
+        raise EngineError(f"{what}: {lines[line][:300] if lines else type(error).__name__}") from error

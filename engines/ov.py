@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .base import Array, BaseEngine, TensorSpec
-from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError
+from .base import Array, BaseEngine, TensorSpec, check_threads
+from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, translated
+from .ov_cache import ModelCache, Opened
 
-PRECISIONS = ("fp32", "bf16")
-"""What a graph of fp32 may be computed in."""
-
-MAX_THREADS = 1024
-"""Most threads that a compiled model may be given."""
+PRECISIONS = ("fp32", "bf16", "int8")
+"""What a graph may be computed in."""
 
 # OpenVINO's names of element types that are not numpy's.
 _DTYPES = {
@@ -41,18 +39,34 @@ class OpenVinoOptions:
     """Settings of a compiled model.
 
     Attributes:
-        precision: What is computed in, one of :data:`PRECISIONS`; sums are fp32 in either.
+        precision: What is computed in, one of :data:`PRECISIONS`; sums are fp32 in either. ``"int8"`` is for a graph
+            whose products are quantised: all else is then bf16 where the processor has that, else fp32.
         threads: Threads inside an operator; 0 leaves the choice to OpenVINO (one a physical core).
+        shapes: Lengths that never vary, by symbol, such as ``{"batch": 1, "latent_height": 64}``. A model that is
+            compiled for them is faster, and takes nothing else; symbols that are left out stay variable.
     """
 
     precision: str = "fp32"
     threads: int = 0
+    shapes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InvalidRequestError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if type(self.threads) is not int or not 0 <= self.threads <= MAX_THREADS:
-            raise InvalidRequestError(f"threads is {self.threads!r}, expected 0 (automatic) to {MAX_THREADS}")
+        check_threads(self.threads)
+        for symbol, length in self.shapes.items():
+            if type(length) is not int or length < 1:
+                raise InvalidRequestError(f"shapes has {symbol} = {length!r}, expected a whole number from 1")
+
+    def as_properties(self, *, has_bf16: bool) -> dict[str, str]:
+        """OpenVINO's properties for all but the shapes, on a processor with or without instructions for bf16."""
+        computed_in = self.precision
+        if computed_in == "int8":
+            computed_in = "bf16" if has_bf16 else "fp32"
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[computed_in]}
+        if self.threads:
+            properties["INFERENCE_NUM_THREADS"] = str(self.threads)
+        return properties
 
 
 class OpenVinoEngine(BaseEngine):
@@ -68,6 +82,7 @@ class OpenVinoEngine(BaseEngine):
         label: What messages call the engine.
         specs: Inputs and outputs as the manifest lists them. OpenVINO forgets the names of variable lengths; with these
             the engine checks that a name stands for one length throughout a call.
+        cache: Where compiled models are kept; without it every opening compiles.
     """
 
     def __init__(
@@ -76,10 +91,14 @@ class OpenVinoEngine(BaseEngine):
         options: OpenVinoOptions | None = None,
         label: str | None = None,
         specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None = None,
+        cache: ModelCache | None = None,
     ) -> None:
         super().__init__(label or f"{path.parent.name} (openvino)")
         self.path = path
         self.options = options or OpenVinoOptions()
+        self.cache = cache
+        self.opened = Opened(None)
+        """The compiled model, and whether it comes from the bundle; set by :meth:`open`."""
         self._specs = specs
         self._compiled: Any = None
         self._feeds: Mapping[str, int] = {}
@@ -90,26 +109,57 @@ class OpenVinoEngine(BaseEngine):
     def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
         core = load_core()
         require_precision(core, self.options.precision)
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": _HINTS[self.options.precision],
-        }
-        if self.options.threads:
-            settings["INFERENCE_NUM_THREADS"] = str(self.options.threads)
-        with translated(f"{self.label} could not load {self.path.name}"):
-            compiled = core.compile_model(_read_onnx(self.path), "CPU", settings)
+        with translated(f"{self.label} could not load {self.path.name}", line=-1):
+            self.opened = self._load(core)
+        compiled = self.opened.model
         given = self._specs or ([_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
-        inputs, outputs = ({spec.name: spec for spec in specs} for specs in given)
+        inputs, outputs = ({spec.name: self._fixed(spec) for spec in specs} for specs in given)
         # A tensor may have several names, of which the graph's own is one.
         self._feeds, self._fetches = _match(compiled.inputs, inputs), _match(compiled.outputs, outputs)
         self._compiled = compiled
         return inputs, outputs
 
+    def _load(self, core: Any) -> Opened:
+        properties = self.options.as_properties(has_bf16=has_bf16(core))
+
+        def compile_model() -> Any:
+            return core.compile_model(self._read(), "CPU", properties)
+
+        if self.cache is None:
+            return Opened(compile_model())
+        return self.cache.load(
+            core,
+            load_sdk(),
+            properties,
+            compile_model,
+            label=self.label,
+            precision=self.options.precision,
+            shapes=self.options.shapes,
+        )
+
+    def _read(self) -> Any:
+        """Read the graph, with the lengths that never vary in place of their symbols."""
+        model = _read_onnx(self.path)
+        if shapes := self.options.shapes:
+            specs = self._specs[0] if self._specs else [_spec(port) for port in model.inputs]
+            known = dict.fromkeys(each for spec in specs for each in spec.shape if isinstance(each, str))
+            if unknown := [symbol for symbol in shapes if symbol not in known]:
+                raise InvalidRequestError(
+                    f"{self.label} has no length called {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+                )
+            fixed = [self._fixed(spec) for spec in specs]
+            model.reshape({spec.name: [n if isinstance(n, int) else -1 for n in spec.shape] for spec in fixed})
+        return model
+
+    def _fixed(self, spec: TensorSpec) -> TensorSpec:
+        shape = tuple(self.options.shapes.get(each, each) if isinstance(each, str) else each for each in spec.shape)
+        return dataclasses.replace(spec, shape=shape)
+
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         compiled = self._compiled
         if compiled is None:
             raise EngineClosedError(f"{self.label} was closed while it was in use")
-        with translated(f"{self.label} failed"):
+        with translated(f"{self.label} failed", line=-1):
             with self._pool:
                 request = self._idle.pop() if self._idle else None
             if request is None:
@@ -126,6 +176,7 @@ class OpenVinoEngine(BaseEngine):
     def _close(self) -> None:
         with self._pool:
             self._compiled = None
+            self.opened = Opened(None)
             self._idle.clear()
 
 
@@ -157,13 +208,18 @@ def load_core() -> Any:
     return load_sdk().Core()
 
 
+def has_bf16(core: Any) -> bool:
+    """Whether this processor has instructions for bf16 that OpenVINO uses."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def require_precision(core: Any, precision: str) -> None:
     """Refuse a precision that this processor has no instructions for; OpenVINO would compute in fp32 and not say so.
 
     Raises:
         EngineUnavailableError: naming what to choose instead.
     """
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and not has_bf16(core):
         raise EngineUnavailableError(
             "this processor has no instructions for bf16 (AVX-512 BF16 or AMX); choose precision fp32"
         )
@@ -173,16 +229,6 @@ def _read_onnx(path: Path) -> Any:
     """Read a graph as ONNX; left to itself, OpenVINO tries the readers of all formats that it knows on any file."""
     frontend = load_sdk().frontend.FrontEndManager().load_by_framework("onnx")
     return frontend.convert(frontend.load(str(path)))
-
-
-@contextlib.contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turn any exception of the SDK into an :class:`EngineError` that begins with ``what``."""
-    try:
-        yield
-    except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line and not line.startswith("Exception from ")]
-        raise EngineError(f"{what}: {lines[-1][:300] if lines else type(error).__name__}") from error
 
 
 def _match(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> dict[str, int]:

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 from .errors import BundleIntegrityError, BundleVersionError, LatentRTError, OutputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of ``engine.json`` that this module writes and reads."""
 
 RECORD_NAME = "engine.json"
@@ -55,6 +55,7 @@ class EngineRecord:
         sha256: Its SHA-256, in hex.
         precision: ``"fp32"``, ``"fp16"``, ...
         profile: Input name -> (minimum, optimum, maximum) shape, for the inputs with dynamic shapes.
+        flags: Builder options by name, as they went into the key; None where the builder's defaults were used.
         sdk: Name of the SDK that compiled it.
         sdk_version: Version of that SDK.
         target: What it runs on: ``"sm_90"``, ``"sm_80+"``, a CPU instruction set.
@@ -70,6 +71,7 @@ class EngineRecord:
     sha256: str
     precision: str
     profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    flags: Mapping[str, Any] | None
     sdk: str
     sdk_version: str
     target: str
@@ -143,17 +145,24 @@ class EngineStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def stored_keys(self) -> list[str]:
+        """Keys of all engines, sound or not. Names that are no key (temporary ones too) are passed over.
+
+        Raises:
+            BundleIntegrityError: if something else is in the directory's place.
+        """
+        return sorted(filter(_KEY.fullmatch, os.listdir(self.root))) if self._has_root() else []
+
     def records(self, *, verify_hash: bool = False) -> list[EngineRecord]:
-        """All engines, by component, then engine, then key. Names that are no key (temporary ones too) are passed over.
+        """All engines, by component, then engine, then key.
 
         Raises:
             BundleIntegrityError: naming the engine that is damaged.
             BundleVersionError: if an engine's record is of another format version.
         """
-        if not self._has_root():
-            return []
-        keys = [name for name in os.listdir(self.root) if _KEY.fullmatch(name)]
-        records = [record for key in keys if (record := self.find(key, verify_hash=verify_hash)) is not None]
+        records = [
+            record for key in self.stored_keys() if (record := self.find(key, verify_hash=verify_hash)) is not None
+        ]
         return sorted(records, key=lambda record: (record.component, record.engine, record.key))
 
     def find(self, key: str, *, repair: bool = False, verify_hash: bool = True) -> EngineRecord | None:
@@ -206,6 +215,7 @@ class EngineStore:
         sdk: str,
         sdk_version: str,
         target: str,
+        flags: Mapping[str, Any] | None = None,
     ) -> EngineRecord:
         """Compile an engine and keep it.
 
@@ -247,6 +257,7 @@ class EngineStore:
                     sha256=file_sha256(temporary / file),
                     precision=precision,
                     profile=_profile({name: [list(shape) for shape in shapes] for name, shapes in profile.items()}),
+                    flags=None if flags is None else dict(flags),
                     sdk=sdk,
                     sdk_version=sdk_version,
                     target=target,
@@ -271,6 +282,18 @@ class EngineStore:
             if created_root:
                 with contextlib.suppress(OSError):
                     self.root.rmdir()  # succeeds only while it is empty: nothing came of this
+
+    def discard(self, key: str) -> None:
+        """Remove an engine that its SDK refuses, so that it is built anew; none under ``key`` is no error.
+
+        Raises:
+            OutputError: if it cannot be removed.
+        """
+        _check_key(key)
+        aside = self.root / f".{key}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        with self._writing(), contextlib.suppress(FileNotFoundError):
+            os.rename(self.root / key, aside)
+            _remove(aside)
 
     def _has_root(self) -> bool:
         try:
@@ -375,6 +398,7 @@ def _read_record(directory: Path, key: str) -> EngineRecord:
         )
     kinds: dict[str, tuple[type, ...]] = {field.name: (str,) for field in dataclasses.fields(EngineRecord)}
     kinds |= {"size": (int,), "built_seconds": (int, float), "profile": (dict,)}
+    kinds["flags"] = (dict, type(None))
     if wrong := sorted(data.keys() ^ kinds.keys()):
         raise _damaged(directory, f"{RECORD_NAME} lacks or adds {wrong[0]!r}")
     if wrong := [name for name, kind in kinds.items() if not isinstance(data[name], kind)]:

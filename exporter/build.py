@@ -392,6 +392,7 @@ def _compile(
         sdk=SDK_MODULES[sdk.name],
         sdk_version=sdk.version,
         target=target,
+        flags=options.as_flags(),
     )
     reporter.result(f"{record.size / 1e6:.1f} MB, {record.built_seconds:.1f} s ({key})")
     return BuiltEngine(record, reused=False)

@@ -196,7 +196,7 @@ def _pipeline(bundle: Bundle, engine: str, precision: str) -> Pipeline:
         engines = {}
         for name in PARTS:
             if name in bundle.manifest.components:
-                engines[name] = make_engine(bundle, name, EngineSettings(engine, precision)).open()
+                engines[name] = make_engine(bundle, name, EngineSettings(engine, precision, engine_cache="off")).open()
                 stack.callback(engines[name].close)
         pipeline = Pipeline(bundle, engines)
         stack.pop_all()

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentrt.engines.errors import InvalidRequestError
+from latentrt.runtime.engine_probe import check_precision
+from latentrt.runtime.manifest import PRECISIONS as PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,10 @@ class Target:
 
     Attributes:
         opset: Operator set of its graphs.
-        precisions: Precisions that it computes in.
         rest: Precision of everything that is not quantised where products are.
     """
 
     opset: int
-    precisions: tuple[str, ...]
     rest: str
 
 
@@ -64,18 +64,19 @@ PORTABLE = Form(20, "fp32")
 QUANTIZED = ("int8", "fp8", "int8-weights")
 """Precisions made by quantising another form."""
 
-# ONNX Runtime has no bf16 and no fp8 arithmetic on a CPU, OpenVINO no fp8; OpenVINO rounds fp32 graphs to bf16 itself.
-# TensorRT multiplies 8-bit weights with 8-bit activations only, and is slow where the rest is fp32.
-TARGETS: Mapping[str, Target] = {
-    "onnxruntime": Target(20, ("fp32", "fp16", "int8", "int8-weights"), "fp32"),
-    "openvino": Target(20, ("fp32", "fp16", "bf16", "int8", "int8-weights"), "fp32"),
-    "tensorrt": Target(23, ("fp32", "fp16", "bf16", "int8", "fp8"), "fp16"),
-    "tensorrt-rtx": Target(23, ("fp32", "fp16", "bf16", "int8", "fp8"), "fp16"),
-}
-"""Engines that a bundle can be built for."""
+_DECOMPOSED, _NATIVE = Target(20, "fp32"), Target(23, "fp16")
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights")
-"""Every precision, of which each engine has some."""
+# ONNX Runtime's CUDA provider lacks kernels for the native operators.
+TARGETS: Mapping[str, Target] = {
+    "onnxruntime": _DECOMPOSED,
+    "openvino": _DECOMPOSED,
+    "onnxruntime-cuda": _DECOMPOSED,
+    "onnxruntime-tensorrt": _NATIVE,
+    "onnxruntime-tensorrt-rtx": _NATIVE,
+    "tensorrt": _NATIVE,
+    "tensorrt-rtx": _NATIVE,
+}
+"""Engines that a bundle can be built for; :data:`latentrt.runtime.engine_probe.SUPPORTED` has their precisions."""
 
 
 def form_for(engine: str, precision: str) -> Form:
@@ -86,14 +87,10 @@ def form_for(engine: str, precision: str) -> Form:
     """
     if engine not in TARGETS:
         raise InvalidRequestError(f"unknown engine {engine!r}; known engines: {', '.join(TARGETS)}")
-    if precision not in PRECISIONS:
-        raise InvalidRequestError(f"unknown precision {precision!r}; known precisions: {', '.join(PRECISIONS)}")
-    target = TARGETS[engine]
-    if precision not in target.precisions:
-        raise InvalidRequestError(f"{engine} has no precision {precision}; it has {', '.join(target.precisions)}")
+    check_precision(engine, precision)
     if engine == "openvino" and precision == "bf16":
-        return PORTABLE
-    return Form(target.opset, precision)
+        return PORTABLE  # which it rounds by itself
+    return Form(TARGETS[engine].opset, precision)
 
 
 def exported_form(form: Form) -> Form:

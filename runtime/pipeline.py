@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -15,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError
+from latentrt.engines.errors import BundleError, EngineClosedError, EngineUnavailableError, InvalidRequestError
 
 from .bundle import Bundle
 from .cache import TensorCache
-from .engine_choice import EngineSettings, make_engine
+from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, make_engine
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, start_run
 from .request import Request, RequestOptions
 from .samplers import Plan
@@ -117,10 +118,22 @@ class Pipeline:
         engines: Opened engines for :data:`COMPONENTS`, or with the denoiser's stages in place of ``unet``; they are
             closed together with the pipeline.
         prompt_cache: Most bytes to keep of texts that were encoded, so that one that comes again is not encoded again.
+        engine_choice: Which engine that is, and why.
+        fixed_size: The only size that the engines take, if there is one.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, prompt_cache: int = PROMPT_CACHE) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine],
+        *,
+        prompt_cache: int = PROMPT_CACHE,
+        engine_choice: EngineChoice | None = None,
+        fixed_size: FixedSize | None = None,
+    ) -> None:
         self.bundle = bundle
+        self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
+        self.fixed_size = fixed_size
         self.engines = dict(engines)
         self.manifest = bundle.manifest
         self.loop = _make_loop(self.engines)
@@ -144,38 +157,54 @@ class Pipeline:
         threads: int = 0,
         loop: str = "auto",
         prompt_cache: int = PROMPT_CACHE,
+        engine_cache: str = "read",
+        fixed_size: tuple[int | None, int | None, int | None] | None = None,
         verify_hash: bool = False,
     ) -> Self:
         """Open a bundle.
 
         Args:
             path: Directory that ``latentrt build-engine`` wrote.
-            engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"auto"``.
-            precision: ``"fp32"``, ``"fp16"``, with OpenVINO also ``"bf16"``, or ``None`` for the highest there is.
+            engine: One of :data:`~latentrt.runtime.engine_choice.ENGINES`, or ``"auto"`` for the best that can run
+                here; :attr:`engine_choice` says which that is, and why.
+            precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"fp8"``, or ``None`` for the highest there is.
             threads: Threads inside an operator on a CPU; 0 is automatic.
             loop: ``"fused"`` runs the denoiser in stages, with guidance and the sampler's update inside its engine;
                 ``"plain"`` runs it whole, with both in numpy. ``"auto"`` is fused wherever the bundle has the stages.
             prompt_cache: Most bytes to keep of texts that were encoded; 0 keeps nothing.
+            engine_cache: ``"read"`` opens models that OpenVINO has compiled and the bundle keeps, where they fit;
+                ``"write"`` also stores what had to be compiled; ``"off"`` opens none.
+            fixed_size: Width and height in pixels and number of images, the only ones that this pipeline draws;
+                ``None`` in place of a number is the bundle's default, or one image. OpenVINO is faster then.
             verify_hash: Hash every file of the bundle first.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
             EngineUnavailableError: if the engine cannot run here.
-            InvalidRequestError: for an unknown engine or loop.
+            InvalidRequestError: for an unknown engine, precision or loop, or a size that cannot be drawn.
         """
         if loop not in LOOPS:
             raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
         if type(prompt_cache) is not int or prompt_cache < 0:
             raise InvalidRequestError(f"prompt_cache is {prompt_cache!r}, expected a number of bytes, or 0 for none")
         bundle = Bundle.open(Path(path), verify_hash=verify_hash)
-        settings = EngineSettings(engine, precision, threads)
+        size = None if fixed_size is None else _fixed_size(bundle, *fixed_size)
+        settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash)
+        components = components_for(bundle, loop)
+        failed: dict[str, str] = {}
         with ExitStack() as stack:
-            engines: dict[str, Engine] = {}
-            for component in _components(bundle, loop):
-                opened = make_engine(bundle, component, settings).open()
+            while True:
+                choice = choose_engine(bundle, components, settings, failed)
+                try:
+                    engines = _open(bundle, components, dataclasses.replace(settings, name=choice.name))
+                    break
+                except EngineUnavailableError as error:
+                    if settings.name != "auto":
+                        raise
+                    failed[choice.name] = str(error)  # there, as far as could be seen, and yet it does not start
+            for opened in engines.values():
                 stack.callback(opened.close)
-                engines[component] = opened
-            pipeline = cls(bundle, engines, prompt_cache=prompt_cache)
+            pipeline = cls(bundle, engines, prompt_cache=prompt_cache, engine_choice=choice, fixed_size=size)
             stack.pop_all()
         return pipeline
 
@@ -254,6 +283,8 @@ class Pipeline:
             EngineError: if the engine fails or computes values that are not finite; no run has moved then.
         """
         self._require_open()
+        if self.fixed_size is not None and len(runs) > 1:
+            raise InvalidRequestError("a pipeline with a fixed size takes one run at a time; load one without")
         self.loop.advance(runs)
 
     def finish(self, run: Run) -> NDArray[np.uint8]:
@@ -276,13 +307,26 @@ class Pipeline:
         if unknown := options.keys() - RequestOptions.__annotations__.keys():
             known = ", ".join(RequestOptions.__annotations__)
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
-        request = Request.create(self.manifest, prompt, **options)
+        request = Request.create(self.manifest, prompt, **self._sized(options))
         start = time.perf_counter()
         plan = request.compile_plan(self.manifest.scheduler)
         planned = time.perf_counter()
         tokens, truncated = self._tokenize(request)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
         return _Prepared(request, plan, tokens, truncated, timings)
+
+    def _sized(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options of a request, with the fixed size where there is one."""
+        if self.fixed_size is None:
+            return options
+        fixed = dataclasses.asdict(self.fixed_size)
+        for name, length in fixed.items():
+            if options.get(name) not in (None, length):
+                raise InvalidRequestError(
+                    f"{name} is {options[name]}, and this pipeline was loaded for {length} alone; load one without "
+                    "fixed_size for other sizes"
+                )
+        return {**options, **fixed}
 
     def _start(self, prepared: _Prepared) -> Run:
         """Encode the texts and begin the loop."""
@@ -348,7 +392,24 @@ class Pipeline:
         self.close()
 
 
-def _components(bundle: Bundle, loop: str) -> tuple[str, ...]:
+def _open(bundle: Bundle, components: Sequence[str], settings: EngineSettings) -> dict[str, Engine]:
+    """Opened engines by component; if one does not open, the others are closed."""
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for component in components:
+            engines[component] = make_engine(bundle, component, settings).open()
+            stack.callback(engines[component].close)
+        stack.pop_all()
+    return engines
+
+
+def _fixed_size(bundle: Bundle, width: int | None, height: int | None, images: int | None) -> FixedSize:
+    """The size that was asked for, with the bundle's own where nothing was, checked as a request's is."""
+    request = Request.create(bundle.manifest, "", width=width, height=height, images=1 if images is None else images)
+    return FixedSize(request.width, request.height, request.images)
+
+
+def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
     """Components to open for a way to run the loop."""
     there = bundle.manifest.components
     if loop == "fused" and "unet_step" not in there:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.engines.trt import Range, parse_ranges
+from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
+from latentrt.runtime.compile import compile_openvino
+from latentrt.runtime.engine_choice import FixedSize
+from latentrt.runtime.engine_probe import check_engine
 
-from ..build import BuildRequest, build_bundle
+from ..build import BuildReport, BuildRequest, BuiltEngine, build_bundle
 from ..calibration import PROMPTS, Calibration, read_prompts
 from ..reduce import Quantization
 from ..targets import PRECISIONS, TARGETS
@@ -91,8 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
         accept_quality=arguments.accept_quality,
     )
     console = BuildConsole(quiet=arguments.json)
+    if "openvino" in request.engines:
+        check_engine("openvino", request.precision)  # before anything is exported
     try:
         report = build_bundle(request, console)
+        if "openvino" in request.engines:
+            report = _compile_openvino(report, request, console)
     finally:
         console.close()
     if arguments.json:
@@ -108,3 +117,24 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.output}: ready after {seconds(report.seconds)}")
     return 0
+
+
+def _compile_openvino(report: BuildReport, request: BuildRequest, console: BuildConsole) -> BuildReport:
+    """Compile the bundle for OpenVINO: for one size where one is given, else for all."""
+    bundle, start = Bundle.open(report.path), time.perf_counter()
+    defaults = bundle.manifest.defaults
+    usual = {"width": defaults.width, "height": defaults.height, "batch": 1}
+    lengths = [request.ranges.get(name, Range.fixed(length)) for name, length in usual.items()]
+    one_size = bool(request.ranges) and all(each.min == each.max for each in lengths)
+    size = FixedSize(*(each.max for each in lengths)) if one_size else None
+
+    def tell(component: str) -> None:
+        console.stage(f"{component}: OpenVINO model, {request.precision}")
+
+    built = []
+    for model in compile_openvino(bundle, request.precision, size, tell):
+        done = "already built" if model.reused else f"{model.record.size / 1e6:.1f} MB"
+        console.result(f"{done} ({model.record.key})")
+        built.append(BuiltEngine(model.record, model.reused))
+    seconds_taken = report.seconds + time.perf_counter() - start
+    return dataclasses.replace(report, engines=(*report.engines, *built), seconds=seconds_taken)

@@ -6,13 +6,16 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from latentrt.engines import onnxrt, ov
 from latentrt.engines.errors import EngineUnavailableError
 from latentrt.engines.trt import SDK_MODULES, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices
 
+from ..engine_choice import AUTO
+from ..engine_probe import MISSING, PRESENT, SUPPORTED, probe
 from .console import print_json, table
 
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -24,13 +27,15 @@ class Finding:
 
     Attributes:
         name: Engine, or ``"export"``.
+        state: ``"present"``, ``"missing"`` (something must be installed) or ``"unusable"`` (it cannot run here).
         version: Version of its SDK, empty where there is none.
         runs: Whether it can draw pictures here.
         builds: Whether it can build engines here.
-        detail: What is missing, and how to get it.
+        detail: What it runs on; or what is missing and how to get it; or why it cannot run.
     """
 
     name: str
+    state: str
     version: str
     runs: bool
     builds: bool
@@ -44,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at everything that a build or a run may need."""
-    findings = [_onnxruntime(), _openvino(), *(_tensorrt(name) for name in SDK_MODULES), _export()]
+    findings = [*(_engine(name) for name in SUPPORTED), _export()]
+    auto = _auto(findings)
     machine = {
         "latentrt": importlib.metadata.version("latentrt"),
         "python": platform.python_version(),
@@ -53,47 +59,36 @@ def run(arguments: argparse.Namespace) -> int:
         "gpus": [f"{device.name} ({device.architecture})" for device in cuda_devices()],
     }
     if arguments.json:
-        print_json({"machine": machine, "engines": [asdict(finding) for finding in findings]})
+        print_json({"machine": machine, "engines": [asdict(finding) for finding in findings], "auto": auto})
         return 0
     for key, value in machine.items():
         print(f"{key}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
     rows = [
-        (f.name, f.version or "-", "yes" if f.runs else "no", "yes" if f.builds else "no", f.detail) for f in findings
+        (f.name, f.state, f.version or "-", "yes" if f.runs else "no", "yes" if f.builds else "no", f.detail)
+        for f in findings
     ]
-    print("\n" + table(("engine", "version", "runs", "builds", ""), rows))
+    print("\n" + table(("engine", "state", "version", "runs", "builds", ""), rows))
+    with_plans = "".join(f"{name} where a bundle has plans for this GPU, else " for name in auto["with_plans"])
+    print(f"\nauto: {with_plans}{auto['otherwise'] or 'nothing can run here'}")
     return 0
 
 
-def _onnxruntime() -> Finding:
-    try:
-        sdk = onnxrt.load_sdk()
-    except EngineUnavailableError as error:
-        return Finding("onnxruntime", "", False, False, str(error))
-    return Finding("onnxruntime", sdk.__version__, True, True, "CPU")
+def _engine(name: str) -> Finding:
+    found = probe(name)
+    builds = found.state == PRESENT
+    if name in SDK_MODULES and not builds:
+        try:
+            builds = load_sdk(name).builds_without_gpu
+        except EngineUnavailableError:
+            builds = False
+    return Finding(name, found.state, found.version, found.state == PRESENT, builds, found.detail)
 
 
-def _openvino() -> Finding:
-    try:
-        sdk = ov.load_sdk()
-    except EngineUnavailableError as error:
-        return Finding("openvino", "", False, False, str(error))
-    abilities = ov.load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precisions = [precision for precision in ("FP32", "BF16") if precision in abilities]
-    return Finding("openvino", sdk.__version__.partition("-")[0], True, True, f"CPU: {', '.join(precisions).lower()}")
-
-
-def _tensorrt(name: str) -> Finding:
-    try:
-        sdk = load_sdk(name)
-    except EngineUnavailableError as error:
-        return Finding(name, "", False, False, str(error))
-    has_gpu = bool(cuda_devices())
-    detail = (
-        "running needs an NVIDIA GPU; none was found"
-        if not has_gpu
-        else "this version builds plans and does not run them"
-    )
-    return Finding(name, sdk.version, False, has_gpu or sdk.builds_without_gpu, detail)
+def _auto(findings: Sequence[Finding]) -> dict[str, Any]:
+    """What ``"auto"`` would take: engines that need plans in the bundle, and the first that needs none."""
+    running = [name for name in AUTO if any(f.name == name and f.runs for f in findings)]
+    plain = [name for name in running if name not in SDK_MODULES]
+    return {"with_plans": [name for name in running if name in SDK_MODULES], "otherwise": plain[0] if plain else None}
 
 
 def _export() -> Finding:
@@ -105,6 +100,11 @@ def _export() -> Finding:
             missing.append(package)
     if missing:
         return Finding(
-            "export", "", False, False, f'{missing[0]} is missing; install it with: pip install "latentrt[export]"'
+            "export",
+            MISSING,
+            "",
+            False,
+            False,
+            f'{missing[0]} is missing; install it with: pip install "latentrt[export]"',
         )
-    return Finding("export", importlib.metadata.version("torch"), False, True, "torch to ONNX")
+    return Finding("export", PRESENT, importlib.metadata.version("torch"), False, True, "torch to ONNX")

@@ -8,7 +8,9 @@ from collections.abc import Generator
 from pathlib import Path
 from statistics import median
 
+from ..engine_choice import CACHES, ENGINES
 from ..images import GenerationParameters, check_target, sheet, write_png
+from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..request import Request
 from ..samplers import SAMPLERS
@@ -48,14 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument(
-        "--engine", default="auto", metavar="NAME", help="onnxruntime, openvino, tensorrt, tensorrt-rtx or auto"
+        "--engine", default="auto", metavar="NAME", help=f"one of {', '.join(ENGINES)}, or auto, the best that can run"
     )
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="precision to run at")
+    parser.add_argument("--precision", choices=PRECISIONS, help="precision to run at; the highest there is by default")
     parser.add_argument(
         "--threads", type=int, default=0, metavar="T", help="threads inside an operator; 0 is automatic"
     )
     parser.add_argument(
         "--loop", choices=LOOPS, default="auto", help="denoiser in stages with the update fused, or whole"
+    )
+    parser.add_argument(
+        "--engine-cache",
+        choices=CACHES,
+        default="read",
+        help="compiled OpenVINO models: use them, store new ones too, or not",
+    )
+    parser.add_argument(
+        "--fixed-size", action="store_true", help="compile for this size alone, at which OpenVINO is faster"
     )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
@@ -70,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         threads=arguments.threads,
         loop=arguments.loop,
+        engine_cache=arguments.engine_cache,
+        fixed_size=(arguments.width, arguments.height, arguments.images) if arguments.fixed_size else None,
         verify_hash=arguments.verify_hash,
     )
     with loaded as pipe:
@@ -92,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             clip_skip=arguments.clip_skip,
         )
         result = _draw(stream)
+        choice = pipe.engine_choice
         model, loop = pipe.manifest.source.name, pipe.loop.name
         engine = pipe.engines["unet_step" if loop == "fused" else "unet"]
     request, timings = result.request, result.timings
@@ -117,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "request": dataclasses.asdict(request),
                 "truncated_tokens": result.truncated,
                 "engine": getattr(engine, "label", type(engine).__name__),
+                "engine_choice": dataclasses.asdict(choice),
                 "loop": loop,
                 "seconds": dataclasses.asdict(timings),
             }
@@ -128,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
         f"{request.steps} steps of {seconds(median(timings.step))}, total {seconds(timings.total)}"
     )
+    print(f"engine: {choice.name} ({choice.reason})")
     return 0
 
 

@@ -14,13 +14,13 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines import onnxrt
 from latentrt.engines.errors import (
     EngineClosedError,
     EngineError,
     EngineUnavailableError,
     InvalidRequestError,
     TensorMismatchError,
+    translated,
 )
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 
@@ -197,13 +197,14 @@ def test_views_are_taken_as_they_are(linear: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("threads", "spinning"), [(0, True), (1, False), (2, True)])
-def test_options_reach_the_session(linear: Path, threads: int, spinning: bool) -> None:
-    """The session says that it has the threads and the spinning that were asked for."""
-    with OnnxRuntimeEngine(linear, OnnxRuntimeOptions(threads, spinning)) as engine:
+@pytest.mark.parametrize(("threads", "spinning", "arena"), [(0, True, True), (1, False, True), (2, True, False)])
+def test_options_reach_the_session(linear: Path, threads: int, spinning: bool, arena: bool) -> None:
+    """The session says that it has the threads, the spinning and the arena that were asked for."""
+    with OnnxRuntimeEngine(linear, OnnxRuntimeOptions(threads, spinning, arena)) as engine:
         settings = engine._session.get_session_options()
         assert settings.intra_op_num_threads == threads
         assert settings.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spinning))
+        assert settings.enable_cpu_mem_arena is arena
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, True, "2", 10**6])
@@ -274,8 +275,8 @@ def test_no_exception_escapes_translation() -> None:
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) > 5
     for kind in [*kinds, RuntimeError, ValueError, MemoryError]:
-        with pytest.raises(EngineError, match=r"^unet failed: first$") as caught, onnxrt.translated("unet failed"):
+        with pytest.raises(EngineError, match=r"^unet failed: first$") as caught, translated("unet failed"):
             raise kind("first\nsecond")
         assert isinstance(caught.value.__cause__, kind)
-    with pytest.raises(KeyboardInterrupt), onnxrt.translated("unet failed"):
+    with pytest.raises(KeyboardInterrupt), translated("unet failed"):
         raise KeyboardInterrupt

@@ -37,6 +37,7 @@ DESCRIPTION: dict[str, Any] = {
     "sdk": "tensorrt_rtx",
     "sdk_version": "1.7.1.116",
     "target": "sm_80+",
+    "flags": DECIDES["flags"],
 }
 
 
@@ -277,6 +278,7 @@ DAMAGE: dict[str, Any] = {
     "file outside": lambda store: _edit(store, file="../../outside"),
     "absolute file": lambda store: _edit(store, file="/etc/passwd"),
     "record as file": lambda store: _edit(store, file="engine.json"),
+    "flags that are a list": lambda store: _edit(store, flags=["tf32"]),
     "profile with floats": lambda store: _edit(store, profile={"x": [[1.5], [2], [3]]}),
     "profile with two shapes": lambda store: _edit(store, profile={"x": [[1], [2]]}),
 }
@@ -300,6 +302,15 @@ def test_sound_engine_survives_repair(store: EngineStore, added: EngineRecord) -
     assert store.find(KEY, repair=True) == added
 
 
+def test_discard_removes_a_sound_engine(store: EngineStore, added: EngineRecord) -> None:
+    """What an SDK refuses makes room for another, and discarding it again is no error."""
+    for _ in range(2):
+        store.discard(KEY)
+        assert store.find(KEY) is None
+    assert left_in(store.root) == []
+    assert store.add(KEY, write_plan, **DESCRIPTION).sha256 == added.sha256
+
+
 def test_engine_repaired_meanwhile_survives(store: EngineStore, added: EngineRecord) -> None:
     """If another process replaced the damaged engine before it could be removed, the new one stays."""
     assert store._remove_damaged(KEY, True) == added
@@ -319,8 +330,8 @@ def test_unreadable_engine(store: EngineStore, added: EngineRecord, monkeypatch:
 
 def test_other_format_version(store: EngineStore, added: EngineRecord) -> None:
     """A record of another format version is named as such, and rebuilt under repair=True."""
-    _edit(store, format_version=2)
-    with pytest.raises(BundleVersionError, match="format version 2"):
+    _edit(store, format_version=3)
+    with pytest.raises(BundleVersionError, match="format version 3"):
         store.find(KEY)
     assert store.find(KEY, repair=True) is None
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentrt.runtime import Pipeline
+from latentrt.engines.store import EngineStore
+from latentrt.runtime import Pipeline, engine_choice
 from latentrt.runtime.cli import main
 from latentrt.runtime.images import read_parameters
 
@@ -57,6 +58,31 @@ def test_the_picture_is_the_pipelines(bundle: Path, tmp_path: Path, capsys: Capt
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "o.png")), expected.images[0])
 
 
+def test_the_engine_and_the_reason_are_told(
+    bundle: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of its own says which engine auto took and why; JSON also says what was passed over."""
+    monkeypatch.setattr(engine_choice, "cuda_devices", lambda: ())
+    assert generate(bundle, tmp_path / "o.png") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "engine: onnxruntime (the fastest on a CPU)"
+    assert generate(bundle, tmp_path / "o.png", "--json") == 0
+    choice = json.loads(capsys.readouterr().out)["engine_choice"]
+    assert (choice["name"], choice["reason"]) == ("onnxruntime", "the fastest on a CPU")
+    assert choice["passed_over"]["tensorrt"] == "no CUDA device was found"
+
+
+def test_compiled_models_and_a_fixed_size(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """OpenVINO's models are stored when asked for, and those of a fixed size draw the same picture."""
+    options = ("--engine", "openvino", "--seed", "7", "--width", "48", "--images", "2")
+    assert generate(tiny_bundle, tmp_path / "o.png", *options) == 0
+    assert not (tiny_bundle / "engines").exists()
+    assert generate(tiny_bundle, tmp_path / "p.png", *options, "--engine-cache", "write", "--fixed-size") == 0
+    assert len(EngineStore(tiny_bundle / "engines").records()) == 5
+    one, other = (np.asarray(Image.open(tmp_path / name), int) for name in ("o.png", "p.png"))
+    assert np.abs(one - other).max() <= 1
+    assert "engine: openvino (asked for)" in capsys.readouterr().out
+
+
 def test_several_pictures_become_one_sheet(bundle: Path, tmp_path: Path) -> None:
     """Five pictures lie in rows of four, in order."""
     assert generate(bundle, tmp_path / "o.png", "--images", "5", "--seed", "7") == 0
@@ -90,6 +116,7 @@ def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert report["request"]["prompt"] == prompt
     assert (report["request"]["seed"], report["request"]["width"], report["truncated_tokens"]) == (7, 32, 0)
     assert (report["engine"], report["loop"]) == ("unet_step (onnxruntime)", "fused")
+    assert report["engine_choice"].keys() == {"name", "reason", "passed_over"}
     assert report["seconds"].keys() == {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "total"}
     assert len(report["seconds"]["step"]) == 1
 
@@ -175,8 +202,11 @@ def test_a_file_name_that_is_no_text(bundle: Path, tmp_path: Path) -> None:
     assert Image.open(output).size == (32, 32)
 
 
-def test_an_engine_without_a_plan(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_an_engine_without_a_plan(
+    bundle: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The way out is the command that builds one; status 1, since the command line was fine."""
+    monkeypatch.setattr(engine_choice, "check_engine", lambda name, precision: None)  # as where the SDK is there
     status = generate(bundle, tmp_path / "o.png", "--engine", "tensorrt-rtx")
     assert_fails(capsys, status, 1, "build one with: latentrt build-engine SOURCE --output")
 

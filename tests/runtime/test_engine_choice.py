@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxrt_gpu import OnnxRuntimeGpuEngine
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
-from latentrt.engines.store import EngineStore
-from latentrt.engines.trt import TensorRTEngine
-from latentrt.runtime import Bundle
-from latentrt.runtime.engine_choice import ENGINES, EngineSettings, choose_graph, compiled_engines, make_engine
+from latentrt.engines.trt.cuda import CudaDevice
+from latentrt.runtime import Bundle, engine_choice, engine_probe
+from latentrt.runtime.engine_choice import (
+    AUTO,
+    ENGINES,
+    EngineSettings,
+    FixedSize,
+    choose_engine,
+    choose_graph,
+    make_engine,
+)
+from latentrt.runtime.engine_probe import SUPPORTED, Availability
 from latentrt.runtime.manifest import Component, Graph
 
 SPEC = (TensorSpec("x", "float32", (1,)),)
@@ -108,35 +115,173 @@ def test_a_bundle_without_plans(bundle: Bundle, name: str) -> None:
         make_engine(bundle, "unet", EngineSettings(name))
 
 
-def add(bundle: Bundle, key: str, *, created: str = "2026-01-01T00:00:00+00:00", **changes: Any) -> None:
-    """Put a plan of random bytes into the bundle."""
-    store = EngineStore(bundle.engines_directory)
-    facts: dict[str, Any] = {
-        "engine": "tensorrt-rtx",
-        "component": "unet",
-        "file": "unet.plan",
-        "precision": "fp32",
-        "profile": {"x": ((1,), (1,), (1,))},
-        "sdk": "tensorrt-rtx",
-        "sdk_version": "1.2.3",
-        "target": "sm_80+",
+def test_tensorrt_of_every_kind_takes_native_operators() -> None:
+    """ONNX Runtime's CUDA provider lacks some of them, and takes the decomposed graph like a CPU."""
+    forms = component((20, "fp32"), (23, "fp32"))
+    chosen = {name: choose_graph(forms, name, None)[0] for name in ENGINES}
+    assert {name for name, form in chosen.items() if form == "opset23-fp32"} == {
+        *("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
     }
-    store.add(key * 24, lambda path: path.write_bytes(key.encode()) and None, **(facts | changes))
-    record = store.root / (key * 24) / "engine.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"created": created}))
 
 
-def test_the_newest_plan_of_the_right_precision(tiny_bundle: Path) -> None:
-    """Of several plans the one at the asked precision comes first, then the newest; other parts' are passed over."""
-    bundle = Bundle.open(tiny_bundle)
-    add(bundle, "a")
-    add(bundle, "b", created="2026-01-02T00:00:00+00:00")
-    add(bundle, "c", precision="fp16")
-    add(bundle, "d", component="vae_decoder", created="2026-01-03T00:00:00+00:00")
-    add(bundle, "e", engine="tensorrt", created="2026-01-03T00:00:00+00:00")
-    assert {record.key[0] for record in compiled_engines(bundle, "tensorrt-rtx", "unet")} == {"a", "b", "c"}
-    for precision, key in ((None, "b"), ("fp32", "b"), ("fp16", "c")):
-        engine = make_engine(bundle, "unet", EngineSettings("tensorrt-rtx", precision))
-        assert isinstance(engine, TensorRTEngine)
-        assert engine.plan.parent.name == key * 24
-        assert (engine.engine, engine.target) == ("tensorrt-rtx", "sm_80+")
+def test_the_highest_precision_that_the_engine_has() -> None:
+    """Without a precision an engine passes over graphs that it cannot compute."""
+    forms = component((23, "fp8"), (20, "int8"))
+    assert choose_graph(forms, "onnxruntime", None)[0] == "opset20-int8"
+    assert choose_graph(component((23, "fp8")), "tensorrt", None)[0] == "opset23-fp8"
+    with pytest.raises(BundleError, match="no graph of unet for onnxruntime at any precision; it has opset23-fp8"):
+        choose_graph(component((23, "fp8")), "onnxruntime", None)
+
+
+def test_every_engine_has_its_precisions() -> None:
+    """The two tables name the same engines, and auto chooses among them."""
+    assert list(ENGINES) == list(SUPPORTED)
+    assert set(AUTO) <= set(ENGINES)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
+def test_providers_for_gpus(bundle: Bundle, name: str) -> None:
+    """Engines come closed, with their label; what they compute comes back as numpy."""
+    engine = make_engine(bundle, "unet_step", EngineSettings(name))
+    assert isinstance(engine, OnnxRuntimeGpuEngine)
+    assert (engine.engine, engine.label) == (name, f"unet_step ({name})")
+    assert not engine.gpu_options.device_outputs
+
+
+def test_fixed_lengths(bundle: Bundle) -> None:
+    """Each part fixes what does not vary; rows do, and so do timesteps."""
+    settings = EngineSettings("openvino", fixed_size=FixedSize(64, 32, 3))
+    shapes = {
+        part: make_engine(bundle, part, settings).options.shapes  # type: ignore[attr-defined]
+        for part in ("text_encoder", "unet", "unet_schedule", "unet_step", "vae_decoder")
+    }
+    size = {"latent_height": 16, "latent_width": 32}
+    assert shapes == {
+        "text_encoder": {"batch": 1},
+        "unet": size,
+        "unet_schedule": {},
+        "unet_step": {**size, "batch": 3},
+        "vae_decoder": {**size, "batch": 3},
+    }
+
+
+def test_the_cache_of_compiled_models(bundle: Bundle) -> None:
+    """It is keyed by the manifest's hashes, read unless told otherwise, and written only when asked."""
+    for name, expected in (("read", False), ("write", True)):
+        engine = make_engine(bundle, "unet_step", EngineSettings("openvino", engine_cache=name))
+        assert isinstance(engine, OpenVinoEngine)
+        cache = engine.cache
+        assert cache is not None
+        assert cache.keep is expected
+        files = bundle.manifest.files
+        assert cache.graph == files["unet/step.onnx"].sha256
+        assert cache.weights == {"unet/model.onnx.data": files["unet/model.onnx.data"].sha256}
+    off = make_engine(bundle, "unet_step", EngineSettings("openvino", engine_cache="off"))
+    assert isinstance(off, OpenVinoEngine)
+    assert off.cache is None
+    with pytest.raises(InvalidRequestError, match="engine_cache is 'on', expected one of read, write, off"):
+        EngineSettings(engine_cache="on")
+
+
+PARTS = ("text_encoder", "unet_step", "vae_decoder")
+
+
+class Machine:
+    """What a machine has: patched into every module that asks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gpus: tuple[CudaDevice, ...] = ()
+        self.plans: dict[tuple[str, str], str] = {}
+        self.states = dict.fromkeys(ENGINES, "present")
+        for module in (engine_choice, engine_probe):
+            monkeypatch.setattr(module, "cuda_devices", lambda: self.gpus)
+        monkeypatch.setattr(engine_choice, "find_plan", self.find_plan)
+        monkeypatch.setattr(engine_probe, "probe", self.probe)
+        monkeypatch.setattr(engine_probe.ov, "load_core", lambda: self)
+
+    def probe(self, name: str) -> Availability:
+        return Availability(name, self.states[name], "1", f"{name} is {self.states[name]}")
+
+    def find_plan(self, bundle: Bundle, engine: str, component: str, precision: str | None) -> None:
+        if self.plans.get((engine, component)) != precision:
+            raise EngineUnavailableError(f"no {engine} plan of {component} at {precision}")
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        return ["FP32", "BF16"]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+H100 = CudaDevice("NVIDIA H100", "sm_90")
+
+
+def test_auto_on_a_cpu(bundle: Bundle, machine: Machine) -> None:
+    """It is ONNX Runtime, with the reason; no SDK of a GPU is asked about."""
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert (choice.name, choice.reason) == ("onnxruntime", "the fastest on a CPU")
+    assert choice.passed_over == dict.fromkeys(
+        ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda"), "no CUDA device was found"
+    )
+
+
+def test_auto_takes_plans_that_fit_all_parts(bundle: Bundle, machine: Machine) -> None:
+    """Plans come first, if there is one of every part and the SDK is there."""
+    machine.gpus = (H100,)
+    machine.plans = {("tensorrt-rtx", part): "fp32" for part in PARTS}
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert (choice.name, choice.reason) == ("tensorrt-rtx", "the bundle has plans for this NVIDIA H100")
+    assert choice.passed_over == {"tensorrt": "no tensorrt plan of text_encoder at fp32"}
+    del machine.plans["tensorrt-rtx", "vae_decoder"]
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert choice.name == "onnxruntime-cuda"
+    assert choice.passed_over["tensorrt-rtx"] == "no tensorrt-rtx plan of vae_decoder at fp32"
+    machine.plans["tensorrt-rtx", "vae_decoder"] = "fp32"
+    machine.states["tensorrt-rtx"] = "missing"
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert (choice.name, choice.passed_over["tensorrt-rtx"]) == ("onnxruntime-cuda", "tensorrt-rtx is missing")
+
+
+def test_auto_never_lowers_precision(bundle: Bundle, machine: Machine) -> None:
+    """Plans of fp16 are passed over in a bundle that has fp32, until fp16 is asked for."""
+    machine.gpus = (H100,)
+    machine.plans = {("tensorrt", part): "fp16" for part in PARTS}
+    assert choose_engine(bundle, PARTS, EngineSettings()).name == "onnxruntime-cuda"
+    assert choose_engine(bundle, PARTS, EngineSettings(precision="fp16")).name == "tensorrt"
+
+
+def test_auto_on_a_gpu_that_nothing_can_use(bundle: Bundle, machine: Machine) -> None:
+    """ONNX Runtime without CUDA is passed over with what to install, and the CPU runs."""
+    machine.gpus = (H100,)
+    machine.states["onnxruntime-cuda"] = "missing"
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert (choice.name, choice.reason) == ("onnxruntime", "nothing else can use the GPU here")
+    assert choice.passed_over["onnxruntime-cuda"] == "onnxruntime-cuda is missing"
+
+
+def test_auto_with_bf16(bundle: Bundle, machine: Machine) -> None:
+    """On a CPU OpenVINO alone computes in it, from the graphs of fp32."""
+    choice = choose_engine(bundle, PARTS, EngineSettings(precision="bf16"))
+    assert (choice.name, choice.reason) == ("openvino", "the one that computes in bf16 on this CPU")
+    assert "onnxruntime" not in choice.passed_over
+    machine.states["openvino"] = "missing"
+    with pytest.raises(EngineUnavailableError, match=r"^openvino is missing$"):
+        choose_engine(bundle, PARTS, EngineSettings(precision="bf16"))
+
+
+def test_auto_where_nothing_fits(bundle: Bundle, machine: Machine) -> None:
+    """The last engine's reason is the error; an unknown precision is refused as such."""
+    with pytest.raises(BundleError, match="no graph of text_encoder for openvino at fp16; it has opset20-fp32"):
+        choose_engine(bundle, PARTS, EngineSettings(precision="fp16"))
+    with pytest.raises(InvalidRequestError, match="unknown precision 'fp7'; known precisions: fp32"):
+        choose_engine(bundle, PARTS, EngineSettings(precision="fp7"))
+
+
+def test_what_is_named_is_what_runs(bundle: Bundle, machine: Machine) -> None:
+    """An engine that was asked for is never exchanged for another."""
+    assert choose_engine(bundle, PARTS, EngineSettings("openvino")).reason == "asked for"
+    machine.states["openvino"] = "missing"
+    with pytest.raises(EngineUnavailableError, match="openvino is missing"):
+        choose_engine(bundle, PARTS, EngineSettings("openvino"))

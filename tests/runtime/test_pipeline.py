@@ -5,6 +5,7 @@ Pictures against diffusers are in test_parity_diffusers.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,10 @@ from latentrt.engines.errors import (
     InvalidRequestError,
     LatentRTError,
 )
-from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
+from latentrt.engines.trt.cuda import CudaDevice
+from latentrt.runtime import Bundle, Pipeline, Result, StepInfo, engine_choice
 from latentrt.runtime import pipeline as module
+from latentrt.runtime.engine_choice import EngineSettings, FixedSize
 from latentrt.runtime.samplers import compile_plan, run_plan
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -441,6 +444,33 @@ def test_a_load_that_fails_closes_what_was_opened(tiny_bundles: dict[str, Path],
             engine.run({})
 
 
+def test_auto_goes_on_where_an_engine_does_not_start(tiny_bundles: dict[str, Path], monkeypatch: Any) -> None:
+    """An engine that looked fine and does not open is passed over with its reason; a named one is an error."""
+    real, asked = module.make_engine, []
+
+    def make(bundle: Bundle, component: str, settings: EngineSettings) -> Any:
+        asked.append((settings.name, component))
+        engine: Any = real(bundle, component, dataclasses.replace(settings, name="onnxruntime"))
+        if settings.name == "onnxruntime-cuda" and component == "vae_decoder":
+
+            def refuse() -> Any:
+                raise EngineUnavailableError("ONNX Runtime could not start CUDAExecutionProvider")
+
+            monkeypatch.setattr(engine, "_open", refuse)
+        return engine
+
+    monkeypatch.setattr(module, "make_engine", make)
+    monkeypatch.setattr(engine_choice, "cuda_devices", lambda: (CudaDevice("NVIDIA Test", "sm_90"),))
+    monkeypatch.setattr(engine_choice, "check_engine", lambda name, precision: None)
+    with Pipeline.load(tiny_bundles["sd1"], loop="plain") as pipe:
+        choice = pipe.engine_choice
+        assert choice.name == "onnxruntime"
+        assert choice.passed_over["onnxruntime-cuda"] == "ONNX Runtime could not start CUDAExecutionProvider"
+    assert [name for name, _ in asked] == ["onnxruntime-cuda"] * 3 + ["onnxruntime"] * 3
+    with pytest.raises(EngineUnavailableError, match="could not start"):
+        Pipeline.load(tiny_bundles["sd1"], "onnxruntime-cuda", loop="plain")
+
+
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a bundle's manifest."""
     manifest = json.loads((bundle / "bundle.json").read_text())
@@ -496,6 +526,30 @@ def test_openvino_draws_what_onnx_runtime_draws(tiny_bundles: dict[str, Path], k
         received, expected = one("a red apple", **options), other("a red apple", **options)
     np.testing.assert_allclose(received.latents, expected.latents, atol=1e-3)
     assert int(np.abs(received.images.astype(int) - expected.images).max()) <= 1
+
+
+def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
+    """It draws that size without being told, refuses others before anything runs, and takes one run at a time."""
+    with Pipeline.load(tiny_bundles["sd1"], "openvino", fixed_size=(48, None, 2)) as pipe:
+        assert (pipe.fixed_size, pipe.engine_choice.name) == (FixedSize(48, 32, 2), "openvino")
+        drawn = pipe("a red apple", steps=2, seed=7)
+        assert drawn.images.shape == (2, 32, 48, 3)
+        halves = pipe("a red apple", steps=2, seed=7, guidance=4, guidance_end=0.5, images=2, width=48)
+        assert halves.images.shape == (2, 32, 48, 3)
+        for options, message in (
+            ({"width": 32}, "width is 32, and this pipeline was loaded for 48 alone"),
+            ({"images": 1}, "images is 1, and this pipeline was loaded for 2 alone"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                pipe("a red apple", **options)
+        runs = [pipe.start("a red apple", steps=2), pipe.start("a leaf", steps=2)]
+        with pytest.raises(InvalidRequestError, match="a fixed size takes one run at a time"):
+            pipe.advance(runs)
+    with Pipeline.load(tiny_bundles["sd1"], "onnxruntime") as other:
+        expected = other("a red apple", steps=2, seed=7, images=2, width=48)
+    np.testing.assert_allclose(drawn.latents, expected.latents, atol=1e-3)
+    with pytest.raises(InvalidRequestError, match="width is 31, expected a multiple of"):
+        Pipeline.load(tiny_bundles["sd1"], fixed_size=(31, None, None))
 
 
 def test_many_threads_share_one_pipeline(real: Pipeline) -> None:

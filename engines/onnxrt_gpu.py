@@ -1,0 +1,277 @@
+"""ONNX Runtime on an NVIDIA GPU: its providers for CUDA, TensorRT and TensorRT-RTX.
+
+ONNX Runtime likes to help itself: where a provider cannot start, or lacks an operator, it goes on with the CPU and at
+most logs that. Here the provider that was asked for is the one that runs, or opening fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Array
+from .errors import EngineUnavailableError, translated
+from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions
+from .trt.cuda import cuda_devices
+
+# Both distributions of ONNX Runtime install the same folder, so the one that is installed last wins.
+_INSTALL_GPU = (
+    'install one that has it with: pip install "latentrt[cuda]" and then '
+    "pip install --force-reinstall --no-deps onnxruntime-gpu"
+)
+_RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+_PLUGGING = threading.Lock()
+
+# Operators that take a step's time. Integer arithmetic on shapes belongs on the CPU, and ONNX Runtime puts it there.
+_HEAVY = frozenset(
+    {
+        *("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "Softmax", "Resize", "Gelu"),
+        *("Attention", "MultiHeadAttention", "GroupNormalization", "GroupNorm", "InstanceNormalization"),
+        "LayerNormalization",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way of ONNX Runtime to run on a GPU.
+
+    Attributes:
+        name: What ONNX Runtime calls it.
+        others: Providers that may run what it does not, on the same GPU.
+        options: Its settings.
+        install: How to get an ONNX Runtime that has it.
+        plugin: Python module that brings it to an ONNX Runtime that lacks it; empty where there is none.
+    """
+
+    name: str
+    others: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    install: str = _INSTALL_GPU
+    plugin: str = ""
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    # TF32 rounds the inputs of fp32 products to 10 bits of mantissa, and is on by default. fp32 means fp32.
+    "onnxruntime-cuda": Provider("CUDAExecutionProvider", options={"use_tf32": "0"}),
+    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", ("CUDAExecutionProvider",)),
+    "onnxruntime-tensorrt-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider",
+        install="install it with: pip install onnxruntime-ep-nv-tensorrt-rtx",
+        plugin=_RTX_PLUGIN,
+    ),
+}
+"""Providers by the name of the engine."""
+
+
+class OrtArray:
+    """A tensor that ONNX Runtime holds, on whichever device it is; it speaks DLPack.
+
+    Args:
+        value: ONNX Runtime's ``OrtValue``.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.shape: tuple[int, ...] = tuple(value.shape())
+        # numpy has no bfloat16; its name is all that the checks need.
+        name = DTYPES.get(value.data_type(), value.data_type())
+        self.dtype: Any = name if name == "bfloat16" else np.dtype(name)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        """A DLPack capsule of the tensor, which is not copied."""
+        return self.value.__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """DLPack's number of the kind of device, and the device's own number."""
+        kind, number = self.value.__dlpack_device__()
+        return int(kind), int(number)
+
+    def numpy(self) -> NDArray[Any]:
+        """A copy in the host's memory."""
+        return np.array(self.value.numpy())
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeGpuOptions:
+    """Settings of a session on a GPU.
+
+    Attributes:
+        device: Number of the GPU, as CUDA counts.
+        device_outputs: Leave outputs on the GPU, as :class:`OrtArray`; otherwise they are copied to numpy arrays.
+    """
+
+    device: int = 0
+    device_outputs: bool = True
+
+
+class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
+    """One ONNX graph in an ONNX Runtime session on an NVIDIA GPU.
+
+    What :meth:`bind` is given goes to the GPU once and stays there; so do outputs, where the options say so, and they
+    may be fed again. Many threads may run it at once; each run has a binding of its own.
+
+    Args:
+        path: The graph; see :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
+        engine: A key of :data:`PROVIDERS`.
+        options: Settings.
+        label: What messages call the engine.
+    """
+
+    def __init__(
+        self, path: Path, engine: str, options: OnnxRuntimeGpuOptions | None = None, label: str | None = None
+    ) -> None:
+        super().__init__(path, OnnxRuntimeOptions(), label or f"{path.parent.name} ({engine})")
+        self.engine = engine
+        self.gpu_options = options or OnnxRuntimeGpuOptions()
+        self._ort: Any = None
+        self._memory = "cuda"
+
+    def _make_session(self, ort: ModuleType, settings: Any) -> Any:
+        provider = PROVIDERS[self.engine]
+        plugged = require_provider(ort, self.engine)
+        # Recorded at no cost, and the only way to learn what fell back to the CPU.
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if plugged:
+            devices = [each for each in ort.get_ep_devices() if each.ep_name == plugged]
+            settings.add_provider_for_devices(devices[self.gpu_options.device : self.gpu_options.device + 1], {})
+            session = ort.InferenceSession(str(self.path), settings, enable_fallback=0)
+            wanted, self._memory = plugged, "cpu"  # a plugin's memory has no name that a binding takes
+        else:
+            _preload(ort)
+            chosen = {"device_id": str(self.gpu_options.device)}
+            chain = [(provider.name, {**chosen, **provider.options}), *((other, chosen) for other in provider.others)]
+            session = ort.InferenceSession(str(self.path), settings, providers=chain, enable_fallback=0)
+            wanted, self._memory = provider.name, "cuda"
+        if wanted not in session.get_providers():
+            raise EngineUnavailableError(
+                f"{self.label}: ONNX Runtime could not start {wanted} and took {', '.join(session.get_providers())}; "
+                "libraries of CUDA, cuDNN or TensorRT in the versions that it was built for are missing: "
+                "install them, or use the engine onnxruntime"
+            )
+        if on_cpu := _heavy_on_cpu(session):
+            raise EngineUnavailableError(
+                f"{self.label}: {wanted} lacks {', '.join(on_cpu)} of this graph, which would run on the CPU; "
+                "update onnxruntime-gpu, build the bundle for another opset, or use the engine onnxruntime"
+            )
+        self._ort = ort
+        return session
+
+    def bind(self, feeds: Mapping[str, Array]) -> None:
+        """Keep ``feeds`` on the GPU as inputs of this thread's following runs; a name bound again is replaced.
+
+        Raises:
+            TensorMismatchError: for a name that is no input.
+        """
+        super().bind(feeds)  # refuses unknown names before anything is copied
+        with translated(f"{self.label} could not keep its inputs"):
+            kept: Any = {name: OrtArray(self._resident(array)) for name, array in feeds.items()}
+        super().bind(kept)
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        session = self._running_session()
+        with translated(f"{self.label} failed"):
+            binding = session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_ortvalue_input(name, self._resident(array))
+            for name in self._output_names:
+                binding.bind_output(name, self._memory, self.gpu_options.device if self._memory == "cuda" else 0)
+            binding.synchronize_inputs()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            found: Any = [OrtArray(value) for value in binding.get_outputs()]
+            if not self.gpu_options.device_outputs:
+                found = [array.numpy() for array in found]
+        return dict(zip(self._output_names, found, strict=True))
+
+    def _resident(self, array: Any) -> Any:
+        """An ``OrtValue`` in the session's memory: the array's own where it is there already, else a copy."""
+        if isinstance(array, OrtArray):
+            return array.value
+        if not isinstance(array, np.ndarray):  # another engine's array on a device
+            array = array.numpy()
+        number = self.gpu_options.device if self._memory == "cuda" else 0
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._memory, number)
+
+
+def find_provider(ort: ModuleType, engine: str) -> str:
+    """Make sure that ONNX Runtime has the provider of an engine.
+
+    Returns:
+        The name under which a plugin has brought the provider; empty where it is part of ONNX Runtime.
+
+    Raises:
+        EngineUnavailableError: saying what to install.
+    """
+    provider = PROVIDERS[engine]
+    if provider.name in ort.get_available_providers():
+        return ""
+    with _PLUGGING:  # registering twice is an error
+        plugged = _plug_in(ort, provider.plugin) if provider.plugin else ""
+    if not plugged:
+        raise EngineUnavailableError(
+            f"ONNX Runtime {ort.__version__} as installed has no {provider.name}; {provider.install}"
+        )
+    return plugged
+
+
+def require_provider(ort: ModuleType, engine: str) -> str:
+    """Make sure that ONNX Runtime has the provider of an engine, and that there is a GPU for it.
+
+    Returns:
+        As :func:`find_provider`.
+
+    Raises:
+        EngineUnavailableError: saying what to install or to choose.
+    """
+    plugged = find_provider(ort, engine)
+    if not cuda_devices():
+        raise EngineUnavailableError(
+            f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
+        )
+    return plugged
+
+
+@functools.cache
+def _plug_in(ort: ModuleType, plugin: str) -> str:
+    """Register a plugin with ONNX Runtime, once a process; returns its provider's name, or nothing without it."""
+    try:
+        module = importlib.import_module(plugin)
+    except ImportError:
+        return ""
+    if not hasattr(ort, "register_execution_provider_library"):  # before 1.23
+        return ""
+    name = str(module.get_ep_name())
+    with translated(f"ONNX Runtime could not load {plugin}"):
+        ort.register_execution_provider_library(name, module.get_library_path())
+    return name
+
+
+@functools.cache
+def _preload(ort: ModuleType) -> None:
+    """Let ONNX Runtime find the CUDA and cuDNN that came as Python packages, once a process."""
+    if hasattr(
+        ort, "preload_dlls"
+    ):  # from 1.21 on; it prints what it does not find, which may be in the system's place
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _heavy_on_cpu(session: Any) -> list[str]:
+    """Operators that take time and were given to the CPU; before ONNX Runtime 1.24 nothing tells."""
+    assignment = getattr(session, "get_provider_graph_assignment_info", None)
+    if assignment is None:
+        return []
+    nodes = [n for part in assignment() if part.ep_name == "CPUExecutionProvider" for n in part.get_nodes()]
+    return sorted({node.op_type for node in nodes} & _HEAVY)
