@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from latentrt.engines import Array, TensorSpec
 from latentrt.engines.base import BaseEngine
-from latentrt.engines.onnxrt import load_sdk, translated
+from latentrt.engines.errors import translated
+from latentrt.engines.onnxrt import load_sdk
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
 from latentrt.runtime.pipeline import Pipeline

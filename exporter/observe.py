@@ -13,7 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.engines import Array
-from latentrt.engines.onnxrt import load_sdk, translated
+from latentrt.engines.errors import translated
+from latentrt.engines.onnxrt import load_sdk
 
 from .passes.builder import Builder
 from .passes.quantize import Layer, NumberFormat, representable
