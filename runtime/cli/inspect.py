@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
+    if pictures := _pictures(manifest):
+        print("\n" + table(("pictures of", "precision", "against fp32", "worst", "SSIM"), pictures))
     if stages:
         loop_header = ("the loop", "form", "nodes", "weights", "size", "hands over", "size a row")
         rows = [
@@ -77,6 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
         header = ("component", "engine", "version", "precision", "size", "target", "key", "profile")
         print("\n" + table(header, engines_table))
     return 0
+
+
+def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
+    """How close the pictures of each engine of reduced precision were when the bundle was built."""
+    rows = []
+    for key, psnr in sorted(manifest.quality.items()):
+        kind, _, rest = key.partition("/")
+        if kind == "pictures" and rest.endswith("/psnr_db"):
+            engine, _, precision = rest.removesuffix("/psnr_db").rpartition("/")
+            worst, ssim = (
+                manifest.quality.get(f"pictures/{engine}/{precision}/{name}") for name in ("worst_db", "ssim")
+            )
+            told = ("" if worst is None else f"{worst:.1f} dB", "" if ssim is None else f"{ssim:.3f}")
+            rows.append((engine, precision, f"{psnr:.1f} dB", *told))
+    return rows
 
 
 def _inputs(manifest: Manifest, component: str, form: str) -> str:
