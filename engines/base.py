@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from .errors import EngineClosedError, TensorMismatchError
 
 Array: TypeAlias = NDArray[Any]
-"""A numpy array. (Engines on a device may hand out their own arrays; they speak DLPack.)"""
+"""A numpy array, or from and to an engine that says ``on_device`` a :class:`~latentrt.engines.device.DeviceArray`.
+
+The type is numpy's, which all engines take; who may meet the other calls :func:`~latentrt.engines.device.to_numpy`.
+"""
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 """Names of the element types that a tensor of a bundle may have."""
@@ -119,6 +122,9 @@ class BaseEngine(ABC):
     A subclass sets :attr:`inputs` and :attr:`outputs` while opening, and implements :meth:`_open`,
     :meth:`_run` and :meth:`_close`.
     """
+
+    on_device = False
+    """Whether :meth:`run` hands out device arrays, and takes them back without a copy through the host."""
 
     def __init__(self, label: str) -> None:
         self.label = label

@@ -56,6 +56,11 @@ class Sdk:
         """Whether a plan can be built on a machine without a GPU."""
         return self.name == "tensorrt-rtx"
 
+    @property
+    def compiles_at_runtime(self) -> bool:
+        """Whether kernels are compiled for the GPU when a plan runs, and worth keeping in a runtime cache."""
+        return self.name == "tensorrt-rtx"
+
 
 def load_sdk(name: str) -> Sdk:
     """Import an SDK.

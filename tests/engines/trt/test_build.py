@@ -153,7 +153,7 @@ def test_profile_must_fit_the_graph(
 
 def test_refused_profile(fake: Sdk, graph: Path, output: Path) -> None:
     """A profile that the SDK refuses is an error, not a build without it."""
-    fake.module.profile_index = -1
+    fake.module.answers["add_optimization_profile"] = -1
     with pytest.raises(EngineError, match="refused the optimisation profile"):
         build_plan(fake, graph, output, PROFILE)
 
