@@ -60,7 +60,7 @@ def to_numpy(array: Any) -> NDArray[Any]:
 
 
 class _Tensor(ctypes.Structure):
-    """``DLManagedTensor`` of DLPack's ``dlpack.h``, its members ``dl_tensor``, ``manager_ctx`` and ``deleter`` in a row."""
+    """``DLManagedTensor`` of DLPack's ``dlpack.h``: ``dl_tensor``, ``manager_ctx`` and ``deleter`` in a row."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ GARBAGE = 0xFF
 
 
 class CudaError(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorInvalidValue = 1
-    cudaErrorMemoryAllocation = 2
-    cudaErrorIllegalAddress = 700
-    cudaErrorStreamCaptureInvalidated = 901
+    cudaSuccess = 0  # noqa: N815
+    cudaErrorInvalidValue = 1  # noqa: N815
+    cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorIllegalAddress = 700  # noqa: N815
+    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
 class Handle(int):
@@ -247,7 +247,7 @@ class FakeCuda:
         return CudaError.cudaSuccess, 13000
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818
     """A kernel touched memory that is not allocated."""
 
 
@@ -527,6 +527,78 @@ def add_runtime(module: Any, cuda: FakeCuda, *, rtx: bool) -> Any:
 
     module.Runtime, module.Refitter, module.Weights = Runtime, Refitter, Weights
     return module
+
+
+def onnx_plan(path: Any, largest: int = 64) -> FakePlan:
+    """A plan that computes what ONNX Runtime computes of a graph, for lengths up to ``largest``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+    def tensors(nodes: Any) -> Tensors:
+        return {n.name: (types[n.type], tuple(d if isinstance(d, int) else -1 for d in n.shape)) for n in nodes}
+
+    inputs, outputs = tensors(session.get_inputs()), tensors(session.get_outputs())
+    known: dict[Any, Mapping[str, tuple[int, ...]]] = {}
+
+    def compute(feeds: Mapping[str, Any], weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        scale = weights["scale"][0]  # 1 unless refitted
+        results = dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+        return {name: (each * scale).astype(each.dtype) for name, each in results.items()}
+
+    def output_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        key = tuple(sorted(shapes.items()))
+        if key not in known:
+            zeros = {name: np.zeros(shapes[name], dtype) for name, (dtype, _) in inputs.items()}
+            known[key] = {name: each.shape for name, each in compute(zeros, {"scale": [1]}).items()}
+        return known[key]
+
+    ranges = {
+        name: [tuple(size if d < 0 else d for d in shape) for size in (1, 1, largest)]
+        for name, (_, shape) in inputs.items()
+        if -1 in shape
+    }
+    weights = {"scale": np.float32([1])}
+    return FakePlan(inputs, outputs, [ranges], compute, output_shapes, weights, refittable=True, streamable=1 << 20)
+
+
+def add_plans(path: Any, module: Any, engine: str) -> None:
+    """Put plans of all components into a bundle, and what they compute into a make-believe SDK."""
+    from latentrt.engines.store import EngineStore
+    from latentrt.runtime.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    store = EngineStore(bundle.engines_directory)
+    for number, name in enumerate(bundle.manifest.components):
+        content = f"plan of {name} for {engine}".encode() * 10
+        module.plans[content] = onnx_plan(bundle.graph_path(name, "opset20-fp32"))
+        store.add(
+            f"{number:024x}",
+            lambda file, content=content: file.write_bytes(content),
+            engine=engine,
+            component=name,
+            file=f"{name}.plan",
+            precision="fp32",
+            profile={},
+            sdk=engine,
+            sdk_version=module.__version__,
+            target="sm_80+",
+        )
+
+
+def make_sdk(cuda: FakeCuda, engine: str) -> Any:
+    """A make-believe SDK that runs plans and builds none."""
+    module = ModuleType(engine)
+    module.__version__ = "10.99.1"  # type: ignore[attr-defined]
+
+    class ILogger:
+        Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
+
+    module.ILogger = ILogger  # type: ignore[attr-defined]
+    return add_runtime(module, cuda, rtx=engine == "tensorrt-rtx")
 
 
 @contextlib.contextmanager

@@ -98,8 +98,8 @@ def build_target(sdk: Sdk, options: BuildOptions) -> str:
         # TensorRT-RTX 1.7 fails deep inside its compiler otherwise, with a message that names no cause.
         if options.refittable and not cuda_devices():
             raise EngineUnavailableError(
-                f"{sdk.title} builds refittable plans only where there is a GPU, and no CUDA device was found; build on "
-                "a machine with an NVIDIA GPU, or leave refittable out"
+                f"{sdk.title} builds refittable plans only where there is a GPU, and no CUDA device was found; "
+                "build on a machine with an NVIDIA GPU, or leave refittable out"
             )
         return ",".join(_architectures(options)) or "sm_80+"
     if options.compute_capabilities:

@@ -260,20 +260,23 @@ class Context:
 
     def _place_inputs(self, feeds: Mapping[str, Any]) -> dict[str, int]:
         """Copy what is not bound into the slab. Returns the addresses."""
-        hosted = {name: array for name, array in feeds.items() if isinstance(array, np.ndarray)}
-        resident = {name: array for name, array in feeds.items() if name not in hosted}
-        places, total = self._layout({name: array.nbytes for name, array in (hosted | resident).items()})
+        # Places depend on the shapes alone: a graph serves a tensor from the host and from the device alike.
+        places, total = self._layout({name: array.nbytes for name, array in feeds.items()})
         if self._inputs_slab.grow(total):
             self.drop_graphs()
         slab = self._inputs_slab
-        end = 0
-        for name, array in hosted.items():
-            end = places[name] + array.nbytes
-            if array.nbytes:
+        resident = {}
+        begin, end = total, 0
+        for name, array in feeds.items():
+            if not isinstance(array, np.ndarray):
+                resident[name] = array
+            elif array.nbytes:
                 memory = (ctypes.c_char * array.nbytes).from_address(slab.host + places[name])
                 np.copyto(np.frombuffer(memory, array.dtype).reshape(array.shape), array)
+                begin, end = min(begin, places[name]), places[name] + array.nbytes
         if end:
-            self._cuda.to_device_async(slab.address, slab.host, end, self._stream)
+            self._cuda.to_device_async(slab.address + begin, slab.host + begin, end - begin, self._stream)
+        # After that copy, which also went over the places between.
         for name, array in resident.items():
             self._cuda.on_device_async(slab.address + places[name], array.address, array.nbytes, self._stream)
         return {name: slab.address + place for name, place in places.items()}

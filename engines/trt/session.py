@@ -105,7 +105,8 @@ class TensorRTEngine(BaseEngine):
 
         The plan's own weights are the starting point each time: after ``refit(a)``, ``refit(b)`` gives what
         ``refit(b)`` alone gives, and ``refit({})`` gives the plan as it was built. Where weights of an earlier call
-        have to go, the plan is read from its file again. Waits until no run is under way; runs that come meanwhile wait.
+        have to go, the plan is read from its file again. Waits for the runs that are under way; those that come
+        meanwhile wait.
 
         Args:
             weights: Name of an initializer of the graph -> values in its shape and element type.

@@ -90,7 +90,9 @@ def test_a_plan_for_another_gpu(gpu: Any, target: str, fits: bool) -> None:
     if fits:
         engine.open().close()
         return
-    with pytest.raises(EngineUnavailableError, match=rf"was built for {target.replace('+', '.')} and cannot run on H100"):
+    with pytest.raises(
+        EngineUnavailableError, match=rf"was built for {target.replace('+', '.')} and cannot run on H100"
+    ):
         engine.open()
     assert gpu.cuda.calls == {}
 
@@ -137,7 +139,10 @@ def test_signature_names_the_dimensions(gpu: Any) -> None:
     ("inputs", "message"),
     [
         ([*SIGNATURE[0][:2], TensorSpec("row", "int64", ("rows",))], "has no 'row', its graph row"),
-        ([*SIGNATURE[0][:2], TensorSpec("rows", "int32", ("rows",))], r"has rows: int64\[rows_0\], its graph rows: int32"),
+        (
+            [*SIGNATURE[0][:2], TensorSpec("rows", "int32", ("rows",))],
+            r"has rows: int64\[rows_0\], its graph rows: int32",
+        ),
         ([*SIGNATURE[0][:1], TensorSpec("text", "float32", (1, 4)), SIGNATURE[0][2]], r"has text: float32\[1, 3\]"),
         (SIGNATURE[0][:2], "has a tensor 'rows' that its graph does not have"),
     ],
@@ -362,7 +367,9 @@ def test_threads_wait_for_a_context(gpu: Any) -> None:
     """More threads than contexts take turns, and all get their own results."""
     gpu.module.slow = 0.001
     with gpu.engine(options=SessionOptions(contexts=2)) as engine, ThreadPoolExecutor(8) as threads:
-        feeds = [gpu.feeds(1 + seed % 4, (8, 16, 32)[seed % 3], seed=seed) | {"rows": np.array([0])} for seed in range(40)]
+        feeds = [
+            gpu.feeds(1 + seed % 4, (8, 16, 32)[seed % 3], seed=seed) | {"rows": np.array([0])} for seed in range(40)
+        ]
         for outputs, given in zip(threads.map(engine.run, feeds), feeds, strict=True):
             check(gpu, outputs, given)
         assert gpu.module.opened["context"] <= 2
@@ -498,14 +505,14 @@ def test_failures_of_the_sdk(gpu: Any, call: str) -> None:
 def test_failure_to_choose_a_profile(gpu: Any, engine: TensorRTEngine) -> None:
     """A profile that the SDK does not take is an error."""
     gpu.module.failures["set_optimization_profile_async"] = "no such profile"
-    with pytest.raises(EngineError, match="choose an optimisation profile of unet.plan.*: no such profile"):
+    with pytest.raises(EngineError, match=r"choose an optimisation profile of unet.plan.*: no such profile"):
         engine.run(gpu.feeds())
 
 
 def test_failure_to_create_a_context(gpu: Any, engine: TensorRTEngine) -> None:
     """A context that cannot be created is an error, and tried again by the next run."""
     gpu.module.failures["create_execution_context"] = "too many"
-    with pytest.raises(EngineError, match="create an execution context of unet.plan.*: too many"):
+    with pytest.raises(EngineError, match=r"create an execution context of unet.plan.*: too many"):
         engine.run(gpu.feeds())
     gpu.module.failures.clear()
     check(gpu, engine.run(gpu.feeds()), gpu.feeds())
@@ -571,15 +578,17 @@ def test_needs_are_told(gpu: Any) -> None:
     ("total", "columns", "message"),
     [
         (1000, 8, r"the weights of unet.plan \(.*\) need 0.0 MiB of device memory, .* are free; close other"),
-        (200_000, 64, r"the activations of unet.plan \(.*\) need 0.2 MiB of device memory, 0.2 MiB of 0.2 MiB are free; "),
+        (
+            200_000,
+            64,
+            r"the activations of unet.plan \(.*\) need 0.2 MiB of device memory, 0.2 MiB of 0.2 MiB are free; ",
+        ),
         (5000, 8, r"the activations of unet.plan .* use a smaller size or batch"),
         (1600, 8, r"inputs and outputs of unet.plan \(.*\) need"),
     ],
     ids=["weights", "activations", "small", "inputs"],
 )
-def test_what_does_not_fit_is_refused_before_it_is_allocated(
-    gpu: Any, total: int, columns: int, message: str
-) -> None:
+def test_what_does_not_fit_is_refused_before_it_is_allocated(gpu: Any, total: int, columns: int, message: str) -> None:
     """Too little memory is one sentence with what is needed and what is free, and CUDA is not asked for it."""
     gpu.cuda.total = total
     with pytest.raises(EngineMemoryError, match=message) as caught, gpu.engine() as engine:
@@ -599,7 +608,7 @@ def test_smaller_shapes_run_after_a_refusal(gpu: Any) -> None:
 
 
 def test_weight_streaming(gpu: Any) -> None:
-    """A budget is set before contexts are made, counts as the need for weights, and needs a plan that was built for it."""
+    """A budget is set before contexts are made, counts as the need for weights, and needs a plan built for it."""
     plan = gpu.plan(streamable=5000)
     with gpu.engine(plan, options=SessionOptions(weight_streaming_budget=700)) as engine:
         assert engine._opened_plan()._engine.weight_streaming_budget_v2 == 700
