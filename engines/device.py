@@ -92,18 +92,18 @@ _NAME = b"dltensor"
 _exported: dict[int, tuple[Any, ...]] = {}  # what must live as long as another framework uses it, by address
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _delete(tensor: int) -> None:
+def _let_go(tensor: int) -> None:
     _exported.pop(tensor, None)
 
 
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _destroy(capsule: int) -> None:
+def _let_go_untaken(capsule: int) -> None:
     # A capsule that was taken has another name, and its taker calls the deleter.
     if _capsule_is_valid(capsule, _NAME):
-        _exported.pop(_capsule_pointer(capsule, _NAME), None)
+        _let_go(_capsule_pointer(capsule, _NAME))
 
 
+_delete = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_let_go)
+_destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(_let_go_untaken)
 # The destructor gets a capsule whose last reference is gone: it must be passed on as a bare address.
 _capsule_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)

@@ -7,7 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -402,12 +402,12 @@ def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {name: _cast(array, specs[name].dtype) if name in specs else array for name, array in feeds.items()}
 
 
-def _cast(array: Array, dtype: str) -> Array:
+def _cast(array: Any, dtype: str) -> Array:
     if not isinstance(array, np.ndarray):
         if str(array.dtype) == dtype:
-            return array  # stays on the device
+            return cast(Array, array)  # stays on the device
         array = to_numpy(array)
-    return array.astype(dtype, copy=False)
+    return cast(Array, array.astype(dtype, copy=False))
 
 
 def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, Array]) -> Floats:

@@ -184,7 +184,7 @@ def _build(
         _configure(sdk, config, options)
         _add_profile(sdk, builder, network, config, profile)
         config.progress_monitor = monitor.handle
-        timings = None if timing_cache is None else _read_timings(sdk, config, timing_cache)
+        timings: Any = None if timing_cache is None else _read_timings(sdk, config, timing_cache)
     try:
         with sdk_errors(sdk, f"build a plan of {graph.name}") as errors:
             plan = builder.build_serialized_network(network, config)

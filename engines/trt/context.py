@@ -271,8 +271,8 @@ class Context:
             if not isinstance(array, np.ndarray):
                 resident[name] = array
             elif array.nbytes:
-                memory = (ctypes.c_char * array.nbytes).from_address(slab.host + places[name])
-                np.copyto(np.frombuffer(memory, array.dtype).reshape(array.shape), array)
+                memory = np.ctypeslib.as_array((ctypes.c_uint8 * array.nbytes).from_address(slab.host + places[name]))
+                np.copyto(memory.view(array.dtype).reshape(array.shape), array)
                 begin, end = min(begin, places[name]), places[name] + array.nbytes
         if end:
             self._cuda.to_device_async(slab.address + begin, slab.host + begin, end - begin, self._stream)

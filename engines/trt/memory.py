@@ -76,7 +76,7 @@ class Pool:
         # calls; the count of bytes may be off a little, it is but a bound.
         self._kept: dict[int, deque[int]] = {}
         self._bytes = 0
-        self._closed = False
+        self._closed = threading.Event()
 
     def take(self, nbytes: int) -> Block:
         """A block of at least ``nbytes``.
@@ -96,16 +96,16 @@ class Pool:
 
     def close(self) -> None:
         """Free what is kept; what is still in use is freed when it is let go."""
-        self._closed = True
+        self._closed.set()
         self._free_kept()
 
     def _take_back(self, address: int, size: int) -> None:
-        if self._closed or self._bytes + size > _KEPT:
+        if self._closed.is_set() or self._bytes + size > _KEPT:
             self._cuda.free(address)
             return
         self._bytes += size
         self._kept.setdefault(size, deque()).append(address)
-        if self._closed:  # closed between the two
+        if self._closed.is_set():  # closed between the two
             self._free_kept()
 
     def _free_kept(self) -> None:

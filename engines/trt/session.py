@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -92,13 +93,14 @@ class TensorRTEngine(BaseEngine):
             plan.cuda.use()
             own: dict[str, CudaArray] = self._local.__dict__.setdefault("own", {})
             placed = {}
-            for name, array in feeds.items():
+            arrays: Mapping[str, Any] = feeds  # of device arrays too
+            for name, array in arrays.items():
                 if isinstance(array, np.ndarray):
                     own[name] = placed[name] = plan.upload(array, own.get(name))
                 else:
                     placed[name] = self._on_this_device(name, array, plan.cuda)
                     own.pop(name, None)
-            super().bind(placed)  # type: ignore[arg-type]  # Array stands for device arrays too
+            super().bind(cast(dict[str, Array], placed))
 
     def refit(self, weights: Mapping[str, Array]) -> None:
         """Put other weights in place of the plan's own, for all threads.
@@ -157,12 +159,12 @@ class TensorRTEngine(BaseEngine):
         with self._gate.shared():
             plan = self._opened_plan()
             plan.cuda.use()
-            ready = {
+            ready: dict[str, Any] = {
                 name: array if isinstance(array, np.ndarray) else self._on_this_device(name, array, plan.cuda)
                 for name, array in feeds.items()
             }
             stays = {name: array for name, array in bound.items() if ready.get(name) is array}
-            return plan.run(ready, stays, self.device_seconds)  # type: ignore[return-value]  # as above
+            return plan.run(ready, stays, self.device_seconds)
 
     def _on_this_device(self, name: str, array: object, cuda: Cuda) -> CudaArray:
         if isinstance(array, CudaArray) and array.cuda.ordinal == cuda.ordinal:

@@ -16,8 +16,9 @@ from latentrt.engines.trt.sdk import sdk_errors, sdk_log
 
 
 def test_import_imports_no_sdk() -> None:
-    """Importing the package loads neither SDK, nor torch or onnx."""
-    code = "import sys, latentrt.engines.trt; print({'tensorrt', 'tensorrt_rtx', 'torch', 'onnx'} & set(sys.modules))"
+    """Importing the package loads neither SDK, nor cuda-python, torch or onnx."""
+    names = ["tensorrt", "tensorrt_rtx", "cuda", "torch", "onnx"]
+    code = f"import sys, latentrt.engines.trt; print(set({names}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
 
