@@ -529,8 +529,11 @@ def add_runtime(module: Any, cuda: FakeCuda, *, rtx: bool) -> Any:
     return module
 
 
-def onnx_plan(path: Any, largest: int = 64) -> FakePlan:
-    """A plan that computes what ONNX Runtime computes of a graph, for lengths up to ``largest``."""
+def onnx_plan(path: Any, largest: int = 64, weights: Any = None) -> FakePlan:
+    """A plan that computes what ONNX Runtime computes of a graph, for lengths up to ``largest``.
+
+    ``weights`` may be refitted: what was added to them is added to all outputs.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -541,19 +544,20 @@ def onnx_plan(path: Any, largest: int = 64) -> FakePlan:
     def tensors(nodes: Any) -> Tensors:
         return {n.name: (types[n.type], tuple(d if isinstance(d, int) else -1 for d in n.shape)) for n in nodes}
 
+    own = dict(weights or {})
     inputs, outputs = tensors(session.get_inputs()), tensors(session.get_outputs())
     known: dict[Any, Mapping[str, tuple[int, ...]]] = {}
 
     def compute(feeds: Mapping[str, Any], weights: Mapping[str, Any]) -> Mapping[str, Any]:
-        scale = weights["scale"][0]  # 1 unless refitted
+        change = sum(float((values - own[name]).sum()) for name, values in weights.items())
         results = dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
-        return {name: (each * scale).astype(each.dtype) for name, each in results.items()}
+        return {name: (each + change).astype(each.dtype) for name, each in results.items()} if change else results
 
     def output_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
         key = tuple(sorted(shapes.items()))
         if key not in known:
             zeros = {name: np.zeros(shapes[name], dtype) for name, (dtype, _) in inputs.items()}
-            known[key] = {name: each.shape for name, each in compute(zeros, {"scale": [1]}).items()}
+            known[key] = {name: each.shape for name, each in compute(zeros, own).items()}
         return known[key]
 
     ranges = {
@@ -561,8 +565,7 @@ def onnx_plan(path: Any, largest: int = 64) -> FakePlan:
         for name, (_, shape) in inputs.items()
         if -1 in shape
     }
-    weights = {"scale": np.float32([1])}
-    return FakePlan(inputs, outputs, [ranges], compute, output_shapes, weights, refittable=True, streamable=1 << 20)
+    return FakePlan(inputs, outputs, [ranges], compute, output_shapes, own, refittable=bool(own), streamable=1 << 20)
 
 
 def add_plans(path: Any, module: Any, engine: str) -> None:

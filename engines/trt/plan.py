@@ -17,7 +17,7 @@ from .context import Context, PlanProfile, Shapes, choose_profile
 from .cuda import CudaDevice
 from .cudart import Cuda
 from .memory import Arena, CudaArray, MemoryNeeds, Pool
-from .refit import check_weights, put_weights
+from .refit import check_weights, list_weights, put_weights
 from .sdk import Sdk, failure, sdk_errors, sdk_log
 
 _logger = logging.getLogger("latentrt.engines.trt")
@@ -315,6 +315,12 @@ class Plan:
         return old
 
     # --- refitting: the caller has the plan to itself
+
+    @property
+    def weights(self) -> dict[str, tuple[str, int]]:
+        """See :attr:`TensorRTEngine.weights`."""
+        engine = self._engine
+        return list_weights(self._sdk, engine, self._label) if engine is not None and engine.refittable else {}
 
     def refit(self, weights: Mapping[str, Array]) -> None:
         """See :meth:`TensorRTEngine.refit`."""

@@ -15,6 +15,17 @@ from .sdk import Sdk, failure, sdk_errors, sdk_log
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
 
 
+def list_weights(sdk: Sdk, engine: Any, label: str) -> dict[str, tuple[str, int]]:
+    """Weights that can be refitted: name -> element type and number of values."""
+    with sdk_errors(sdk, f"list the weights of {label}"):
+        refitter = sdk.module.Refitter(engine, sdk_log(sdk).handle)
+        found = {}
+        for name in refitter.get_all_weights():
+            prototype = refitter.get_weights_prototype(name)
+            found[name] = _DTYPES.get(prototype.dtype.name, prototype.dtype.name), int(prototype.size)
+        return found
+
+
 def check_weights(sdk: Sdk, engine: Any, weights: Mapping[str, Array], label: str) -> None:
     """Hold weights against those of the plan.
 
@@ -24,22 +35,19 @@ def check_weights(sdk: Sdk, engine: Any, weights: Mapping[str, Array], label: st
     """
     if not weights:
         return
-    with sdk_errors(sdk, f"list the weights of {label}"):
-        refitter = sdk.module.Refitter(engine, sdk_log(sdk).handle)
-        known = set(refitter.get_all_weights())
-        if unknown := sorted(weights.keys() - known):
-            raise InvalidRequestError(
-                f"{label} has no weights {unknown[0]!r} to refit (and {len(unknown) - 1} more that it lacks); it has "
-                f"{len(known)}, named as the initializers of its graph, e.g. {min(known, default='none')!r}"
+    known = list_weights(sdk, engine, label)
+    if unknown := sorted(weights.keys() - known.keys()):
+        raise InvalidRequestError(
+            f"{label} has no weights {unknown[0]!r} to refit (and {len(unknown) - 1} more that it lacks); it has "
+            f"{len(known)}, named as the initializers of its graph, e.g. {min(known, default='none')!r}"
+        )
+    for name, array in weights.items():
+        dtype, count = known[name]
+        if str(array.dtype) != dtype or math.prod(array.shape) != count:
+            raise TensorMismatchError(
+                f"{label}: weights {name!r} are {array.dtype}, {math.prod(array.shape)} values; "
+                f"expected {dtype}, {count} values"
             )
-        for name, array in weights.items():
-            prototype = refitter.get_weights_prototype(name)
-            expected = _DTYPES.get(prototype.dtype.name, prototype.dtype.name)
-            if str(array.dtype) != expected or math.prod(array.shape) != prototype.size:
-                raise TensorMismatchError(
-                    f"{label}: weights {name!r} are {array.dtype}, {math.prod(array.shape)} values; "
-                    f"expected {expected}, {prototype.size} values"
-                )
 
 
 def put_weights(sdk: Sdk, engine: Any, weights: Mapping[str, Array], label: str) -> None:

@@ -75,6 +75,12 @@ class TensorRTEngine(BaseEngine):
         """CUDA graphs that were captured, and runs that replayed one, by the contexts that there are now."""
         return self._opened_plan().graph_runs
 
+    @property
+    def weights(self) -> dict[str, tuple[str, int]]:
+        """Weights that :meth:`refit` takes: name -> element type and number of values; empty if the plan takes none."""
+        with self._gate.shared():
+            return self._opened_plan().weights
+
     def bind(self, feeds: Mapping[str, Array]) -> None:
         """Copy ``feeds`` to the device, where they stay for this thread's runs until bound again.
 

@@ -65,6 +65,13 @@ def test_the_plan_is_read_again_only_where_weights_have_to_go(gpu: Any, engine: 
     computes(gpu, engine, 6, 1)
 
 
+def test_weights_are_listed(gpu: Any, engine: TensorRTEngine) -> None:
+    """Names, element types and sizes are those of the plan; a plan that takes none has none."""
+    assert engine.weights == {"scale": ("float32", 1), "shift": ("float32", 1)}
+    with gpu.engine(gpu.plan("other")) as other:
+        assert other.weights == {}
+
+
 def test_bound_inputs_survive(gpu: Any, engine: TensorRTEngine) -> None:
     """What a thread has bound stays bound when the plan is read again."""
     feeds = gpu.feeds()
