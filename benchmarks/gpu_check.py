@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -42,9 +43,9 @@ from latentrt.engines.trt import (
     TensorRTEngine,
     build_plan,
     load_sdk,
-    session,
 )
-from latentrt.engines.trt.cudart import Cuda
+from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.engines.trt.cudart import Cuda, load_cuda
 from latentrt.runtime import Pipeline
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.engine_choice import compiled_engines
@@ -138,7 +139,7 @@ class GpuCheck:
         self.recorded: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
         self.reference: dict[str, Array] = {}
         self.no_reference = ""
-        self._cuda = Cuda(session.load_cuda())
+        self._cuda = Cuda(load_cuda())
         self._cuda.use()
         self._at_start, _ = self._cuda.memory()
 
@@ -147,7 +148,7 @@ class GpuCheck:
         self._make_reference()
         with Pipeline.load(self.bundle.path, self.engine) as pipe:
             for name, engine in pipe.engines.items():
-                self._check(f"component {name}", lambda check, n=name, e=engine: self.component(check, n, e))
+                self._check(f"component {name}", functools.partial(self.component, name, engine))
             self._check("pictures", lambda check: self.pictures(check, pipe))
             self._check("CUDA graphs", lambda check: self.graphs(check, pipe))
             self._check("state on the device", lambda check: self.resident(check, pipe))
@@ -184,7 +185,7 @@ class GpuCheck:
 
     # --- with the pipeline
 
-    def component(self, check: Check, name: str, engine: Engine) -> None:
+    def component(self, name: str, engine: Engine, check: Check) -> None:
         """A component's outputs against ONNX Runtime's, for what a real request gives it."""
         if self.no_reference:
             raise Skipped(self.no_reference)
@@ -373,7 +374,8 @@ class GpuCheck:
                 except InvalidRequestError as error:
                     raise Skipped(f"the SDK streams none of this component's weights: {error}") from error
                 with engine:
-                    engine.device_seconds = seconds = []
+                    seconds: list[float] = []
+                    engine.device_seconds = seconds
                     for _ in range(self.rounds + 1):
                         outputs = engine.run(feeds)
                     results.append({name: to_numpy(values) for name, values in outputs.items()})
@@ -393,7 +395,7 @@ class GpuCheck:
         check.require(free[0] - free[-1] <= _LEAK, check.detail)
 
     def _here(self) -> str:
-        return session.cuda_devices()[0].architecture
+        return cuda_devices()[0].architecture
 
 
 def _plan_of(pipe: Pipeline, name: str) -> TensorRTEngine:
@@ -436,7 +438,7 @@ def _changed(graph: Path, weights: Mapping[str, tuple[str, int]], which: int) ->
         import onnx
     except ImportError as error:
         raise Skipped('the weights are read with onnx; install it with: pip install "latentrt[export]"') from error
-    model = onnx.load(graph)  # type: ignore[attr-defined]
+    model = onnx.load(graph)
     known = [each for each in model.graph.initializer if each.name in weights and len(each.dims) >= 2]
     if len(known) < 2:
         raise Skipped("the plan has fewer than two matrices that can be refitted")
@@ -446,8 +448,8 @@ def _changed(graph: Path, weights: Mapping[str, tuple[str, int]], which: int) ->
 
 def describe_machine(engine: str) -> dict[str, Any]:
     """What the figures were taken on."""
-    device = session.cuda_devices()[0]
-    runtime = session.load_cuda()
+    device = cuda_devices()[0]
+    runtime = load_cuda()
     driver = Path("/proc/driver/nvidia/version")
     return {
         "gpu": device.name,
@@ -483,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.rounds < 1:
         parser.error("--steps and --rounds take numbers from 1")
-    if not session.cuda_devices():
+    if not cuda_devices():
         print("gpu_check needs an NVIDIA GPU and its driver, and no CUDA device was found here", file=sys.stderr)
         return 1
     begin = time.perf_counter()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..base import TensorSpec
 from ..errors import EngineError, LatentRTError, TensorMismatchError
@@ -89,6 +90,8 @@ class Slab:
         self.nbytes = 0
         self.address = 0
         self.host = 0
+        self.staging: NDArray[np.uint8] = np.empty(0, np.uint8)
+        """The pinned memory, as numpy sees it."""
 
     def grow(self, nbytes: int) -> bool:
         """Make room for ``nbytes``. Returns whether the addresses changed."""
@@ -99,6 +102,7 @@ class Slab:
         self.address = self._cuda.malloc(size, f"inputs and outputs of {self._label}")
         if self._staged:
             self.host = self._cuda.host_malloc(size, f"inputs of {self._label}")
+            self.staging = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
         self.nbytes = size
         return True
 
@@ -109,6 +113,7 @@ class Slab:
         if self.host:
             self._cuda.host_free(self.host)
         self.nbytes = self.address = self.host = 0
+        self.staging = np.empty(0, np.uint8)
 
 
 class Context:
@@ -271,9 +276,10 @@ class Context:
             if not isinstance(array, np.ndarray):
                 resident[name] = array
             elif array.nbytes:
-                memory = np.ctypeslib.as_array((ctypes.c_uint8 * array.nbytes).from_address(slab.host + places[name]))
-                np.copyto(memory.view(array.dtype).reshape(array.shape), array)
-                begin, end = min(begin, places[name]), places[name] + array.nbytes
+                place = places[name]
+                staged = slab.staging[place : place + array.nbytes]
+                np.copyto(staged.view(array.dtype).reshape(array.shape), array)
+                begin, end = min(begin, place), place + array.nbytes
         if end:
             self._cuda.to_device_async(slab.address + begin, slab.host + begin, end - begin, self._stream)
         # After that copy, which also went over the places between.

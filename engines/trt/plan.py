@@ -222,7 +222,7 @@ class Plan:
                     low, usual, high = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
                     ranges[name] = low, usual, high
                 profiles.append(PlanProfile(index, ranges))
-        return profiles
+        return profiles or [PlanProfile(0, {})]
 
     def _needs(self) -> MemoryNeeds:
         engine = self._engine

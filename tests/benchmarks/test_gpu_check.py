@@ -30,7 +30,7 @@ def test_nothing_to_do_is_refused(flag: str, capsys: pytest.CaptureFixture[str])
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It says in one sentence that there is none."""
-    monkeypatch.setattr(session, "cuda_devices", lambda: ())
+    monkeypatch.setattr(gpu_check, "cuda_devices", lambda: ())
     assert main(["bundle"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -76,8 +76,9 @@ def machine(
     """The tiny model with plans on a make-believe GPU."""
     made = Machine(fake_gpu, Path(shutil.copytree(tiny_bundles["sd1"], tmp_path / "sd1")))
     monkeypatch.setattr(gpu_check, "build_plan", made.build)
-    monkeypatch.setattr(gpu_check, "load_sdk", lambda name: session.load_sdk(name))
     with fake_gpu.installed(monkeypatch, made.module, made.cuda, ENGINE):
+        for name in ("cuda_devices", "load_cuda", "load_sdk"):
+            monkeypatch.setattr(gpu_check, name, getattr(session, name))
         yield made
     gc.collect()
     assert made.cuda.leaks == {}

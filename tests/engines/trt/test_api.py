@@ -9,9 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import latentrt.engines.trt
+from latentrt.engines.trt import plan, refit
 
 PACKAGE = Path(latentrt.engines.trt.__file__).parent
 BOTH = {
@@ -192,6 +194,19 @@ def test_the_fake_cuda_is_like_the_real_one(fake_gpu: Any) -> None:
             inside = signature[signature.index("(") + 1 : signature.rindex(")")]
             expected = len([part for part in inside.split(",") if part.strip()])
             assert len(inspect.signature(function).parameters) - 1 == expected, signature
+
+
+def test_element_types_are_the_sdks() -> None:
+    """The names of element types that sessions and refits translate exist in both SDKs."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
+    names = {*plan._DTYPES, *refit._DTYPES}
+    assert names <= trt.DataType.__members__.keys()
+    stubs = _stubs()
+    assert stubs is None or names <= stubs["DataType"]
+    values = np.arange(6, dtype=np.float16)
+    weights = trt.Weights(trt.DataType.HALF, values.ctypes.data, values.size)
+    assert (weights.size, weights.dtype.name, weights.nbytes) == (6, "HALF", 12)
+    np.testing.assert_array_equal(weights.numpy(), values)
 
 
 def test_rtx_has_what_is_used() -> None:
