@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -42,7 +43,7 @@ class SessionOptions:
     Attributes:
         device: Number of the CUDA device, in the driver's order.
         cuda_graphs: Capture a run when its shapes and addresses come the second time, and replay it from then on:
-            one call in place of one a kernel.
+            one call in place of one a kernel. Not together with a weight streaming budget.
         contexts: Most execution contexts, i.e. threads that prepare a run at the same time, and sets of shapes that
             are kept ready.
         weight_streaming_budget: Bytes of weights to hold on the device; the rest is fetched from the host in every
@@ -249,6 +250,7 @@ class Plan:
         self, feeds: Mapping[str, Any], bound: Mapping[str, CudaArray], seconds: list[float] | None = None
     ) -> dict[str, Any]:
         """Run the plan in a context of its own; see :meth:`Context.run`."""
+        feeds = {name: feeds[name] for name in self.inputs}  # in one order, whatever the caller's
         shapes = tuple((name, tuple(array.shape)) for name, array in feeds.items())
         context = self._acquire(shapes)
         new_shapes = context.shapes != shapes
@@ -298,7 +300,8 @@ class Plan:
             self._pool,
             self._arena,
             self._label,
-            graphs=self._options.cuda_graphs,
+            # What is streamed is copied from the host during a run, by means that are the SDK's own business.
+            graphs=self._options.cuda_graphs and self._options.weight_streaming_budget is None,
         )
 
     @property
@@ -382,7 +385,8 @@ class Plan:
 
     def close(self) -> None:
         """Free everything; nobody may run it any more."""
-        self.cuda.use()
+        with contextlib.suppress(EngineError):  # a lost device has been reported by what lost it
+            self.cuda.use()
         try:
             self._save_cache()
         finally:

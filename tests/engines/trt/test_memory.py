@@ -191,14 +191,21 @@ def test_one_run_at_a_time_in_the_arena(gpu: Any) -> None:
 
 def test_plans_without_an_arena_in_common_would_overlap(gpu: Any) -> None:
     """What the last test relies on: the make-believe GPU notices two runs in the same memory."""
-    gpu.module.slow = 0.05
-    engines = [gpu.engine(gpu.plan(name)).open() for name in ("one", "two")]
+    together: threading.Barrier | None = None
+
+    def compute(feeds: Any, weights: Any) -> Any:
+        if together is not None:
+            together.wait(timeout=60)
+        return {"y": feeds["x"], "picked": feeds["x"][feeds["rows"]].astype(np.float16)}
+
+    engines = [gpu.engine(gpu.plan(name, compute=compute)).open() for name in ("one", "two")]
     engines[0].run(gpu.feeds())
     shared = engines[0].arena._address, engines[0].arena.nbytes
     free = engines[1].arena._free
     engines[1].run(gpu.feeds())
     free()
     engines[1].arena._address, engines[1].arena.nbytes = shared
+    together = threading.Barrier(2)
     with ThreadPoolExecutor(2) as threads:
         runs = [threads.submit(engine.run, gpu.feeds()) for engine in engines]
         errors = [run.exception() for run in runs]

@@ -100,11 +100,12 @@ def test_refitting_while_others_run(gpu: Any, engine: TensorRTEngine) -> None:
     def run(seed: int) -> int:
         feeds, count = gpu.feeds(seed=seed), 0
         allowed = [gpu.expected(feeds, *pair) for pair in pairs]
-        while not stop.is_set():
+        while True:  # at least once, however late the thread starts
             y = engine.run(feeds)["y"].numpy()
             assert any(np.allclose(y, each, rtol=1e-5) for each in allowed)
             count += 1
-        return count
+            if stop.is_set():
+                return count
 
     with ThreadPoolExecutor(4) as threads:
         running = [threads.submit(run, seed) for seed in range(4)]
@@ -112,7 +113,7 @@ def test_refitting_while_others_run(gpu: Any, engine: TensorRTEngine) -> None:
             scale, shift = pairs[number % 3]
             engine.refit(weights(scale=scale, shift=shift) if number % 3 else {})
         stop.set()
-        assert all(each.result() > 0 for each in running)
+        assert sum(each.result() for each in running) >= 4
 
 
 @pytest.mark.parametrize(

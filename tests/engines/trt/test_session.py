@@ -395,6 +395,15 @@ def test_a_graph_is_captured_the_second_time(gpu: Any, engine: TensorRTEngine) -
     assert gpu.cuda.calls["cudaGraphLaunch"] == 7
 
 
+def test_the_order_of_the_feeds_does_not_matter(gpu: Any, engine: TensorRTEngine) -> None:
+    """Inputs in another order are the same inputs, and replay the same graph."""
+    feeds = gpu.feeds()
+    for names in (["x", "text", "rows"], ["rows", "x", "text"], ["text", "rows", "x"], ["x", "rows", "text"]):
+        check(gpu, engine.run({name: feeds[name] for name in names}), feeds)
+    assert engine.graph_runs == (1, 3)
+    assert gpu.module.opened["context"] == 1
+
+
 def test_a_graph_survives_binding_the_same_shapes(gpu: Any, engine: TensorRTEngine) -> None:
     """The next request's tensors take the places of the last one's, so its first step replays the graph already."""
     for seed in range(4):
@@ -613,7 +622,9 @@ def test_weight_streaming(gpu: Any) -> None:
     with gpu.engine(plan, options=SessionOptions(weight_streaming_budget=700)) as engine:
         assert engine._opened_plan()._engine.weight_streaming_budget_v2 == 700
         assert engine.memory.weights == 700
-        check(gpu, engine.run(gpu.feeds()), gpu.feeds())
+        for _ in range(3):
+            check(gpu, engine.run(gpu.feeds()), gpu.feeds())
+        assert engine.graph_runs == (0, 0)
     with gpu.engine(plan, options=SessionOptions(weight_streaming_budget=10**9)) as engine:
         assert engine._opened_plan()._engine.weight_streaming_budget_v2 == 5000
     with pytest.raises(InvalidRequestError, match="was not built for weight streaming"):
@@ -672,6 +683,16 @@ def test_closing_waits_for_runs(gpu: Any) -> None:
             except EngineClosedError:
                 pass
     assert ended >= 1
+
+
+def test_closing_on_a_lost_device(gpu: Any) -> None:
+    """Closing does not raise where the device is lost."""
+    engine = gpu.engine().open()
+    engine.run(gpu.feeds())
+    gpu.cuda.failures["cudaSetDevice"] = gpu.fakes.CudaError.cudaErrorIllegalAddress
+    engine.close()
+    gc.collect()
+    assert gpu.cuda.leaks == {}
 
 
 def test_failures_while_closing_are_logged(gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
