@@ -14,6 +14,7 @@ import pytest
 from latentrt.engines.device import DeviceArray
 from latentrt.engines.errors import EngineError, EngineMemoryError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt import Arena, CudaArray, SessionOptions, share_arena
+from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.engines.trt.cudart import Cuda, load_cuda, mib
 from latentrt.engines.trt.memory import Pool, aligned
 
@@ -235,3 +236,13 @@ def test_share_arena(gpu: Any) -> None:
     assert other.arena is not engines[0].arena
     with engines[0], pytest.raises(InvalidRequestError, match=r"one.plan \(.*\) is open already"):
         share_arena(engines)
+
+
+@pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
+def test_failures_of_the_real_cuda_are_translated() -> None:
+    """Where there is no driver, cuda-python's own status becomes one sentence."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is an optional extra")
+    cuda = Cuda(runtime)
+    for call in (cuda.use, cuda.memory, cuda.stream, lambda: cuda.to_host(0, 0, 1), lambda: cuda.host_malloc(1, "x")):
+        with pytest.raises(EngineError, match=r"^CUDA failed to [^\n]* \(cudaError\w+\)$"):
+            call()
