@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import DLPACK_CUDA, dlpack_capsule
-from ..errors import EngineError, InvalidRequestError
+from ..errors import EngineError, EngineMemoryError, InvalidRequestError
 from .cudart import Cuda, mib
 
 ALIGNMENT = 256
@@ -89,10 +89,18 @@ class Pool:
             address = self._kept[size].pop()
             self._bytes -= size
         except (KeyError, IndexError):
-            address = self._cuda.malloc(size, f"inputs and outputs of {self._label}")
+            address = self._allocate(size)
         block = Block(address, size)
         weakref.finalize(block, self._take_back, address, size).atexit = False
         return block
+
+    def _allocate(self, size: int) -> int:
+        purpose = f"inputs and outputs of {self._label}"
+        try:
+            return self._cuda.malloc(size, purpose)
+        except EngineMemoryError:
+            self._free_kept()  # of other sizes, which may be what is lacking
+            return self._cuda.malloc(size, purpose)
 
     def close(self) -> None:
         """Free what is kept; what is still in use is freed when it is let go."""

@@ -120,6 +120,18 @@ def test_memory_comes_back_to_the_pool(cuda: Any) -> None:
     assert cuda.module.leaks == {}
 
 
+def test_kept_memory_is_given_up_for_more(cuda: Any) -> None:
+    """Memory that is kept for later does not stand in the way of what is needed now."""
+    cuda.module.total = 5 << 20
+    pool = Pool(cuda, "x")
+    block = pool.take(3 << 20)
+    del block
+    assert cuda.module.used == 3 << 20
+    assert pool.take(4 << 20).nbytes == 4 << 20
+    with pytest.raises(EngineMemoryError, match=r"inputs and outputs of x need 6.0 MiB of device memory"):
+        pool.take(6 << 20)
+
+
 def test_many_threads_take_and_drop(cuda: Any) -> None:
     """No block is ever held twice, and none is lost."""
     pool = Pool(cuda, "x")
