@@ -19,10 +19,15 @@ from numpy.typing import NDArray
 from .errors import EngineClosedError, InvalidRequestError, TensorMismatchError
 
 Array: TypeAlias = NDArray[Any]
-"""A numpy array. (Engines on a device may hand out their own arrays; they speak DLPack.)"""
+"""A numpy array, or from and to an engine that says ``on_device`` a :class:`~latentrt.engines.device.DeviceArray`.
+
+The type is numpy's, which all engines take; who may meet the other calls :func:`~latentrt.engines.device.to_numpy`.
+"""
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 """Names of the element types that a tensor of a bundle may have."""
+
+_NUMPY_DTYPES = {name: np.dtype(name) for name in DTYPES if name != "bfloat16"}
 
 
 MAX_THREADS = 1024
@@ -98,7 +103,8 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
         array = feeds[name]
         if not (hasattr(array, "dtype") and hasattr(array, "shape")):
             raise TensorMismatchError(f"input {name!r} is a {type(array).__name__}, expected an array {spec}")
-        if str(array.dtype) != spec.dtype:
+        # The name of a numpy dtype takes microseconds to make, and a step has dozens of inputs.
+        if array.dtype is not _NUMPY_DTYPES.get(spec.dtype) and str(array.dtype) != spec.dtype:
             raise TensorMismatchError(f"input {name!r} is {array.dtype}, expected {spec.dtype}")
         if len(array.shape) != len(spec.shape):
             raise TensorMismatchError(f"input {name!r} has shape {tuple(array.shape)}, expected {spec}")
@@ -123,6 +129,9 @@ class BaseEngine(ABC):
     A subclass sets :attr:`inputs` and :attr:`outputs` while opening, and implements :meth:`_open`,
     :meth:`_run` and :meth:`_close`.
     """
+
+    on_device = False
+    """Whether :meth:`run` hands out device arrays, and takes them back without a copy through the host."""
 
     def __init__(self, label: str) -> None:
         self.label = label

@@ -55,6 +55,10 @@ class EngineUnavailableError(EngineError):
     """An engine cannot run or build here: its package or its device is missing."""
 
 
+class EngineMemoryError(EngineError, MemoryError):
+    """A device has too little free memory for what is asked of it."""
+
+
 class EngineClosedError(EngineError):
     """An engine was used before it was opened or after it was closed."""
 

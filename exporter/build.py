@@ -383,7 +383,15 @@ def _compile(
     path = bundle.graph_path(name, form.name)
     record = store.add(
         key,
-        lambda plan: build_plan(sdk, path, plan, profile, options=options, on_progress=reporter.progress),
+        lambda plan: build_plan(
+            sdk,
+            path,
+            plan,
+            profile,
+            options=options,
+            on_progress=reporter.progress,
+            timing_cache=store.root / f"{sdk.name}-{target}.timings",
+        ),
         engine=sdk.name,
         component=name,
         file=f"{name}.plan",

@@ -269,11 +269,18 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
 
 
 def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
-    plan = find_plan(bundle, settings.name, component, settings.precision).record
-    store = EngineStore(bundle.engines_directory)
+    plan = find_plan(bundle, settings.name, component, settings.precision)
+    store, record = EngineStore(bundle.engines_directory), plan.record
     if settings.verify_hash:
-        store.find(plan.key)
-    return TensorRTEngine(store.path(plan), engine=settings.name, target=plan.target)
+        store.find(record.key)
+    graph = bundle.graph(component, plan.form)
+    return TensorRTEngine(
+        store.path(record),
+        engine=settings.name,
+        target=record.target,
+        signature=(graph.inputs, graph.outputs),
+        label=f"{component} ({settings.name})",
+    )
 
 
 ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings], Engine]] = {

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from latentrt.engines import onnxrt, onnxrt_gpu, ov
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
-from latentrt.engines.trt import load_sdk
+from latentrt.engines.trt import SDK_MODULES, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.engines.trt.cudart import load_cuda
 
 from .manifest import PRECISIONS
 
@@ -73,6 +74,11 @@ def probe(name: str) -> Availability:
     if not (devices := cuda_devices()):
         reason = f"{name} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
         return Availability(name, UNUSABLE, version, reason)
+    if name in SDK_MODULES:
+        try:
+            load_cuda()
+        except EngineUnavailableError as error:
+            return Availability(name, MISSING, version, str(error))
     return Availability(name, PRESENT, version, f"{devices[0].name} ({devices[0].architecture})")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Array, Engine
+from latentrt.engines.device import DeviceArray, to_numpy
 from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError
 
 from .noise import TorchGenerator
@@ -24,6 +27,9 @@ Conditioning: TypeAlias = Mapping[str, Array]
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
 
+FINITE_CHECK_EVERY = 8
+"""Steps between checks for NaN and infinity of a state that stays on a device."""
+
 
 @dataclass(eq=False)
 class Run:
@@ -34,7 +40,8 @@ class Run:
         plan: The sampler's plan.
         conditioning: Its texts: the unconditional one first if the request is guided, the conditional one last.
         generator: Source of all its noise.
-        registers: float32 ``[images, R, channels, h, w]``; the first register is the latent.
+        registers: float32 ``[images, R, channels, h, w]``; the first register is the latent. After a step of an engine
+            that works on a device they stay there.
         index: Number of the plan's row to run next.
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
         schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
@@ -44,7 +51,7 @@ class Run:
     plan: Plan
     conditioning: Sequence[Conditioning] = field(repr=False)
     generator: TorchGenerator = field(repr=False)
-    registers: Floats = field(repr=False)
+    registers: Floats | DeviceArray = field(repr=False)
     index: int = 0
     rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
     schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
@@ -61,8 +68,13 @@ class Run:
 
     @property
     def latents(self) -> Floats:
-        """float32 ``[images, channels, h, w]``; a view, which the next step leaves behind."""
-        return self.registers[:, 0]
+        """float32 ``[images, channels, h, w]``; a view that the next step leaves behind, or a copy from the device."""
+        return to_numpy(self.registers)[:, 0]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Images, channels, height and width of the latents; nothing is copied to learn it."""
+        return (self.registers.shape[0], *self.registers.shape[2:])
 
     @property
     def guided(self) -> bool:
@@ -77,7 +89,7 @@ class Run:
         if not self.plan.uses_noise[self.index]:
             return None
         if self._drawn is None or self._drawn[0] != self.index:
-            self._drawn = self.index, self.generator.randn(self.latents.shape)
+            self._drawn = self.index, self.generator.randn(self.latent_shape)
         return self._drawn[1]
 
     def conditioning_rows(self) -> dict[str, Array]:
@@ -177,7 +189,7 @@ class PlainLoop(Loop):
             count = len(run.latents)
             guided = self._guided(predictions[first : first + (2 if run.guided else 1) * count], run)
             first += 2 * count if run.guided else count
-            registers = run.registers.swapaxes(0, 1)
+            registers = to_numpy(run.registers).swapaxes(0, 1)
             new.append(step(run.plan, run.index, registers, guided, run.draw()).swapaxes(0, 1))
         for run, registers in zip(runs, new, strict=True):
             run.registers = registers
@@ -197,6 +209,9 @@ class PlainLoop(Loop):
 class FusedLoop(Loop):
     """The denoiser in stages: prompt and schedule once a request, and steps that are one engine call each.
 
+    With an engine on a device, a run that is taken further alone keeps its registers there: what a step hands out is
+    what the next one takes in. What stays the same from step to step is bound once.
+
     Args:
         step: Opened engine of the fused step.
         prompt: Opened engine of the prompt stage, if there is one.
@@ -210,6 +225,7 @@ class FusedLoop(Loop):
 
     def __init__(self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None) -> None:
         self._step, self._prompt, self._schedule = step, prompt, schedule
+        self._on_device = getattr(step, "on_device", False)
         self._from_schedule = frozenset(() if schedule is None else schedule.outputs)
         # The schedule may take vectors of the conditioning in; what it computes then differs between the halves.
         self._vectors = () if schedule is None else tuple(name for name in schedule.inputs if name != "timestep")
@@ -221,7 +237,8 @@ class FusedLoop(Loop):
         found: dict[str, Array] = dict(conditioning)
         if self._prompt is not None:
             known = {name: values for name, values in found.items() if name in self._prompt.inputs}
-            found |= self._prompt.run(cast_feeds(self._prompt, known))
+            # To the host, where texts are cached and put together for a run; that is once a text.
+            found |= _hosted(self._prompt.run(cast_feeds(self._prompt, known)))
         wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
         if missing := sorted(wanted - found.keys()):
             raise BundleError(f"unet_step needs {missing[0]!r}, which no stage of the bundle computes; build it again")
@@ -237,7 +254,9 @@ class FusedLoop(Loop):
             feeds[name] = np.concatenate([text[name] for text in texts] * len(run))
         feeds = cast_feeds(self._schedule, feeds)
         parts = [
-            self._schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()})
+            _hosted(
+                self._schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()})
+            )
             for first in range(0, len(feeds["timestep"]), TIMESTEPS_AT_ONCE)
         ]
         table = parts[0] if len(parts) == 1 else _concatenated(parts)
@@ -246,10 +265,16 @@ class FusedLoop(Loop):
     def advance(self, runs: Sequence[Run]) -> None:
         """Take every run a step further."""
         check_together(runs)
+        if self._on_device and len(runs) == 1:
+            self._advance_on_device(runs[0])
+            return
+        # A batch of several goes through the host: its rows come from runs whose states lie apart, and the next call
+        # may have others. That costs two copies of the latents a step, which is little beside the denoiser.
         count = max(run.plan.registers for run in runs)
         parts, samples, rows = [], 0, 0
         for run in runs:
-            parts.append(self._feeds(run, count, samples, rows))
+            state = self._changing(run, count, to_numpy(run.registers))
+            parts.append(state | self._constant(run, samples, rows))
             samples += run.request.images
             rows += len(parts[-1]["rows"])
         feeds = _concatenated(parts)
@@ -261,31 +286,58 @@ class FusedLoop(Loop):
             run.index += 1
             first = last
 
-    def _feeds(self, run: Run, registers: int, first_sample: int, first_row: int) -> dict[str, Array]:
-        """All inputs of the step for one run of a batch, with room for as many ``registers``."""
+    def _advance_on_device(self, run: Run) -> None:
+        bound = self._bind(run)
+        # Array stands for device arrays too.
+        changing = self._changing(run, run.plan.registers, cast(Floats, run.registers))
+        feeds = {name: values for name, values in changing.items() if name not in bound}
+        outputs = self._step.run(cast_feeds(self._step, feeds))
+        result = output_named(outputs, "unet_step", "updated_registers")
+        # Every register is a sum over all registers, the prediction and the noise, and zero times NaN or infinity is
+        # NaN: what was not finite once never becomes finite again. So the last step shows it all; the looks in between
+        # only end a lost run early.
+        if (run.index + 1) % FINITE_CHECK_EVERY == 0 or run.index + 1 == len(run):
+            require_finite(to_numpy(result), "unet_step")
+        if str(result.dtype) != "float32":
+            result = to_numpy(result).astype(np.float32)
+        run.registers = result
+        run.index += 1
+
+    def _bind(self, run: Run) -> frozenset[str]:
+        """Bind what the steps of a run have in common, unless it is bound already; returns its names."""
+        bound: weakref.WeakKeyDictionary[Engine, _Bound] = _local.__dict__.setdefault(
+            "bound", weakref.WeakKeyDictionary()
+        )
+        last = bound.pop(self._step, None)
+        if last is not None and last.run() is run and last.guided == run.guided:
+            bound[self._step] = last
+            return last.names
+        feeds = self._constant(run, 0, 0)
+        if not np.any(run.plan.uses_noise):
+            feeds["noise"] = np.zeros(run.latent_shape, np.float32)
+        self._step.bind(cast_feeds(self._step, feeds))
+        bound[self._step] = _Bound(weakref.ref(run), run.guided, frozenset(feeds))
+        return bound[self._step].names
+
+    def _changing(self, run: Run, registers: int, state: Floats) -> dict[str, Array]:
+        """Inputs that every step has anew for one run of a batch, with room for as many ``registers`` as asked for.
+
+        The run's ``state`` may be on a device if that is its own number.
+        """
         samples, own, index = run.request.images, run.plan.registers, run.index
-        state, update = run.registers, run.plan.update[index].astype(np.float32)
+        update = run.plan.update[index].astype(np.float32)
         if own < registers:
             state = np.concatenate([state, np.zeros((samples, registers - own, *state.shape[2:]), np.float32)], axis=1)
             padded = np.zeros((registers, registers + 2), np.float32)
             padded[:own, :own], padded[:own, registers:] = update[:, :own], update[:, own:]
             update = padded
         noise = run.draw()
-        guidance = run.request.guidance if run.guided else 1.0
-        rescale = run.request.guidance_rescale if run.guided else 0.0
-        each = np.arange(samples)
         feeds: dict[str, Array] = {
-            "registers": np.ascontiguousarray(state),
-            "noise": np.zeros(run.latents.shape, np.float32) if noise is None else noise,
+            "registers": np.ascontiguousarray(state) if isinstance(state, np.ndarray) else state,
+            "noise": np.zeros(run.latent_shape, np.float32) if noise is None else noise,
             "update": np.repeat(update[None], samples, axis=0),
             "input_scale": np.full(samples, run.plan.input_scale[index], np.float32),
-            "guidance": np.full(samples, guidance, np.float32),
-            "guidance_rescale": np.full(samples, rescale, np.float32),
-            "rows": first_sample + (np.concatenate([each, each]) if run.guided else each),
-            "unconditional": first_row + each,
-            "conditional": first_row + (each + samples if run.guided else each),
         }
-        feeds |= {name: values for name, values in run.conditioning_rows().items() if name in self._step.inputs}
         for name, table in run.schedule.items():
             halves = table[index]  # one for all rows, or one for each text
             if len(halves) == 2 and not run.guided:
@@ -293,6 +345,32 @@ class FusedLoop(Loop):
             feeds[name] = np.repeat(halves, samples, axis=0)
         return feeds
 
+    def _constant(self, run: Run, first_sample: int, first_row: int) -> dict[str, Array]:
+        """Inputs that stay the same for one run of a batch, as long as guidance is on or off."""
+        samples = run.request.images
+        guidance = run.request.guidance if run.guided else 1.0
+        rescale = run.request.guidance_rescale if run.guided else 0.0
+        each = np.arange(samples)
+        feeds: dict[str, Array] = {
+            "guidance": np.full(samples, guidance, np.float32),
+            "guidance_rescale": np.full(samples, rescale, np.float32),
+            "rows": first_sample + (np.concatenate([each, each]) if run.guided else each),
+            "unconditional": first_row + each,
+            "conditional": first_row + (each + samples if run.guided else each),
+        }
+        return feeds | {name: v for name, v in run.conditioning_rows().items() if name in self._step.inputs}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What an engine's inputs are bound to. The run is held weakly, for one that is dropped must be gone."""
+
+    run: weakref.ref[Run]
+    guided: bool
+    names: frozenset[str]
+
+
+_local = threading.local()  # bound inputs are a thread's own, and an engine's, whichever loop bound them
 
 _STEP = (
     *("registers", "noise", "update", "input_scale", "guidance", "guidance_rescale"),
@@ -313,7 +391,7 @@ def check_together(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.done:
             raise InvalidRequestError("a run that was given is done; finish it and leave it out")
-        if run.latents.shape[1:] != runs[0].latents.shape[1:]:
+        if run.latent_shape[1:] != runs[0].latent_shape[1:]:
             sizes = [f"{each.request.width}x{each.request.height}" for each in (runs[0], run)]
             raise InvalidRequestError(f"runs of {sizes[0]} and of {sizes[1]} pixels cannot share a batch")
 
@@ -321,26 +399,56 @@ def check_together(runs: Sequence[Run]) -> None:
 def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Inputs in the element types that an engine takes."""
     specs = engine.inputs
-    return {n: array.astype(specs[n].dtype, copy=False) if n in specs else array for n, array in feeds.items()}
+    return {name: _cast(array, specs[name].dtype) if name in specs else array for name, array in feeds.items()}
+
+
+def _cast(array: Any, dtype: str) -> Array:
+    if not isinstance(array, np.ndarray):
+        if str(array.dtype) == dtype:
+            return cast(Array, array)  # stays on the device
+        array = to_numpy(array)
+    return cast(Array, array.astype(dtype, copy=False))
 
 
 def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, Array]) -> Floats:
-    """One output of an engine in float32; every input is cast to the element type that its graph takes.
+    """One output of an engine in float32, on the host; every input is cast to the element type that its graph takes.
 
     Raises:
         BundleError: if the engine has no such output.
         EngineError: if the engine fails, or the output holds NaN or infinity, which would end in a black picture.
     """
-    outputs = engine.run(cast_feeds(engine, feeds))
+    found = output_named(engine.run(cast_feeds(engine, feeds)), component, output)
+    values: Floats = to_numpy(found).astype(np.float32, copy=False)
+    require_finite(values, component)
+    return values
+
+
+def output_named(outputs: Mapping[str, Array], component: str, output: str) -> Array:
+    """One of the outputs.
+
+    Raises:
+        BundleError: if there is no such output.
+    """
     if output not in outputs:
         raise BundleError(f"{component} has no output {output!r}; it has {', '.join(outputs)}")
-    values: Floats = outputs[output].astype(np.float32, copy=False)
+    return outputs[output]
+
+
+def require_finite(values: Floats, component: str) -> None:
+    """Refuse what would end in a black picture.
+
+    Raises:
+        EngineError: if there is a NaN or an infinity.
+    """
     if not np.isfinite(values).all():
         raise EngineError(
             f"{component} computed values that are not finite (NaN or infinity); "
             "run it at precision fp32, or with a lower guidance"
         )
-    return values
+
+
+def _hosted(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: to_numpy(values) for name, values in outputs.items()}
 
 
 def _concatenated(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:

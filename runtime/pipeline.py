@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -16,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
+from latentrt.engines.device import DeviceArray, to_numpy
 from latentrt.engines.errors import BundleError, EngineClosedError, EngineUnavailableError, InvalidRequestError
+from latentrt.engines.trt import share_arena
 
 from .bundle import Bundle
 from .cache import TensorCache
@@ -46,15 +49,21 @@ class StepInfo:
         index: Number of this call, from 0.
         total: Number of calls of the whole run.
         timestep: Timestep that the denoiser was called at.
-        latents: float32 ``[images, channels, height / factor, width / factor]``; a copy.
         elapsed: Seconds that this step took.
+        registers: The sampler's state, float32 ``[images, R, channels, height / factor, width / factor]``, where the
+            engine left it: on a GPU nothing is copied unless somebody looks.
     """
 
     index: int
     total: int
     timestep: float
-    latents: Floats
     elapsed: float
+    registers: Floats | DeviceArray = field(repr=False)
+
+    @functools.cached_property
+    def latents(self) -> Floats:
+        """float32 ``[images, channels, height / factor, width / factor]``; a copy, made when it is first asked for."""
+        return to_numpy(self.registers)[:, 0].copy()
 
 
 @dataclass
@@ -249,7 +258,7 @@ class Pipeline:
             index, begin = run.index, time.perf_counter()
             self.loop.advance([run])
             timings.step.append(time.perf_counter() - begin)
-            yield StepInfo(index, total, float(run.plan.timesteps[index]), run.latents.copy(), timings.step[-1])
+            yield StepInfo(index, total, float(run.plan.timesteps[index]), timings.step[-1], run.registers)
         begin = time.perf_counter()
         latents = run.latents.copy()
         images = self.decode(latents)
@@ -394,11 +403,11 @@ class Pipeline:
 
 def _open(bundle: Bundle, components: Sequence[str], settings: EngineSettings) -> dict[str, Engine]:
     """Opened engines by component; if one does not open, the others are closed."""
+    engines = {component: make_engine(bundle, component, settings) for component in components}
+    share_arena(engines.values())  # one component runs at a time
     with ExitStack() as stack:
-        engines: dict[str, Engine] = {}
-        for component in components:
-            engines[component] = make_engine(bundle, component, settings).open()
-            stack.callback(engines[component].close)
+        for engine in engines.values():
+            stack.callback(engine.open().close)
         stack.pop_all()
     return engines
 

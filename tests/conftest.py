@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
+
+
+@pytest.fixture(scope="session")
+def fake_gpu() -> Any:
+    """The module ``tests/fake_gpu.py``: a make-believe GPU."""
+    spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

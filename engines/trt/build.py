@@ -7,6 +7,7 @@ the graph is made, and no builder flag changes it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -22,11 +23,15 @@ from ..errors import (
     OutputError,
     TensorMismatchError,
 )
+from .caches import read_cache, write_cache
 from .cuda import cuda_devices
 from .profile import Profile
 from .progress import TOTAL, BuildMonitor, Progress, interrupt_stops
 from .sdk import Sdk, failure, sdk_errors, sdk_log
 
+_logger = logging.getLogger("latentrt.engines.trt")
+
+_TIMING_CACHE = "timing cache"
 _ARCHITECTURE = re.compile(r"sm_([0-9]{2,3})")
 
 
@@ -41,7 +46,11 @@ class BuildOptions:
         compute_capabilities: TensorRT-RTX only: architectures to build for, e.g. ``("sm_86", "sm_89")``. Empty means
             all from ``sm_80`` on (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html).
         hardware_compatible: TensorRT only: let the plan run on every architecture from ``sm_80`` on, perhaps slower.
-        version_compatible: TensorRT only: let the plan run in later versions of the same major version.
+        version_compatible: TensorRT only: let the plan run in later versions of the same major version. The plan then
+            holds code for the host, which ``SessionOptions(allow_host_code=True)`` lets it run.
+        refittable: Let a session put other weights in place of the plan's. Needs a GPU with either SDK, and gives up
+            optimisations that look at the weights.
+        weight_streaming: Let a session hold a part of the weights on the GPU only.
     """
 
     workspace_bytes: int | None = None
@@ -50,6 +59,8 @@ class BuildOptions:
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatible: bool = False
     version_compatible: bool = False
+    refittable: bool = False
+    weight_streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.workspace_bytes is not None and self.workspace_bytes < 1:
@@ -68,6 +79,8 @@ class BuildOptions:
             "tf32": self.tf32,
             "hardware_compatible": self.hardware_compatible,
             "version_compatible": self.version_compatible,
+            "refittable": self.refittable,
+            "weight_streaming": self.weight_streaming,
         }
 
 
@@ -76,12 +89,18 @@ def build_target(sdk: Sdk, options: BuildOptions) -> str:
 
     Raises:
         InvalidRequestError: if the options are not this SDK's.
-        EngineUnavailableError: if the SDK builds for this machine's GPU, and there is none.
+        EngineUnavailableError: if the SDK builds for this machine's GPU, or needs one for an option, and there is none.
     """
     if sdk.builds_without_gpu:
         for name in ("hardware_compatible", "version_compatible"):
             if getattr(options, name):
                 raise InvalidRequestError(f"{sdk.title} has no option {name}; leave it out, or build with tensorrt")
+        # TensorRT-RTX 1.7 fails deep inside its compiler otherwise, with a message that names no cause.
+        if options.refittable and not cuda_devices():
+            raise EngineUnavailableError(
+                f"{sdk.title} builds refittable plans only where there is a GPU, and no CUDA device was found; "
+                "build on a machine with an NVIDIA GPU, or leave refittable out"
+            )
         return ",".join(_architectures(options)) or "sm_80+"
     if options.compute_capabilities:
         raise InvalidRequestError(
@@ -104,6 +123,7 @@ def build_plan(
     *,
     options: BuildOptions | None = None,
     on_progress: Progress | None = None,
+    timing_cache: Path | None = None,
 ) -> None:
     """Build the plan of an ONNX graph.
 
@@ -117,6 +137,8 @@ def build_plan(
         profile: Shapes of the dynamic inputs.
         options: None for the defaults.
         on_progress: Called as :data:`Progress` says, in this thread or the SDK's; what it raises stops the build.
+        timing_cache: TensorRT only: file of kernels' timings, read and extended, so that the next build is faster. A
+            damaged one is named in a warning and made anew. TensorRT-RTX times nothing when it builds.
 
     Raises:
         InvalidRequestError: if the options are not this SDK's.
@@ -132,12 +154,20 @@ def build_plan(
     monitor = BuildMonitor(sdk.module, on_progress)
     with interrupt_stops(monitor):
         monitor.report("Parsing the graph", 0)
-        _build(sdk, graph, output, profile, options, monitor)
+        _build(sdk, graph, output, profile, options, monitor, None if sdk.compiles_at_runtime else timing_cache)
         monitor.report("Done", TOTAL)
     monitor.check()
 
 
-def _build(sdk: Sdk, graph: Path, output: Path, profile: Profile, options: BuildOptions, monitor: BuildMonitor) -> None:
+def _build(
+    sdk: Sdk,
+    graph: Path,
+    output: Path,
+    profile: Profile,
+    options: BuildOptions,
+    monitor: BuildMonitor,
+    timing_cache: Path | None,
+) -> None:
     with sdk_errors(sdk, "start a build"):
         builder = sdk.module.Builder(sdk_log(sdk).handle)
         # The position of this flag differs between SDKs; a TensorRT that no longer has it knows no other networks.
@@ -154,6 +184,7 @@ def _build(sdk: Sdk, graph: Path, output: Path, profile: Profile, options: Build
         _configure(sdk, config, options)
         _add_profile(sdk, builder, network, config, profile)
         config.progress_monitor = monitor.handle
+        timings: Any = None if timing_cache is None else _read_timings(sdk, config, timing_cache)
     try:
         with sdk_errors(sdk, f"build a plan of {graph.name}") as errors:
             plan = builder.build_serialized_network(network, config)
@@ -163,8 +194,25 @@ def _build(sdk: Sdk, graph: Path, output: Path, profile: Profile, options: Build
         monitor.check()  # a build that was stopped fails too, and for no reason worth telling
         raise
     monitor.check()
+    if timing_cache is not None:
+        with sdk_errors(sdk, f"save the timing cache {timing_cache}"):
+            write_cache(timing_cache, bytes(timings.serialize()), _TIMING_CACHE)
     monitor.report("Writing the plan", TOTAL - 1)
     _write(output, lambda file: file.write(plan), monitor)
+
+
+def _read_timings(sdk: Sdk, config: Any, path: Path) -> Any:
+    """Give the build the timings of earlier ones; returns the cache that it extends."""
+    saved = read_cache(path, _TIMING_CACHE)
+    timings = config.create_timing_cache(saved)
+    # Never with timings of another GPU: they would choose kernels that are slow on this one.
+    if timings is not None and config.set_timing_cache(timings, False):
+        return timings
+    _logger.warning("the %s %s is of another GPU or version and is made anew", _TIMING_CACHE, path)
+    timings = config.create_timing_cache(b"")
+    if timings is None or not config.set_timing_cache(timings, False):
+        raise EngineError(f"{sdk.title} refused an empty timing cache; build without one")
+    return timings
 
 
 def _let_attention_decompose(sdk: Sdk, network: Any) -> None:
@@ -193,6 +241,10 @@ def _configure(sdk: Sdk, config: Any, options: BuildOptions) -> None:
         config.clear_flag(module.BuilderFlag.TF32)  # the SDKs set it by default
     if options.version_compatible:
         config.set_flag(module.BuilderFlag.VERSION_COMPATIBLE)
+    if options.refittable:
+        config.set_flag(module.BuilderFlag.REFIT)
+    if options.weight_streaming:
+        config.set_flag(module.BuilderFlag.WEIGHT_STREAMING)
     if options.hardware_compatible:
         config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
     if architectures := _architectures(options):

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -54,6 +55,11 @@ class Sdk:
     @property
     def builds_without_gpu(self) -> bool:
         """Whether a plan can be built on a machine without a GPU."""
+        return self.name == "tensorrt-rtx"
+
+    @property
+    def compiles_at_runtime(self) -> bool:
+        """Whether kernels are compiled for the GPU when a plan runs, and worth keeping in a runtime cache."""
         return self.name == "tensorrt-rtx"
 
 
@@ -101,7 +107,8 @@ class SdkLog:
             severity.WARNING: logging.WARNING,
             severity.INFO: logging.DEBUG,
         }
-        captures: list[list[str]] = []
+        captures: list[tuple[int, list[str]]] = []
+        lock = threading.Lock()
 
         class Logger(module.ILogger):  # type: ignore[misc]  # the base is only known at run time
             def __init__(self) -> None:
@@ -113,23 +120,29 @@ class SdkLog:
                     return  # VERBOSE: many messages a layer
                 _logger.log(level, "%s", message)
                 if level == logging.ERROR:
-                    for errors in captures:
-                        errors.append(message)
-                        del errors[:-_KEPT_ERRORS]
+                    with lock:
+                        # A run's errors are logged by its own thread; those of the SDK's threads may be anybody's.
+                        own = [errors for thread, errors in captures if thread == threading.get_ident()]
+                        for errors in own or [errors for _, errors in captures]:
+                            errors.append(message)
+                            del errors[:-_KEPT_ERRORS]
 
         self.handle = Logger()
         self._captures = captures
+        self._lock = lock
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[str]]:
         """Collect the last errors that are logged inside the with statement, oldest first."""
         errors: list[str] = []
-        self._captures.append(errors)
+        with self._lock:
+            self._captures.append((threading.get_ident(), errors))
         try:
             yield errors
         finally:
-            # By identity: two captures with the same messages are equal lists.
-            self._captures[:] = [other for other in self._captures if other is not errors]
+            with self._lock:
+                # By identity: two captures with the same messages are equal lists.
+                self._captures[:] = [capture for capture in self._captures if capture[1] is not errors]
 
 
 @functools.cache

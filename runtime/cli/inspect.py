@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     """How close the pictures of each engine of reduced precision were when the bundle was built."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for key, psnr in sorted(manifest.quality.items()):
         kind, _, rest = key.partition("/")
         if kind == "pictures" and rest.endswith("/psnr_db"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines.trt import Sdk
+from latentrt.engines.trt import Sdk, TensorRTEngine
 
 
 class FakeModule(ModuleType):
@@ -29,7 +30,7 @@ class FakeModule(ModuleType):
         self.parser_errors: list[SimpleNamespace] = []
         self.inputs = [SimpleNamespace(name="x", shape=(-1, 4, -1, -1)), SimpleNamespace(name="fixed", shape=(1,))]
         self.build: Callable[[Any, Any], Any] = self._build
-        self.profile_index = 0
+        self.answers: dict[str, Any] = {"add_optimization_profile": 0}  # of the builder's configuration
         module = self
 
         class Severity(enum.IntEnum):
@@ -43,7 +44,9 @@ class FakeModule(ModuleType):
         self.IProgressMonitor = type("IProgressMonitor", (), {})
         members = {} if strongly_typed is None else {"STRONGLY_TYPED": strongly_typed}
         self.NetworkDefinitionCreationFlag = SimpleNamespace(**members)
-        self.BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+        self.BuilderFlag = SimpleNamespace(
+            **{flag: flag for flag in ("TF32", "VERSION_COMPATIBLE", "REFIT", "WEIGHT_STREAMING")}
+        )
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")
         self.HardwareCompatibilityLevel = SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS")
         self.layers: list[SimpleNamespace] = []
@@ -59,7 +62,8 @@ class FakeModule(ModuleType):
             def __getattr__(self, name: str) -> Any:
                 def call(*arguments: object) -> Any:
                     module.calls.append((name, *arguments))
-                    return module.profile_index if name == "add_optimization_profile" else True
+                    answer = module.answers.get(name, True)
+                    return answer(*arguments) if callable(answer) else answer
 
                 return call
 
@@ -117,6 +121,74 @@ def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield Sdk("tensorrt-rtx", FakeModule("tensorrt_rtx", 0, ["NONE", "CURRENT", "SM75", "SM89", "SM120"]))
     else:
         yield Sdk("tensorrt", FakeModule("tensorrt", 1, []))
+
+
+class Gpu:
+    """A make-believe GPU with either SDK, and a small plan to run on it.
+
+    The plan computes ``y = scale * x + shift + sum(text)`` and ``picked = y[rows]``, for x of 1 to 4 rows of 8 to 16
+    columns, or of 16 to 64.
+    """
+
+    def __init__(self, sdk: Sdk, fakes: Any, directory: Path) -> None:
+        self.sdk, self.module, self.fakes, self.directory = sdk, sdk.module, fakes, directory
+        self.cuda = fakes.FakeCuda()
+        fakes.add_runtime(self.module, self.cuda, rtx=sdk.name == "tensorrt-rtx")
+
+    def plan(self, name: str = "unet", **changes: Any) -> Path:
+        """Write a plan; ``changes`` are fields of :class:`fake_gpu.FakePlan`."""
+
+        def ranges(columns: tuple[int, int, int]) -> dict[str, Any]:
+            x = [(batch, n) for batch, n in zip((1, 2, 4), columns, strict=True)]
+            return {"x": x, "rows": [(1,), (2,), (8,)]}
+
+        def compute(feeds: Any, weights: Any) -> Any:
+            y = weights["scale"] * feeds["x"] + weights["shift"] + feeds["text"].sum()
+            return {"y": y, "picked": y[feeds["rows"]].astype(np.float16)}
+
+        fields: dict[str, Any] = {
+            "inputs": {"x": ("float32", (-1, -1)), "text": ("float32", (1, 3)), "rows": ("int64", (-1,))},
+            "outputs": {"y": ("float32", (-1, -1)), "picked": ("float16", (-1, -1))},
+            "profiles": [ranges((8, 8, 16)), ranges((16, 32, 64))],
+            "compute": compute,
+            "output_shapes": lambda shapes: {
+                "y": shapes["x"],
+                "picked": (*shapes["rows"], shapes["x"][1]),
+            },
+            "weights": {"scale": np.float32([2]), "shift": np.float32([1])},
+            "activations": lambda shapes: 1000 * shapes["x"][0] * shapes["x"][1],
+        }
+        path = self.directory / f"{name}.plan"
+        path.write_bytes(f"plan of {name}".encode() * 100)
+        self.module.plans[path.read_bytes()] = self.fakes.FakePlan(**{**fields, **changes})
+        return path
+
+    def engine(self, plan: Path | None = None, **arguments: Any) -> TensorRTEngine:
+        """An engine for a plan, not open yet."""
+        return TensorRTEngine(plan or self.plan(), engine=self.sdk.name, target="sm_80+", **arguments)
+
+    def feeds(self, rows: int = 2, columns: int = 8, seed: int = 0) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        return {
+            "x": rng.standard_normal((rows, columns), np.float32),
+            "text": rng.standard_normal((1, 3), np.float32),
+            "rows": np.array([rows - 1, 0]),
+        }
+
+    @staticmethod
+    def expected(feeds: Any, scale: float = 2, shift: float = 1) -> Any:
+        return np.float32(scale) * feeds["x"] + np.float32(shift) + feeds["text"].sum()
+
+
+@pytest.fixture
+def gpu(fake: Sdk, fake_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """Either SDK on a make-believe GPU. Whatever a test does, all that it took is given back in the end."""
+    made = Gpu(fake, fake_gpu, tmp_path)
+    with fake_gpu.installed(monkeypatch, made.module, made.cuda, fake.name):
+        yield made
+    if made.cuda.leaks:
+        gc.collect()  # else not, for it takes longer than the tests
+    assert made.cuda.leaks == {}
 
 
 def _convolutions(element: int, seed: int) -> onnx.ModelProto:

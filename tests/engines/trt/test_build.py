@@ -153,7 +153,7 @@ def test_profile_must_fit_the_graph(
 
 def test_refused_profile(fake: Sdk, graph: Path, output: Path) -> None:
     """A profile that the SDK refuses is an error, not a build without it."""
-    fake.module.profile_index = -1
+    fake.module.answers["add_optimization_profile"] = -1
     with pytest.raises(EngineError, match="refused the optimisation profile"):
         build_plan(fake, graph, output, PROFILE)
 
@@ -287,3 +287,14 @@ def test_own_interrupt_handlers_stay(fake: Sdk, graph: Path, output: Path) -> No
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.SIGINT]
     assert output.read_bytes() == b"a plan"
+
+
+@pytest.mark.parametrize("fake", ["tensorrt-rtx"], indirect=True)
+def test_refittable_without_a_gpu(fake: Sdk, graph: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX, which needs no GPU otherwise, needs one for that, and it is said before the build."""
+    monkeypatch.setattr(build, "cuda_devices", lambda: ())
+    with pytest.raises(
+        EngineUnavailableError, match=r"refittable plans only where there is a GPU, .* leave refittable"
+    ):
+        build_plan(fake, graph, output, PROFILE, options=BuildOptions(refittable=True))
+    assert fake.module.calls == []

@@ -22,11 +22,12 @@ from latentrt.engines.trt import (
     Sdk,
     ShapeRange,
     TensorRTEngine,
+    build,
     build_plan,
     build_target,
     load_sdk,
 )
-from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.engines.trt.cuda import CudaDevice, cuda_devices
 from latentrt.engines.trt.progress import TOTAL
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
@@ -261,6 +262,33 @@ def test_two_processes_build_one_key(graph: Path, tmp_path: Path) -> None:
     (record,) = EngineStore(tmp_path / "engines").records(verify_hash=True)
     assert printed == [record.sha256] * 2
     assert os.listdir(tmp_path / "engines") == [record.key]
+
+
+def test_weight_streaming_builds(sdk: Sdk, graph: Path, output: Path) -> None:
+    """A plan whose weights can be streamed builds without a GPU, and is another plan."""
+    build_plan(sdk, graph, output, PROFILE)
+    plain = output.read_bytes()
+    build_plan(sdk, graph, output, PROFILE, options=BuildOptions(weight_streaming=True))
+    assert output.read_bytes() != plain
+
+
+@pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
+def test_refittable_plans_need_a_gpu(sdk: Sdk, graph: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU they are refused in one sentence, and that is right: the SDK itself fails."""
+    options = BuildOptions(refittable=True)
+    with pytest.raises(EngineUnavailableError, match="builds refittable plans only where there is a GPU"):
+        build_plan(sdk, graph, output, PROFILE, options=options)
+    monkeypatch.setattr(build, "cuda_devices", lambda: (CudaDevice("H100", "sm_90"),))
+    with pytest.raises(EngineError, match="failed to build a plan"):
+        build_plan(sdk, graph, output, PROFILE, options=options)
+    assert os.listdir(output.parent) == []
+
+
+@pytest.mark.skipif(not cuda_devices(), reason="this machine has no GPU")
+def test_refittable_plans_build_on_a_gpu(sdk: Sdk, graph: Path, output: Path) -> None:
+    """With a GPU they build."""
+    build_plan(sdk, graph, output, PROFILE, options=BuildOptions(refittable=True))
+    assert output.stat().st_size > 0
 
 
 @pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")

@@ -6,6 +6,7 @@ import importlib
 import logging
 import subprocess
 import sys
+import threading
 from types import ModuleType
 
 import pytest
@@ -16,8 +17,9 @@ from latentrt.engines.trt.sdk import sdk_errors, sdk_log
 
 
 def test_import_imports_no_sdk() -> None:
-    """Importing the package loads neither SDK, nor torch or onnx."""
-    code = "import sys, latentrt.engines.trt; print({'tensorrt', 'tensorrt_rtx', 'torch', 'onnx'} & set(sys.modules))"
+    """Importing the package loads neither SDK, nor cuda-python, torch or onnx."""
+    names = ["tensorrt", "tensorrt_rtx", "cuda", "torch", "onnx"]
+    code = f"import sys, latentrt.engines.trt; print(set({names}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
 
@@ -104,6 +106,39 @@ def test_failure_without_log(fake: Sdk) -> None:
         sdk_log(fake).handle.log(fake.module.ILogger.Severity.ERROR, "old news")
     with pytest.raises(EngineError, match="failed to build: out of luck"), sdk_errors(fake, "build"):
         raise RuntimeError("out of luck")
+
+
+def test_failures_of_several_threads_stay_apart(fake: Sdk) -> None:
+    """Each thread's error has its own reason, however many fail at the same time; a thread of the SDK's tells all."""
+    together = threading.Barrier(8)
+    messages: list[str] = []
+
+    def log(message: str) -> None:
+        sdk_log(fake).handle.log(fake.module.ILogger.Severity.ERROR, message)
+
+    def fail(number: int) -> None:
+        def call() -> None:
+            together.wait()
+            log(f"reason {number}")
+            together.wait()
+            raise RuntimeError
+
+        for _ in range(20):
+            with pytest.raises(EngineError, match=rf"failed to run: reason {number}$"), sdk_errors(fake, "run"):
+                call()
+        messages.append("done")
+
+    threads = [threading.Thread(target=fail, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(messages) == 8
+    with sdk_log(fake).capture() as errors:
+        other = threading.Thread(target=log, args=("of the SDK's own thread",))
+        other.start()
+        other.join()
+    assert errors == ["of the SDK's own thread"]
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("ours"), KeyboardInterrupt()])
