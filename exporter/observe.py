@@ -41,8 +41,10 @@ def largest_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[
         EngineError: if the graph cannot be run.
     """
     with _extended(path) as (graph, builder):
-        known = _values(graph)
-        names = {name: _reduce(builder, "ReduceMax", builder.add("Abs", [known[name]], _FLOAT)) for name in values}
+        known, behind, names = _values(graph), _following(graph), {}
+        for name in values:
+            builder.before = behind[known[name]]
+            names[name] = _reduce(builder, "ReduceMax", builder.add("Abs", [known[name]], _FLOAT))
         outputs = _outputs(graph, names)
     found = dict.fromkeys(names, 0.0)
     for results in _run(path, outputs, feeds):
@@ -62,8 +64,9 @@ def channel_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[
         EngineError: if the graph cannot be run.
     """
     with _extended(path) as (graph, builder):
-        known, wanted = _values(graph), {}
+        known, behind, wanted = _values(graph), _following(graph), {}
         for name in values:
+            builder.before = behind[known[name]]
             shape = known[name].shape
             assert shape is not None
             axes = builder.constant(list(range(len(shape) - 1)))
@@ -91,9 +94,10 @@ def best_ranges(path: Path, largest: Mapping[str, float], number: NumberFormat, 
         EngineError: if the graph cannot be run.
     """
     with _extended(path) as (graph, builder):
-        known = _values(graph)
+        known, behind = _values(graph), _following(graph)
         errors: dict[str, ir.Value] = {}
         for name, magnitude in largest.items():
+            builder.before = behind[known[name]]
             for place, clip in enumerate(CLIPS):
                 rounded = _rounded(builder, known[name], clip * magnitude / number.largest, number)
                 errors[f"{name}:{place}"] = _squares(builder, builder.add("Sub", [known[name], rounded], _FLOAT))
@@ -121,10 +125,11 @@ def layer_sqnr(
         EngineError: if the graph cannot be run.
     """
     with _extended(path) as (graph, builder):
-        nodes = {node.name: node for node in graph}
+        nodes, behind = {node.name: node for node in graph}, _following(graph)
         wanted: dict[str, ir.Value] = {}
         for layer in layers:
             node = nodes[layer.name]
+            builder.before = behind[node.outputs[0]]
             activation, weight = node.inputs[0], node.inputs[1]
             assert activation is not None
             assert weight is not None
@@ -171,6 +176,9 @@ def _run(path: Path, outputs: Mapping[str, str], feeds: Feeds) -> Iterator[dict[
     ort = load_sdk()
     settings = ort.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
+    # In the order in which they are written, or all values would be kept until the last was computed.
+    settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    settings.enable_cpu_mem_arena = False
     # As written: with its optimisations for quantised graphs ONNX Runtime would leave out or merge what is measured,
     # and folded constants would be a second copy of the weights.
     settings.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -191,6 +199,15 @@ def _run(path: Path, outputs: Mapping[str, str], feeds: Feeds) -> Iterator[dict[
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     found = {str(value.name): value for value in graph.inputs}
     return found | {str(value.name): value for node in graph for value in node.outputs}
+
+
+def _following(graph: ir.Graph) -> dict[ir.Value, ir.Node | None]:
+    """The node that stands behind the one that computes a value; ``None`` at the end."""
+    nodes = list(graph)
+    found: dict[ir.Value, ir.Node | None] = dict.fromkeys(graph.inputs, nodes[0] if nodes else None)
+    for node, behind in zip(nodes, [*nodes[1:], None], strict=True):
+        found |= dict.fromkeys(node.outputs, behind)
+    return found
 
 
 def _outputs(graph: ir.Graph, values: Mapping[str, ir.Value]) -> dict[str, str]:
