@@ -123,8 +123,9 @@ def choose_engine(
     if settings.name != "auto":
         check_engine(settings.name, settings.precision)
         return EngineChoice(settings.name, "asked for")
-    check_precision("tensorrt", settings.precision)  # which has every precision that there is
     candidates = [name for name in AUTO if settings.precision is None or settings.precision in SUPPORTED[name]]
+    if not candidates:
+        check_precision(AUTO[0], settings.precision)  # says what there is
     passed_over: dict[str, str] = {}
     failures: list[LatentRTError] = []
     for name in candidates:

@@ -28,7 +28,10 @@ INSTALL = {
 REFUSED = {  # engine -> precisions that no machine computes with it
     "onnxruntime": {"bf16", "fp8"},
     "openvino": {"fp8"},
-    "onnxruntime-cuda": {"int8", "fp8"},
+    "onnxruntime-cuda": {"int8", "fp8", "int8-weights"},
+    **dict.fromkeys(
+        ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx"), {"int8-weights"}
+    ),
 }
 
 
@@ -47,6 +50,7 @@ class Machine:
         monkeypatch.setattr(onnxrt_gpu, "_plug_in", lambda ort, plugin: "")
         self._provide("onnxruntime", onnxrt, {"get_available_providers": lambda: self.providers})
         self._provide("openvino", ov, {})
+        monkeypatch.setattr(engine_probe, "load_cuda", lambda: None)
         real = engine_probe.load_sdk
 
         def load_sdk(name: str) -> Any:
@@ -105,7 +109,8 @@ def test_every_engine_at_every_precision(machine: Machine, engine: str, precisio
             check_engine(engine, precision)
         message = sentence(wrong)
         assert message.startswith(f"{engine} does not compute in {precision}; choose fp32, ")
-        assert message.endswith("tensorrt-rtx")
+        able = [name for name, known in SUPPORTED.items() if precision in known]
+        assert message.endswith(f"or one of the engines {', '.join(able)}")
     elif lacking == "package":
         with pytest.raises(EngineUnavailableError) as missing:
             check_engine(engine, precision)
