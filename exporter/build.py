@@ -251,7 +251,7 @@ def _export(
             new.quantize(form, calibration, request.quantization, size)
         for engine in unjudged:
             new.judge(engine, request.precision, calibration, size, accept=request.accept_quality)
-        if PORTABLE not in wanted and not (older and PORTABLE.name in found[STEP].graphs):
+        if PORTABLE not in wanted and not any(PORTABLE.name in part.graphs for part in found.values()):
             new.drop(PORTABLE)
         writer.commit(manifest())
     return Bundle.open(request.output), tuple(new.exported)

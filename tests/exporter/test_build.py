@@ -423,14 +423,14 @@ def test_failing_export(
     unverified(tiny_source, output)
     before = snapshot(output.parent)
     change_weights(tiny_source)
-    working = build.export_component
+    working = construction.export_component
 
     def fail(component: onnx_export.Component, form: Form, directory: Path) -> object:
         if component.name == "vae_encoder":
             raise ExportError("vae_encoder could not be exported")
         return working(component, form, directory)
 
-    monkeypatch.setattr(build, "export_component", fail)
+    monkeypatch.setattr(construction, "export_component", fail)
     with pytest.raises(ExportError):
         unverified(tiny_source, output)
     assert snapshot(output.parent) == before
@@ -440,7 +440,7 @@ def test_damage_is_found_before_anything_is_exported(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that are not finite, or a tokenizer that is missing, are found before the first export."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     file = tiny_source / "vae" / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     tensors = load_file(file)
@@ -497,7 +497,7 @@ def test_requests_that_do_not_suit_the_source(
     message: str,
 ) -> None:
     """What only the source can tell is checked before anything is exported."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     with pytest.raises(InvalidRequestError, match=message):
         build_bundle(BuildRequest(tiny_source, tmp_path / "bundle", **arguments))  # type: ignore[arg-type]
 
@@ -509,14 +509,14 @@ def test_engine_that_cannot_be_built(tiny_source: Path, tmp_path: Path, monkeypa
         raise EngineUnavailableError(f"{name} is not installed")
 
     monkeypatch.setattr(build, "load_sdk", missing)
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     with pytest.raises(EngineUnavailableError):
         build_bundle(BuildRequest(tiny_source, tmp_path / "bundle", ("onnxruntime", "tensorrt")))
 
 
 def test_output_that_cannot_be_written(tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A place that cannot be written, the source among them, is refused before anything is exported."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     before = snapshot(tiny_source)
     for output in (tiny_source, tiny_source / "model_index.json", tiny_source / "model_index.json" / "bundle"):
         with pytest.raises(OutputError):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.store import EngineStore
-from latentrt.exporter import build
+from latentrt.exporter import build, construction
 from latentrt.exporter.components import NAMES
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli import main
@@ -97,7 +97,7 @@ def test_bad_source(
     damage: str,
 ) -> None:
     """A bad source ends with status 1 and one line on stderr, before any export, and nothing is written."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     DAMAGE[damage](tiny_source, edit_json)
     (tmp_path / "out").mkdir()
     assert status_of("build-engine", tiny_source, "--output", tmp_path / "out" / "bundle") == 1
@@ -149,7 +149,7 @@ def test_bad_flags(
     flags: tuple[str, ...],
 ) -> None:
     """A wrong command line ends with status 2, before any export, and says what is wrong."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     assert status_of("build-engine", tiny_source, "--output", tmp_path / "bundle", *flags) == 2
     output, errors = capfd.readouterr()
     assert errors.splitlines()[-1].startswith("latentrt")
@@ -177,7 +177,7 @@ def test_unwritable_output(
     place: str,
 ) -> None:
     """A place that cannot be written ends with status 1 and one line, before any export; what is there stays."""
-    monkeypatch.setattr(build, "export_component", lambda *_: pytest.fail("something was exported"))
+    monkeypatch.setattr(construction, "export_component", lambda *_: pytest.fail("something was exported"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")

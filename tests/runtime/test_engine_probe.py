@@ -29,9 +29,10 @@ REFUSED = {  # engine -> precisions that no machine computes with it
     "onnxruntime": {"bf16", "fp8"},
     "openvino": {"fp8"},
     "onnxruntime-cuda": {"int8", "fp8", "int8-weights"},
-    **dict.fromkeys(
-        ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx"), {"int8-weights"}
-    ),
+    "onnxruntime-tensorrt": {"int8-weights"},
+    "onnxruntime-tensorrt-rtx": {"int8-weights"},
+    "tensorrt": {"int8-weights"},
+    "tensorrt-rtx": {"int8-weights"},
 }
 
 
