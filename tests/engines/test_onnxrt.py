@@ -280,3 +280,28 @@ def test_no_exception_escapes_translation() -> None:
         assert isinstance(caught.value.__cause__, kind)
     with pytest.raises(KeyboardInterrupt), translated("unet failed"):
         raise KeyboardInterrupt
+
+
+def test_products_of_8_bits_do_not_overflow(tmp_path: Path) -> None:
+    """A quantised product is what it is in exact arithmetic, on processors without VNNI too."""
+    rng = np.random.default_rng(1)
+    weights = rng.integers(-127, 128, (64, 32)).astype(np.int8)
+    scales = rng.uniform(0.01, 0.02, 32).astype(np.float32)
+    constants = {"s": np.float32(0.03), "z": np.int8(0), "w": weights, "ws": scales, "wz": np.zeros(32, np.int8)}
+    path = save(
+        tmp_path / "model.onnx",
+        [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+            helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["dw"], axis=1),
+            helper.make_node("MatMul", ["d", "dw"], ["y"]),
+        ],
+        [tensor("x", TensorProto.FLOAT, ["batch", 64])],
+        [tensor("y", TensorProto.FLOAT, ["batch", 32])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    x = rng.standard_normal((4, 64)).astype(np.float32)
+    expected = (np.rint(x / np.float32(0.03)).clip(-128, 127) * 0.03) @ (weights * scales.astype(np.float64))
+    with OnnxRuntimeEngine(path) as engine:
+        received = engine.run({"x": x})["y"]
+    assert np.linalg.norm(received - expected) < 1e-5 * np.linalg.norm(expected)

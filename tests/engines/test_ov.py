@@ -255,3 +255,21 @@ def test_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     for load in (load_sdk, load_core.__wrapped__):  # the core that is there already stays, as it must
         with pytest.raises(EngineUnavailableError, match=r'pip install "latentrt\[openvino\]"'):
             load()
+
+
+def test_what_is_not_quantised_is_bf16_where_the_processor_has_it() -> None:
+    """INT8 leaves the choice of the rest to the processor; other precisions are what they say."""
+    hint = "INFERENCE_PRECISION_HINT"
+    found = {
+        (precision, has): OpenVinoOptions(precision).as_properties(has_bf16=has)[hint]
+        for precision in ("fp32", "bf16", "int8")
+        for has in (False, True)
+    }
+    assert found == {
+        ("fp32", False): "f32",
+        ("fp32", True): "f32",
+        ("bf16", False): "bf16",  # refused before, see require_precision
+        ("bf16", True): "bf16",
+        ("int8", False): "f32",
+        ("int8", True): "bf16",
+    }

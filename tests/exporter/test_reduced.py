@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latentrt.engines.errors import BundleError, InvalidRequestError, VerificationError
 from latentrt.exporter import quality
+from latentrt.exporter.bisect import find_drift
 from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle
 from latentrt.exporter.calibration import PROMPTS, Calibration, read_prompts, record
 from latentrt.exporter.emulate import emulated
+from latentrt.exporter.passes.quantize import find_layers
 from latentrt.exporter.quality import Judgement, PictureQuality, picture_psnr, picture_ssim, require
 from latentrt.exporter.reduce import Quantization
 from latentrt.exporter.source import Source
@@ -22,6 +25,7 @@ from latentrt.exporter.targets import PORTABLE, TARGETS, Form, exported_form, fo
 from latentrt.exporter.verification import verify_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.cli import main
 from latentrt.runtime.engine_probe import SUPPORTED
 
 QUICK = Calibration(("a red apple", "rocket"), steps=4, checked=2, recorded=4)
@@ -183,6 +187,56 @@ def test_verify_compares_reduced_graphs_and_writes_nothing(reduced: BuildReport,
     assert 20 <= figures["unet/step.opset20-int8.onnx"] < 60
     assert figures["unet/step.onnx"] > 80
     assert sorted(path.name for path in (reduced.path / "unet").iterdir()) == before
+
+
+@pytest.mark.heavy
+def test_drift_is_found_where_it_arises(reduced: BuildReport, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first quantised layer nothing differs, behind it values do; those that lose most are quantised."""
+    bundle = Bundle.open(reduced.path)
+    drifts = find_drift(bundle, "unet_step", "int8")
+    quantised = {layer.name for layer in find_layers(ir.load(bundle.graph_path("unet_step", PORTABLE.name)).graph)}
+    first = next(place for place, drift in enumerate(drifts) if drift.node in quantised)
+    assert all(drift.psnr == float("inf") for drift in drifts[:first])
+    assert drifts[first].psnr < 80
+    assert drifts[-1].psnr < 60
+    worst = sorted(drifts, key=lambda drift: -drift.lost)[:5]
+    assert {drift.node for drift in worst} & quantised
+    exact = find_drift(bundle, "vae_decoder", "int8", runner="onnxruntime")  # it serves int8 as it is
+    assert min(drift.psnr for drift in exact) > 80
+    assert main(["verify", str(reduced.path), "--bisect", "unet_step", "--precision", "int8"]) == 0
+    assert "operators that lose most by themselves:" in capsys.readouterr().out
+    before = sorted(path.name for path in (reduced.path / "unet").iterdir())
+    assert not [name for name in before if name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--source SOURCE"),
+        (("--bisect", "unet_step"), "--bisect needs --precision"),
+        (("--precision", "int8"), "--source SOURCE"),
+    ],
+)
+def test_what_to_verify_must_be_said(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a source nor a component, or a component without a precision, is an error of the command line."""
+    assert main(["verify", str(tmp_path), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_drift_of_what_is_not_there_is_refused(reduced: BuildReport) -> None:
+    """Runner, component and precision are named in the refusal."""
+    bundle = Bundle.open(reduced.path)
+    with pytest.raises(InvalidRequestError, match="unknown runner 'magic'"):
+        find_drift(bundle, "unet_step", "int8", runner="magic")
+    with pytest.raises(BundleError, match="no component 'unet_leap'"):
+        find_drift(bundle, "unet_leap", "int8")
+    with pytest.raises(BundleError, match="no form 'opset20-fp8'"):
+        find_drift(bundle, "unet_step", "fp8")
+    with pytest.raises(BundleError, match="no picture needs vae_encoder"):
+        find_drift(bundle, "vae_encoder", "int8")
 
 
 @pytest.mark.heavy
