@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -77,46 +78,47 @@ def _blurred(picture: NDArray[np.float64]) -> NDArray[np.float64]:
     return picture
 
 
-def compare(
-    reference: Pipeline,
-    candidate: Pipeline,
-    calibration: Calibration,
-    *,
-    baseline: Pipeline | None = None,
-    width: int | None = None,
-    height: int | None = None,
-) -> PictureQuality:
-    """Draw the same pictures with two pipelines, in turn, and compare them.
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one pipeline.
+
+    Attributes:
+        pictures: uint8 ``[height, width, 3]`` each.
+        steps: Seconds of every step.
+    """
+
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
+def draw(
+    pipelines: Sequence[Pipeline], calibration: Calibration, *, width: int | None = None, height: int | None = None
+) -> list[Drawn]:
+    """Draw the same pictures with several pipelines, in turn, so that what else the machine does meets all.
 
     Args:
-        reference: In fp32.
-        candidate: Of reduced precision.
+        pipelines: The pipelines.
         calibration: What to draw; the first ``checked`` of its prompts, from other seeds than those of calibration.
-        baseline: The same engine at the precision that the candidate should be faster than, if times are of interest.
         width: Pixels; ``None`` is the bundle's default.
         height: Likewise.
     """
-    psnrs, ssims, times, baseline_times = [], [], [], []
-    prompts = calibration.prompts
+    drawn = [Drawn() for _ in pipelines]
     for number in range(calibration.checked):
-        pictures = []
-        for pipeline in dict.fromkeys(each for each in (reference, candidate, baseline) if each is not None):
-            result = pipeline(
-                prompts[number % len(prompts)],
-                seed=_FIRST_SEED + number,
-                steps=calibration.steps,
-                width=width,
-                height=height,
-            )
-            pictures.append(result.images[0])
-            if pipeline is candidate:
-                times += result.timings.step
-            if pipeline is baseline:
-                baseline_times += result.timings.step
-        psnrs.append(picture_psnr(pictures[0], pictures[1]))
-        ssims.append(picture_ssim(pictures[0], pictures[1]))
-    slower = float(np.median(times) / np.median(baseline_times)) if baseline is not None else math.nan
-    return PictureQuality(float(np.mean(psnrs)), min(psnrs), float(np.mean(ssims)), slower)
+        prompt, seed = calibration.prompts[number % len(calibration.prompts)], _FIRST_SEED + number
+        for pipeline, into in zip(pipelines, drawn, strict=True):
+            result = pipeline(prompt, seed=seed, steps=calibration.steps, width=width, height=height)
+            into.pictures.append(result.images[0])
+            into.steps.extend(result.timings.step)
+    return drawn
+
+
+def compare(reference: Drawn, candidate: Drawn, baseline: Drawn | None = None) -> PictureQuality:
+    """How close pictures are, and how much slower a step is than the baseline's."""
+    pairs = list(zip(reference.pictures, candidate.pictures, strict=True))
+    psnr = [picture_psnr(*pair) for pair in pairs]
+    ssim = [picture_ssim(*pair) for pair in pairs]
+    slower = math.nan if baseline is None else float(np.median(candidate.steps) / np.median(baseline.steps))
+    return PictureQuality(float(np.mean(psnr)), min(psnr), float(np.mean(ssim)), slower)
 
 
 def require(quality: PictureQuality, precision: str, label: str) -> None:
@@ -174,21 +176,22 @@ def compare_engine(
         BundleError: if the bundle lacks what is compared.
         EngineError: if an engine fails.
     """
-    higher = next_higher(engine, precision)
+    higher, size = next_higher(engine, precision), {"width": width, "height": height}
+    with _pipeline(bundle, "onnxruntime", "fp32") as pipeline:  # closed again: several large models would not fit
+        (reference,) = draw([pipeline], calibration, **size)
     with ExitStack() as stack:
-        reference = stack.enter_context(_pipeline(bundle, "onnxruntime", "fp32"))
         try:
             if engine not in ON_CPU:
                 raise EngineUnavailableError(f"{engine} needs a GPU")
-            candidate = stack.enter_context(_pipeline(bundle, engine, precision))
-            baseline = reference if engine == "onnxruntime" else stack.enter_context(_pipeline(bundle, engine, higher))
+            both = [stack.enter_context(_pipeline(bundle, engine, each)) for each in (precision, higher)]
         except EngineUnavailableError:
             form = form_for(engine, precision)
             lowered = ir.DataType.BFLOAT16 if form == PORTABLE else None
-            candidate, _ = stack.enter_context(emulated(bundle, form.name, rounded=True, lowered=lowered))
-            return Judgement(compare(reference, candidate, calibration, width=width, height=height), True, higher)
-        pictures = compare(reference, candidate, calibration, baseline=baseline, width=width, height=height)
-        return Judgement(pictures, False, higher)
+            pipeline, _ = stack.enter_context(emulated(bundle, form.name, rounded=True, lowered=lowered))
+            (candidate,) = draw([pipeline], calibration, **size)
+            return Judgement(compare(reference, candidate), True, higher)
+        candidate, baseline = draw(both, calibration, **size)
+        return Judgement(compare(reference, candidate, baseline), False, higher)
 
 
 def _pipeline(bundle: Bundle, engine: str, precision: str) -> Pipeline:
