@@ -62,13 +62,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE + 1)
+        if len(content) > _MAX_FILE:  # before it is decoded: the end may cut a character in two
+            raise InvalidRequestError(f"the prompts {path} have more than {_MAX_FILE} bytes; give fewer")
         lines = content.decode().splitlines()
     except OSError as error:
         raise InvalidRequestError(f"the prompts {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"the prompts {path} are not UTF-8 text: {error.reason}") from error
-    if len(content) > _MAX_FILE:
-        raise InvalidRequestError(f"the prompts {path} have more than {_MAX_FILE} bytes; give fewer")
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise InvalidRequestError(f"{path} holds {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}, one a line")

@@ -98,6 +98,7 @@ def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
         (b"\xff\xfe", "not UTF-8"),
         (b"a\n" * 1001, "1001 prompts"),
         (b"a" * (1 << 20) + b"b", "more than"),
+        (b"a" * (1 << 20) + "ö".encode(), "more than"),
     ):
         path.write_bytes(content)
         with pytest.raises(InvalidRequestError, match=words):
