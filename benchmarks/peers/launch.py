@@ -1,0 +1,36 @@
+"""Start the program of a peer: ``<its environment>/bin/python .../peers/launch.py NAME``.
+
+The folder is loaded as a package under a name of its own, from its path, so that the programs share :mod:`.wire` and no
+module here is found under the name of a library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+PACKAGE = "latentrt_peers"
+
+
+def main(name: str) -> int:
+    """Serve the contender of the module ``name``."""
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None, "the path of a Python file makes a spec"
+    assert spec.loader is not None, "and that spec has a loader"
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = package
+    spec.loader.exec_module(package)
+    wire = importlib.import_module(f"{PACKAGE}.wire")
+    peer = importlib.import_module(f"{PACKAGE}.{name}")
+    status: int = wire.serve(peer.Contender)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

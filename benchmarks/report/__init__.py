@@ -1,0 +1,1 @@
+"""What a benchmark found, for machines and for people: JSON that a schema describes, Markdown, one HTML page."""
