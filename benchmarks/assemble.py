@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.engines.errors import EngineUnavailableError
 from latentrt.exporter.quality import picture_psnr, picture_ssim
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.engine_choice import choose_graph
 from latentrt.runtime.onnx_guard import summarize as summarize_graph
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.samplers import compile_plan
 
-from . import roofline
 from .ceilings import measure_ceilings
-from .contenders import OURS, REFERENCES
+from .contenders import OURS, REFERENCES, Contender
 from .contest import MEASURED, PARTIAL, RELOADED, STAGES, Contest, Entry, Settings
 from .job import Job
-from .loadgen import run_in_process
+from .loadgen import FEWEST_QUERIES, PROMPTS, run_loadgen
 from .machine import CONTROL, now
 from .report import document as d
 from .report.html import to_html
 from .report.markdown import to_markdown
+from .roofline import COMPUTED_IN, StageWork, bundle_work, place
 from .statistics import CONFIDENCE, RESAMPLES, bootstrap, median_interval, summarize, variation
+
+PORTABLE_FORM = "opset20-fp32"
+"""The form whose work peers are taken to do: they compute the same model."""
 
 _PICTURE_SIDE = 256
 """Pixels of a side of the pictures in the page, at most."""
@@ -59,22 +68,49 @@ class Assembly:
         self._created = now()
         self._ceilings: d.Ceilings | None = None
         self._loadgen: list[d.Loadgen] = []
+        self._counted: dict[str, dict[str, StageWork]] = {}
         self._model = self._describe_model()
 
     def measure_ceilings(self, threads: int) -> None:
         """Measure what the machine can do at most."""
-        self._ceilings = measure_ceilings(threads)
+        self._ceilings = cast(d.Ceilings, measure_ceilings(threads))
 
     def run_loadgen(self, contest: Contest, scenario: str, seconds: float) -> None:
-        """Add a run under MLPerf's load generator, of the fastest of LatentRT's contenders."""
+        """Add a run under MLPerf's load generator, of the fastest of LatentRT's contenders.
+
+        Server gets two thirds of the queries a second that the contest's own pictures would fill, each to be answered
+        in ten times a picture's time.
+
+        Raises:
+            EngineUnavailableError: if none of LatentRT's contenders was measured, or loadgen is not installed.
+        """
         ours = [e for e in contest.entries if e.contender.kind == OURS and e.state == MEASURED]
         if not ours:
-            return
+            raise EngineUnavailableError("MLPerf runs need one of LatentRT's own contenders, and none was measured")
         fastest = min(ours, key=lambda entry: median(entry.total))
-        run = run_in_process(
-            self._job, fastest.contender.options, scenario, seconds, median(fastest.total), self._folder
-        )
-        self._loadgen.append(run)
+        job, options, picture = self._job, fastest.contender.options, median(fastest.total) / self._job.images
+        serving = scenario == "Server"
+        with Pipeline.load(
+            job.bundle, options["engine"], precision=options["precision"], threads=job.threads, prompt_cache=0
+        ) as pipeline:
+            run = run_loadgen(
+                pipeline,
+                scenario,
+                prompts=PROMPTS,
+                steps=job.steps,
+                guidance=job.guidance,
+                sampler=job.sampler,
+                width=job.width,
+                height=job.height,
+                seed=job.seed,
+                min_duration_seconds=seconds,
+                min_queries=FEWEST_QUERIES[scenario],
+                directory=self._folder / "loadgen" / scenario,
+                target_qps=2 / (3 * picture) if serving else None,
+                target_latency_seconds=10 * picture if serving else None,
+            )
+        run["settings"] |= {"contender": fastest.contender.name}
+        self._loadgen.append(cast(d.Loadgen, run))
 
     def save(self, contest: Contest, ended: str | None = None) -> d.Report:
         """Write what there is.
@@ -195,7 +231,48 @@ class Assembly:
     def _roofline(self, entry: Entry) -> list[d.Roof]:
         if self._ceilings is None or not entry.total:
             return []
-        return roofline.rows(self._bundle, self._job, entry.contender, _medians(entry), self._ceilings)
+        ceilings, seconds = self._ceilings, _medians(entry)
+        form, precision = self._computed(entry.contender)
+        rows: list[d.Roof] = []
+        for stage, (work, calls, stored) in self._work(form).items():
+            # Peers run the whole denoiser in every step, and what a bundle has no stages of does so too.
+            whole = entry.contender.kind != OURS or "unet_step" not in self._bundle.manifest.components
+            if (stage == "step" and whole) or (stage == "plain_step" and not whole):
+                continue
+            name = "step" if stage == "plain_step" else stage
+            in_what = stored if entry.contender.kind == OURS and stored != "fp32" else precision
+            computed_in = COMPUTED_IN.get(in_what, in_what)
+            if name in seconds and "unavailable" not in ceilings["matmul"].get(computed_in, {"unavailable": ""}):
+                placed = place(work, seconds[name], ceilings, in_what, stage=name, calls=calls)
+                rows.append(cast(d.Roof, asdict(placed)))
+        return rows
+
+    def _computed(self, contender: Contender) -> tuple[str, str]:
+        """The form of the bundle's graphs whose work a contender does, and what it computes in."""
+        options = contender.options
+        if contender.kind != OURS:
+            return PORTABLE_FORM, str(options.get("dtype", options.get("precision")))
+        precision = options["precision"]
+        stored = "fp32" if (options["engine"], precision) == ("openvino", "bf16") else precision
+        form, _ = choose_graph(self._bundle.manifest.components["vae_decoder"], options["engine"], stored)
+        return form, precision
+
+    def _work(self, form: str) -> dict[str, StageWork]:
+        """Operations and bytes of each stage of the job, counted once a form."""
+        if form not in self._counted:
+            job = self._job
+            plan = compile_plan(job.sampler, self._bundle.manifest.scheduler, job.steps)
+            self._counted[form] = bundle_work(
+                self._bundle,
+                form,
+                images=job.images,
+                guided=job.guidance > 1,
+                width=job.width,
+                height=job.height,
+                steps=len(plan),
+                registers=plan.registers,
+            )
+        return self._counted[form]
 
     def _pictures(self, contest: Contest) -> dict[str, bytes]:
         """Small PNG files of what each contender drew."""
