@@ -20,6 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx.checker import ValidationError
 from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import InferenceError, infer_node_outputs
 
@@ -180,7 +181,7 @@ class _Walk:
             found = infer_node_outputs(
                 schema, node, types, data, opset_imports=self.imports, ir_version=self.ir_version
             )
-        except InferenceError as error:
+        except (InferenceError, ValidationError) as error:
             raise BundleError(f"{where} does not fit its inputs: {str(error).splitlines()[0]}") from error
         return {name: tensor for name, kind in found.items() if (tensor := _concrete(kind)) is not None}
 

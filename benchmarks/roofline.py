@@ -426,13 +426,16 @@ def _attention(
 
 
 def _einsum(node: NodeProto, inputs: Sequence[Tensor], where: str) -> tuple[int, int]:
-    """As one nest of loops over all letters."""
+    """As one nest of loops over all letters: the product of the factors, and its addition where a letter is summed."""
     equation = _attribute(node, "equation", b"").decode().replace(" ", "")
     if "." in equation:
         raise BundleError(f"{where} leaves dimensions out of its equation {equation!r}, and cannot be counted")
+    given, arrow, result = equation.partition("->")
     lengths: dict[str, int] = {}
-    for term, tensor in zip(equation.partition("->")[0].split(","), inputs, strict=True):
+    for term, tensor in zip(given.split(","), inputs, strict=True):
         for letter, length in zip(term, tensor.shape, strict=True):
             lengths[letter] = max(lengths.get(letter, 1), length)
-    total = len(inputs) * math.prod(lengths.values())
+    if not arrow:  # what occurs once is kept
+        result = "".join(letter for letter in lengths if given.count(letter) == 1)
+    total = (len(inputs) - 1 + (set(result) != set(lengths))) * math.prod(lengths.values())
     return total, total if len(inputs) > 1 else 0
