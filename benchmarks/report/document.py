@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NoReturn, NotRequired, TypedDict, cast
+from typing import Any, Literal, NoReturn, TypedDict, cast, final
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
@@ -141,12 +141,14 @@ class Reference(TypedDict):
     why: str
 
 
+@final
 class Unavailable(TypedDict):
     """A ceiling that could not be measured, and why."""
 
     unavailable: str
 
 
+@final
 class MatmulRate(TypedDict):
     """Rate of a large product of matrices."""
 
@@ -155,6 +157,7 @@ class MatmulRate(TypedDict):
     library: str
 
 
+@final
 class CopyRate(TypedDict):
     """Rate of a large copy."""
 
@@ -162,20 +165,11 @@ class CopyRate(TypedDict):
     samples: list[float]
 
 
-class Matmul(TypedDict):
-    """Rates of products, by precision; a precision that was not tried is left out."""
-
-    fp32: NotRequired[MatmulRate | Unavailable]
-    bf16: NotRequired[MatmulRate | Unavailable]
-    fp16: NotRequired[MatmulRate | Unavailable]
-    int8: NotRequired[MatmulRate | Unavailable]
-
-
 class Ceilings(TypedDict):
-    """What the machine can do at best."""
+    """What the machine can do at best; ``matmul`` by precision: fp32, bf16, fp16 or int8, as far as tried."""
 
     threads: int
-    matmul: Matmul
+    matmul: dict[str, MatmulRate | Unavailable]
     copy: CopyRate | Unavailable
 
 
