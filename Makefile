@@ -1,5 +1,6 @@
 # make demo   build the emoji model's bundle and draw with it
 # make test   everything that CI checks
+# make bench  measure LatentRT and other runtimes, and write the README's table (an hour or two, 30 GB of disk)
 PYTHON ?= python3
 comma := ,
 VENV := .venv
@@ -9,13 +10,32 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 TEST_EXTRAS ?= dev$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(comma)tensorrt-rtx)
 PROMPTS ?= "a red apple" "smiling face with sunglasses" "tropical fish" "hot beverage" "rocket" "red heart" "sunflower" "penguin"
 
-.PHONY: demo test lint layers types pytest clean
+DAY := $(shell date -u +%Y-%m-%d)
+BENCHED := latentrt-onnxruntime-fp32 latentrt-onnxruntime-int8 latentrt-openvino-fp32 latentrt-openvino-bf16 latentrt-openvino-int8 peers
+
+.PHONY: demo test bench bench-emoji bench-sd15 lint layers types pytest clean
 
 demo: $(VENV)/export.stamp
 	$(BIN)/latentrt build-engine examples/emoji --output build/emoji --guidance 4
 	$(BIN)/python examples/emoji/demo.py build/emoji --output build/emoji-demo.png $(PROMPTS)
 
 test: lint layers types pytest
+
+bench: bench-emoji bench-sd15
+	$(BIN)/python -m latentrt.benchmarks.report.readme
+
+# The emoji model as it is used.
+bench-emoji: $(VENV)/dev.stamp
+	$(BIN)/latentrt bench build/bench/emoji --source examples/emoji --build --contenders $(BENCHED) --width 64 --height 64 --steps 20 \
+		--guidance 4 --rounds 12 --batches 4 --loadgen SingleStream Offline --output build/bench/emoji-report
+	cp build/bench/emoji-report/report.json benchmarks/results/$(DAY)-bench-emoji.json
+
+# A model of Stable Diffusion 1.5's size with random weights: a few steps, the rest extrapolated.
+bench-sd15: $(VENV)/dev.stamp
+	test -d build/bench/sd15-checkpoint || $(BIN)/python -m latentrt.benchmarks.checkpoint build/bench/sd15-checkpoint
+	$(BIN)/latentrt bench build/bench/sd15 --source build/bench/sd15-checkpoint --build --contenders $(BENCHED) --width 512 --height 512 --steps 2 \
+		--guidance 7.5 --rounds 2 --extrapolate 20 --output build/bench/sd15-report
+	cp build/bench/sd15-report/report.json benchmarks/results/$(DAY)-bench-sd15.json
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
