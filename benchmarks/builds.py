@@ -24,8 +24,8 @@ def build(job: Job, contenders: Sequence[Contender], tell: Callable[[str], None]
         tell: Is told what happens.
 
     Returns:
-        Seconds by contender. What an earlier build left (exported graphs, say) is not built again, so that of several
-        precisions the first takes longest.
+        Seconds by contender; one for whom nothing was left to do is not among them. What an earlier build left
+        (exported graphs, say) is not built again, so that of several precisions the first takes longest.
 
     Raises:
         LatentRTError: if there is no source.
@@ -46,6 +46,10 @@ def build(job: Job, contenders: Sequence[Contender], tell: Callable[[str], None]
             # It will not open either, which is where a report says why.
             tell(f"{contender.label}: not built: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             continue
-        seconds[contender.name] = float(json.loads(done.stdout)["seconds"])
+        built = json.loads(done.stdout)
+        if not built["exported"] and all(engine["reused"] for engine in built["engines"]):
+            tell(f"{contender.label}: built before")
+            continue
+        seconds[contender.name] = float(built["seconds"])
         tell(f"{contender.label}: built in {seconds[contender.name]:.1f} s")
     return seconds
