@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import io
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Array
-from .errors import EngineUnavailableError, translated
+from .device import DLPACK_CPU, DLPACK_CUDA, dlpack_capsule
+from .errors import EngineError, EngineUnavailableError, translated
 from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions
 from .trt.cuda import cuda_devices
+
+_logger = logging.getLogger("latentrt.engines.onnxrt_gpu")
 
 # Both distributions of ONNX Runtime install the same folder, so the one that is installed last wins.
 _INSTALL_GPU = (
@@ -32,6 +36,7 @@ _INSTALL_GPU = (
 )
 _RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _PLUGGING = threading.Lock()
+_DLPACK = {"cpu": DLPACK_CPU, "cuda": DLPACK_CUDA}
 
 # Operators that take a step's time. Integer arithmetic on shapes belongs on the CPU, and ONNX Runtime puts it there.
 _HEAVY = frozenset(
@@ -53,6 +58,7 @@ class Provider:
         options: Its settings.
         install: How to get an ONNX Runtime that has it.
         plugin: Python module that brings it to an ONNX Runtime that lacks it; empty where there is none.
+        memory: What ONNX Runtime calls the memory that it computes in.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Provider:
     options: Mapping[str, str] = field(default_factory=dict)
     install: str = _INSTALL_GPU
     plugin: str = ""
+    memory: str = "cuda"
 
 
 PROVIDERS: Mapping[str, Provider] = {
@@ -76,31 +83,55 @@ PROVIDERS: Mapping[str, Provider] = {
 
 
 class OrtArray:
-    """A tensor that ONNX Runtime holds, on whichever device it is; it speaks DLPack.
+    """A tensor in memory of ONNX Runtime, complete when handed out; see :class:`latentrt.engines.device.DeviceArray`.
+
+    ONNX Runtime writes each output into memory of its own, which goes back to it when the last array of it is gone.
+    So an array keeps its values for as long as it is held, and a run never writes into what it reads.
 
     Args:
         value: ONNX Runtime's ``OrtValue``.
+        place: What ONNX Runtime calls the memory (``"cuda"`` or ``"cpu"``), and the device's number.
+        session: The session whose memory it is, which must outlive it; ``None`` if it belongs to none.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, place: tuple[str, int], session: Any = None) -> None:
         self.value = value
+        self.place = place
         self.shape: tuple[int, ...] = tuple(value.shape())
         # numpy has no bfloat16; its name is all that the checks need.
         name = DTYPES.get(value.data_type(), value.data_type())
         self.dtype: Any = name if name == "bfloat16" else np.dtype(name)
+        self._session = session
 
-    def __dlpack__(self, *, stream: Any = None) -> Any:
-        """A DLPack capsule of the tensor, which is not copied."""
-        return self.value.__dlpack__(stream=stream)
+    def __repr__(self) -> str:
+        return f"OrtArray({self.dtype}{list(self.shape)} on {self.place[0]}:{self.place[1]})"
+
+    def numpy(self) -> NDArray[Any]:
+        """A copy in the host's memory.
+
+        Raises:
+            EngineError: if the copy fails, or numpy has no such element type.
+        """
+        if self.dtype == "bfloat16":
+            raise EngineError("numpy has no bfloat16; take the array through DLPack, as torch.from_dlpack does")
+        with translated(f"{self!r} could not be copied to the host"):
+            host: NDArray[Any] = self.value.numpy()
+        return host if host.flags.owndata else host.copy()  # of the CPU's memory ONNX Runtime gives a view
+
+    def __dlpack__(self, **options: Any) -> object:
+        """A DLPack capsule of the same memory. Whatever stream the taker names, there is nothing to wait for.
+
+        Raises:
+            BufferError: if a copy or another device is asked for.
+        """
+        # ONNX Runtime's own capsule does not hold the session, and releases for inference have long had none.
+        if options.get("copy") or options.get("dl_device") not in (None, self.__dlpack_device__()):
+            raise BufferError(f"{self!r} can only be handed over where it is, without a copy")
+        return dlpack_capsule(self.value.data_ptr(), self.shape, str(self.dtype), self.__dlpack_device__(), self)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """DLPack's number of the kind of device, and the device's own number."""
-        kind, number = self.value.__dlpack_device__()
-        return int(kind), int(number)
-
-    def numpy(self) -> NDArray[Any]:
-        """A copy in the host's memory."""
-        return np.array(self.value.numpy())
+        return _DLPACK[self.place[0]], self.place[1]
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,7 @@ class OnnxRuntimeGpuOptions:
 
     Attributes:
         device: Number of the GPU, as CUDA counts.
-        device_outputs: Leave outputs on the GPU, as :class:`OrtArray`; otherwise they are copied to numpy arrays.
+        device_outputs: Leave outputs on the GPU, as :class:`OrtArray`; otherwise they come as numpy arrays.
     """
 
     device: int = 0
@@ -119,8 +150,11 @@ class OnnxRuntimeGpuOptions:
 class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
     """One ONNX graph in an ONNX Runtime session on an NVIDIA GPU.
 
-    What :meth:`bind` is given goes to the GPU once and stays there; so do outputs, where the options say so, and they
-    may be fed again. Many threads may run it at once; each run has a binding of its own.
+    What :meth:`bind` is given goes to the GPU once and stays there; so do outputs, unless the options say otherwise.
+    They may be fed again, and are not copied then: a loop's state never leaves the GPU. :meth:`run` returns when the
+    GPU is done. Many threads may call it at once; each run has a binding and outputs of its own.
+
+    Arrays that were handed out stay valid after :meth:`close`, and hold the session's memory until they are gone.
 
     Args:
         path: The graph; see :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
@@ -136,7 +170,7 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         self.engine = engine
         self.gpu_options = options or OnnxRuntimeGpuOptions()
         self._ort: Any = None
-        self._memory = "cuda"
+        self._place = ("cpu", 0)
 
     def _make_session(self, ort: ModuleType, settings: Any) -> Any:
         provider = PROVIDERS[self.engine]
@@ -147,13 +181,13 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
             devices = [each for each in ort.get_ep_devices() if each.ep_name == plugged]
             settings.add_provider_for_devices(devices[self.gpu_options.device : self.gpu_options.device + 1], {})
             session = ort.InferenceSession(str(self.path), settings, enable_fallback=0)
-            wanted, self._memory = plugged, "cpu"  # a plugin's memory has no name that a binding takes
+            wanted = plugged
         else:
             _preload(ort)
             chosen = {"device_id": str(self.gpu_options.device)}
             chain = [(provider.name, {**chosen, **provider.options}), *((other, chosen) for other in provider.others)]
             session = ort.InferenceSession(str(self.path), settings, providers=chain, enable_fallback=0)
-            wanted, self._memory = provider.name, "cuda"
+            wanted = provider.name
         if wanted not in session.get_providers():
             raise EngineUnavailableError(
                 f"{self.label}: ONNX Runtime could not start {wanted} and took {', '.join(session.get_providers())}; "
@@ -165,8 +199,30 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
                 f"{self.label}: {wanted} lacks {', '.join(on_cpu)} of this graph, which would run on the CPU; "
                 "update onnxruntime-gpu, build the bundle for another opset, or use the engine onnxruntime"
             )
-        self._ort = ort
+        place = (provider.memory, self.gpu_options.device)
+        resident = not plugged or self._reaches(ort, place)
+        self._ort, self._place = ort, place if resident else ("cpu", 0)
+        self.on_device = resident and self.gpu_options.device_outputs
         return session
+
+    def _reaches(self, ort: ModuleType, place: tuple[str, int]) -> bool:
+        """Whether ONNX Runtime itself can put arrays into the memory of a plugin, and get them back.
+
+        It can from 1.23 on, if the plugin shares its memory. Otherwise inputs and outputs are copied at every run.
+        """
+        probe = np.arange(3, dtype=np.float32)
+        try:
+            with translated("ONNX Runtime cannot reach the plugin's memory"):
+                found = OrtArray(ort.OrtValue.ortvalue_from_numpy(probe, *place), place).numpy()
+            if not np.array_equal(found, probe):
+                raise EngineError("ONNX Runtime gets other values from the plugin's memory than it put there")
+        except EngineError as error:
+            reason = str(error)  # a log that kept the exception would keep the session with it
+            _logger.warning(
+                "%s copies its state at every run, with the same results but slower: %s", self.label, reason
+            )
+            return False
+        return True
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
         """Keep ``feeds`` on the GPU as inputs of this thread's following runs; a name bound again is replaced.
@@ -176,7 +232,7 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         """
         super().bind(feeds)  # refuses unknown names before anything is copied
         with translated(f"{self.label} could not keep its inputs"):
-            kept: Any = {name: OrtArray(self._resident(array)) for name, array in feeds.items()}
+            kept: Any = {name: self._kept(array) for name, array in feeds.items()}
         super().bind(kept)
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -185,24 +241,31 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
             binding = session.io_binding()
             for name, array in feeds.items():
                 binding.bind_ortvalue_input(name, self._resident(array))
+            # Every output in new memory from ONNX Runtime's arena, never in that of an earlier run: see OrtArray.
+            place = self._place if self.gpu_options.device_outputs else ("cpu", 0)
             for name in self._output_names:
-                binding.bind_output(name, self._memory, self.gpu_options.device if self._memory == "cuda" else 0)
+                binding.bind_output(name, *place)
             binding.synchronize_inputs()
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
-            found: Any = [OrtArray(value) for value in binding.get_outputs()]
-            if not self.gpu_options.device_outputs:
-                found = [array.numpy() for array in found]
+            found: Any = [OrtArray(value, place, session) for value in binding.get_outputs()]
+        if not self.on_device:
+            found = [array.numpy() for array in found]
         return dict(zip(self._output_names, found, strict=True))
+
+    def _kept(self, array: Any) -> OrtArray:
+        """The array in the session's memory."""
+        if isinstance(array, OrtArray) and array.place == self._place:
+            return array
+        return OrtArray(self._resident(array), self._place)
 
     def _resident(self, array: Any) -> Any:
         """An ``OrtValue`` in the session's memory: the array's own where it is there already, else a copy."""
-        if isinstance(array, OrtArray):
+        if isinstance(array, OrtArray) and array.place == self._place:
             return array.value
-        if not isinstance(array, np.ndarray):  # another engine's array on a device
+        if not isinstance(array, np.ndarray):  # another engine's array, or another device's
             array = array.numpy()
-        number = self.gpu_options.device if self._memory == "cuda" else 0
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._memory, number)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), *self._place)
 
 
 def find_provider(ort: ModuleType, engine: str) -> str:

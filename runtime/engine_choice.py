@@ -15,7 +15,7 @@ from latentrt.engines.errors import (
     LatentRTError,
 )
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
-from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine, OnnxRuntimeGpuOptions
+from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.ov_cache import ModelCache
 from latentrt.engines.store import EngineStore
@@ -205,10 +205,8 @@ def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings) -> En
 
 def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
     form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
-    # The loop reads every output; where it takes arrays on a device, they can stay there.
-    options = OnnxRuntimeGpuOptions(device_outputs=False)
     label = f"{component} ({settings.name})"
-    return OnnxRuntimeGpuEngine(bundle.graph_path(component, form), settings.name, options, label)
+    return OnnxRuntimeGpuEngine(bundle.graph_path(component, form), settings.name, label=label)
 
 
 def _openvino(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:

@@ -626,3 +626,28 @@ def installed(monkeypatch: Any, module: Any, cuda: FakeCuda, engine: str) -> Ite
         for place in (session, plans, engine_probe):
             patched.setattr(place, "load_sdk", lambda name: sdk.Sdk(engine, module))
         yield
+
+
+@contextlib.contextmanager
+def onnxruntime_on_cpu(monkeypatch: Any) -> Iterator[None]:
+    """Let the CPU play the GPU of the engine ``onnxruntime-cuda``: sessions, bindings and values are onnxruntime's."""
+    import onnxruntime
+
+    from latentrt.engines import onnxrt_gpu
+    from latentrt.engines.trt import cuda as driver
+    from latentrt.runtime import engine_choice, engine_probe
+
+    real = onnxruntime.InferenceSession
+
+    def session(path: str, settings: Any, **options: Any) -> Any:
+        settings.intra_op_num_threads = 1  # small models wait for their threads more than they compute
+        return real(path, settings, providers=["CPUExecutionProvider"])  # which takes no number of a device
+
+    on_cpu = onnxrt_gpu.Provider("CPUExecutionProvider", memory="cpu")
+    with monkeypatch.context() as patched:
+        for place in (onnxrt_gpu, engine_probe, engine_choice):
+            patched.setattr(place, "cuda_devices", lambda: (driver.CudaDevice("H100", "sm_90"),))
+        patched.setitem(onnxrt_gpu.PROVIDERS, "onnxruntime-cuda", on_cpu)
+        patched.setattr(onnxrt_gpu, "_heavy_on_cpu", lambda session: [])
+        patched.setattr(onnxruntime, "InferenceSession", session)
+        yield

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import itertools
 import sys
 import types
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ import onnxruntime
 import pytest
 
 from latentrt.engines import onnxrt_gpu
+from latentrt.engines.device import DLPACK_CPU, DLPACK_CUDA, DeviceArray, to_numpy
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
 from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine, OnnxRuntimeGpuOptions, OrtArray
 from latentrt.engines.trt.cuda import CudaDevice
@@ -51,11 +55,8 @@ class Value:
     def numpy(self) -> Any:
         return self.value.numpy()
 
-    def __dlpack__(self, *, stream: Any = None) -> Any:
-        return self.value.__dlpack__(stream=stream)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.value.__dlpack_device__()
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
 
 
 class Binding:
@@ -136,6 +137,7 @@ class FakeOnnxRuntime:
     sessions: list[Session] = field(default_factory=list)
     plugged: list[str] = field(default_factory=list)
     preloaded: int = 0
+    reachable: bool = True
     __version__: str = "1.31.0"
 
     def preload_dlls(self) -> None:
@@ -158,6 +160,8 @@ class FakeOnnxRuntime:
     @property
     def OrtValue(self) -> Any:  # noqa: N802
         def ortvalue_from_numpy(array: Any, device_type: str = "cpu", device_id: int = 0) -> Value:
+            if device_type == "cuda" and not self.reachable:
+                raise RuntimeError("Can't allocate memory on the device using this package of OnnxRuntime.")
             self.copies.append(device_type)
             copy = np.array(array) if device_type == "cuda" else array
             return Value(onnxruntime.OrtValue.ortvalue_from_numpy(copy), f"{device_type}:{device_id}")
@@ -195,6 +199,7 @@ def test_it_runs_on_what_was_asked_for(graph: Path, gpu: FakeOnnxRuntime, engine
     """The provider comes first, ONNX Runtime's own fall back is off, and results are right and on the GPU."""
     with OnnxRuntimeGpuEngine(graph, engine) as opened:
         assert opened.label == f"unet ({engine})"
+        assert opened.on_device
         outputs: Any = opened.run({"x": X, "w": W, "rows": ROWS})
         (session,) = gpu.sessions
         assert (session.asked, session.options) == (asked, {"enable_fallback": 0})
@@ -203,6 +208,8 @@ def test_it_runs_on_what_was_asked_for(graph: Path, gpu: FakeOnnxRuntime, engine
         assert isinstance(outputs["y"], OrtArray)
         assert (outputs["y"].dtype, outputs["y"].shape) == (np.dtype("float32"), (2, 2))
         assert outputs["y"].value.device == "cuda:0"
+        assert repr(outputs["y"]) == "OrtArray(float32[2, 2] on cuda:0)"
+        assert outputs["y"].__dlpack_device__() == (DLPACK_CUDA, 0)
         np.testing.assert_allclose(outputs["y"].numpy(), np.tanh(X @ W), atol=1e-6)
         np.testing.assert_array_equal(outputs["same"].numpy(), ROWS)
 
@@ -229,15 +236,20 @@ def test_outputs_are_fed_again_without_a_copy(graph: Path, gpu: FakeOnnxRuntime)
         state: Any = engine.run({"rows": ROWS})["same"]
         copies = len(gpu.copies)
         again: Any = engine.run({"rows": state})["same"]
+        engine.bind({"rows": again})
+        third: Any = engine.run({})["same"]
         assert len(gpu.copies) == copies
-        np.testing.assert_array_equal(again.numpy(), ROWS)
+        assert [place for _, name, _, place in gpu.log if name == "rows"][1:] == [id(state.value), id(again.value)]
+        np.testing.assert_array_equal(third.numpy(), ROWS)
 
 
 def test_outputs_in_numpy_where_that_is_asked_for(graph: Path, gpu: FakeOnnxRuntime) -> None:
     """Without device outputs they are arrays of the caller's own."""
     with OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda", OnnxRuntimeGpuOptions(1, device_outputs=False)) as engine:
+        assert not engine.on_device
         outputs = engine.run({"x": X, "w": W, "rows": ROWS})
         assert [type(array) for array in outputs.values()] == [np.ndarray] * 2
+        assert all(array.flags.owndata for array in outputs.values())
         outputs["y"][:] = 0
         assert gpu.sessions[0].asked[0][1]["device_id"] == "1"
         assert {device for _, _, device, _ in gpu.log} == {"cuda:1"}
@@ -252,10 +264,17 @@ def test_arrays_of_another_device(graph: Path, gpu: FakeOnnxRuntime) -> None:
         def numpy(self) -> Any:
             return X
 
-    with OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda") as engine:
+    first = OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda")
+    second = OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda", OnnxRuntimeGpuOptions(1))
+    with first, second:
         feeds: Any = {"x": Elsewhere(), "w": W, "rows": ROWS}
-        result: Any = engine.run(feeds)["y"]
-        np.testing.assert_allclose(result.numpy(), np.tanh(X @ W), atol=1e-6)
+        results: Any = first.run(feeds)
+        np.testing.assert_allclose(results["y"].numpy(), np.tanh(X @ W), atol=1e-6)
+        gpu.log.clear()
+        second.bind({"rows": results["same"]})
+        again: Any = second.run({"x": X, "w": W})["same"]
+        np.testing.assert_array_equal(again.numpy(), ROWS)
+        assert {device for _, _, device, _ in gpu.log} == {"cuda:1"}
 
 
 def test_names_and_shapes_are_checked_as_ever(graph: Path, gpu: FakeOnnxRuntime) -> None:
@@ -335,8 +354,15 @@ def test_a_session_that_fails(graph: Path, gpu: FakeOnnxRuntime) -> None:
     assert "onnxruntime" in type(caught.value.__cause__).__module__
 
 
-def test_a_plugin_brings_tensorrt_rtx(graph: Path, gpu: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is registered once, gets the machine's device, and is what runs; its memory is the host's for bindings."""
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "memory of its own"])
+def test_a_plugin_brings_tensorrt_rtx(
+    graph: Path,
+    gpu: FakeOnnxRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    shared: bool,
+) -> None:
+    """It is registered once, gets the machine's device, and is what runs; state stays there if its memory is shared."""
     name, registered, given = "NvTensorRTRTXExecutionProvider", [], []
     plugin: Any = types.SimpleNamespace(get_ep_name=lambda: name, get_library_path=lambda: "/lib/plugin.so")
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
@@ -358,13 +384,19 @@ def test_a_plugin_brings_tensorrt_rtx(graph: Path, gpu: FakeOnnxRuntime, monkeyp
 
     fake.SessionOptions = Settings
     fake.InferenceSession = lambda path, settings, **options: Session(gpu, path, settings.real, None, options)
+    gpu.reachable = shared
     for _ in range(2):
         with OnnxRuntimeGpuEngine(graph, "onnxruntime-tensorrt-rtx") as engine:
-            result: Any = engine.run({"x": X, "w": W, "rows": ROWS})["y"]
-            np.testing.assert_allclose(result.numpy(), np.tanh(X @ W), atol=1e-6)
+            assert engine.on_device == shared
+            result = engine.run({"x": X, "w": W, "rows": ROWS})["y"]
+            assert isinstance(result, OrtArray if shared else np.ndarray)
+            np.testing.assert_allclose(to_numpy(result), np.tanh(X @ W), atol=1e-6)
     assert registered == [(name, "/lib/plugin.so")]
     assert given == [name] * 2
-    assert set(gpu.copies) == {"cpu"}
+    assert set(gpu.copies) == {"cuda" if shared else "cpu"}
+    assert {device for _, _, device, _ in gpu.log} == {"cuda:0" if shared else "cpu:0"}
+    assert caplog.messages == [] if shared else all("slower" in message for message in caplog.messages)
+    assert len(caplog.messages) == (0 if shared else 2)
 
 
 def test_the_stand_in_has_the_real_names() -> None:
@@ -375,6 +407,7 @@ def test_the_stand_in_has_the_real_names() -> None:
         onnxruntime.IOBinding.bind_ortvalue_input: ("name", "ortvalue"),
         onnxruntime.IOBinding.bind_output: ("name", "device_type", "device_id"),
         onnxruntime.InferenceSession.run_with_iobinding: ("iobinding",),
+        onnxruntime.OrtValue.data_ptr: (),
     }
     for function, names in parameters.items():
         known = [name for name in inspect.signature(function).parameters if name != "self"]
@@ -388,24 +421,108 @@ def test_the_stand_in_has_the_real_names() -> None:
     assert callable(onnxruntime.SessionOptions.add_provider_for_devices)
 
 
-def test_the_real_binding_on_the_cpu(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU in place of a GPU the engine runs on onnxruntime itself, its arrays over DLPack included."""
-    monkeypatch.setattr(onnxrt_gpu, "cuda_devices", lambda: (CudaDevice("NVIDIA Test", "sm_90"),))
-    monkeypatch.setitem(PROVIDERS, "test", onnxrt_gpu.Provider("CPUExecutionProvider"))  # type: ignore[arg-type]
-    monkeypatch.setattr(onnxrt_gpu, "_heavy_on_cpu", lambda session: [])
-    engine = OnnxRuntimeGpuEngine(graph, "test")
-    monkeypatch.setattr(onnxruntime, "InferenceSession", _cpu_session(onnxruntime.InferenceSession))
-    with engine:
-        engine._memory = "cpu"
+@pytest.fixture
+def cpu_as_gpu(fake_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """onnxruntime itself, its bindings and its values, with the CPU in place of a GPU."""
+    with fake_gpu.onnxruntime_on_cpu(monkeypatch):
+        yield
+
+
+def test_the_real_binding(graph: Path, cpu_as_gpu: None) -> None:
+    """Arrays of onnxruntime itself go to others through DLPack, where they are or not at all."""
+    with OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda") as engine:
         engine.bind({"w": W})
         result: Any = engine.run({"x": X, "rows": ROWS})["y"]
-        np.testing.assert_allclose(np.from_dlpack(result), np.tanh(X @ W), atol=1e-6)
-        assert result.__dlpack_device__() == (1, 0)
+        assert isinstance(result, DeviceArray)
+        shared = np.from_dlpack(result)
+        np.testing.assert_allclose(shared, np.tanh(X @ W), atol=1e-6)
+        assert shared.ctypes.data == result.value.data_ptr() != result.numpy().ctypes.data
+        assert result.__dlpack_device__() == (DLPACK_CPU, 0)
+        with pytest.raises(BufferError, match=r"OrtArray\(float32\[2, 2\] on cpu:0\) can only be handed over where"):
+            result.__dlpack__(dl_device=(DLPACK_CUDA, 0))
 
 
-def _cpu_session(real: Any) -> Any:
-    """``InferenceSession`` without the options of a GPU's provider."""
-    return lambda path, settings, **options: real(path, settings, providers=["CPUExecutionProvider"])
+def test_a_state_goes_round_in_a_few_buffers(tmp_path: Path, cpu_as_gpu: None) -> None:
+    """No run writes into what it reads or into what is held, and memory that nobody holds is used again."""
+    model = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    step (float[n] x) => (float[n] y) { one = Constant<value = float {1.0}> () y = Add(x, one) }
+    """
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(model), path)
+    state: Any = np.zeros(1 << 12, np.float32)
+    with OnnxRuntimeGpuEngine(path, "onnxruntime-cuda") as engine:
+        places, alone = [], 30
+        for _ in range(alone):
+            state = engine.run({"x": state})["y"]
+            places.append(state.value.data_ptr())
+        assert all(here != there for here, there in itertools.pairwise(places))
+        assert 2 <= len(set(places)) <= 4
+        held = [state]
+        for _ in range(5):
+            held.append(engine.run({"x": held[-1]})["y"])
+        assert len({each.value.data_ptr() for each in held}) == len(held)
+    for number, each in enumerate(held, alone):
+        np.testing.assert_array_equal(each.numpy(), np.full(1 << 12, number))
+
+
+def test_arrays_outlive_their_engine(graph: Path, cpu_as_gpu: None) -> None:
+    """The session goes with the last of its arrays, whoever holds that."""
+    engine = OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda").open()
+    session = weakref.ref(engine._running_session())
+    result: Any = engine.run({"x": X, "w": W, "rows": ROWS})["y"]
+    engine.close()
+    shared = np.from_dlpack(result)
+    del result
+    gc.collect()
+    assert session() is not None
+    np.testing.assert_allclose(shared, np.tanh(X @ W), atol=1e-6)
+    del shared
+    gc.collect()
+    assert session() is None
+
+
+def test_a_copy_that_fails(graph: Path, gpu: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ONNX Runtime says of a copy or a binding is the cause of one sentence."""
+
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA failure 700: an illegal memory access\nsomewhere")
+
+    with OnnxRuntimeGpuEngine(graph, "onnxruntime-cuda") as engine:
+        result: Any = engine.run({"x": X, "w": W, "rows": ROWS})["y"]
+        monkeypatch.setattr(Value, "numpy", fail)
+        with pytest.raises(
+            EngineError, match=r"on cuda:0\) could not be copied to the host: .* memory access$"
+        ) as caught:
+            result.numpy()
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        monkeypatch.setattr(Binding, "bind_ortvalue_input", fail)
+        with pytest.raises(EngineError, match=r"^unet \(onnxruntime-cuda\) failed: CUDA failure 700"):
+            engine.run({"x": X, "w": W, "rows": ROWS})
+
+
+def test_bfloat16_stays_where_it_is(tmp_path: Path, cpu_as_gpu: None) -> None:
+    """numpy has no such type, and the message says so; it may be fed again, and torch takes it."""
+    model = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    step (float[n] x, bfloat16[n] last) => (bfloat16[n] y) { y = Cast<to = 16> (x) }
+    """
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(model), path)
+    torch = pytest.importorskip("torch", reason="PyTorch is part of an optional extra")
+    with OnnxRuntimeGpuEngine(path, "onnxruntime-cuda") as engine:
+        feeds: Any = {"x": X[0], "last": OrtArray(_bfloat16(3), ("cpu", 0))}
+        for _ in range(2):
+            result: Any = engine.run(feeds)["y"]
+            feeds["last"] = result
+        with pytest.raises(EngineError, match=r"^numpy has no bfloat16; take the array through DLPack"):
+            result.numpy()
+        assert torch.equal(torch.from_dlpack(result), torch.from_numpy(X[0]).bfloat16())
+
+
+def _bfloat16(count: int) -> Any:
+    values = np.zeros(count, np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx.TensorProto.BFLOAT16)
 
 
 def test_operators_on_the_cpu_are_recognised(graph: Path) -> None:

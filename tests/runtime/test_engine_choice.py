@@ -141,11 +141,11 @@ def test_every_engine_has_its_precisions() -> None:
 
 @pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
 def test_providers_for_gpus(bundle: Bundle, name: str) -> None:
-    """Engines come closed, with their label; what they compute comes back as numpy."""
+    """Engines come closed, with their label; what they compute stays on the GPU."""
     engine = make_engine(bundle, "unet_step", EngineSettings(name))
     assert isinstance(engine, OnnxRuntimeGpuEngine)
     assert (engine.engine, engine.label) == (name, f"unet_step ({name})")
-    assert not engine.gpu_options.device_outputs
+    assert engine.gpu_options.device_outputs
 
 
 def test_fixed_lengths(bundle: Bundle) -> None:
