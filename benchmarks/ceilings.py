@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,7 @@ def _measure_matmul(
         if not path.exists():
             onnx.save(product_graph(size, quantized=precision == "int8"), path)
         feeds = {"a": np.random.default_rng(0).standard_normal((size, size), np.float32)}
-        with candidate.make(path).open() as engine:
+        with closing(candidate.make(path).open()) as engine:
             engine.run(feeds)  # the first call allocates
             taken = _repeat(partial(engine.run, feeds), left / (len(sizes) - number))
         left, previous, expected = left - sum(taken), size, median(taken)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.checker import ValidationError
@@ -34,7 +34,7 @@ _COMPUTED = (TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto
 # The package infers nothing for these; each gives out the shape and the type of its first input.
 _SAME_AS_INPUT = frozenset({"GroupNormalization"})
 
-_BITS = {
+_BITS: Mapping[int, int] = {
     **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
     **dict.fromkeys((TensorProto.INT2, TensorProto.UINT2), 2),
 }

@@ -160,12 +160,9 @@ def test_composite_operators_count_as_their_definition(
     assert work.flops == pytest.approx(expanded.flops, rel=0.3)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_exported_models_count_as_in_torch(
-    kind: str, tiny_sources: dict[str, Path], tiny_bundles: dict[str, Path]
-) -> None:
+def test_exported_models_count_as_in_torch(tiny_sources: dict[str, Path], tiny_bundles: dict[str, Path]) -> None:
     """The products of text encoder, denoiser and decoder are exactly those that torch counts of the source."""
-    source, bundle = tiny_sources[kind], Bundle.open(tiny_bundles[kind])
+    source, bundle = tiny_sources["sd1"], Bundle.open(tiny_bundles["sd1"])
     found = bundle_work(bundle, FORM, images=3, guided=True, width=48, height=32, steps=5)
     text = CLIPTextModel.from_pretrained(source / "text_encoder")
     unet = UNet2DConditionModel.from_pretrained(source / "unet")
@@ -179,8 +176,8 @@ def test_exported_models_count_as_in_torch(
         "vae_decoder": flops_of(vae.decode, torch.zeros(3, *latent)),
     }
     assert {name: found[name].work.products for name in expected} == expected
-    # What torch leaves out is little even in so small a model, and there.
-    assert all(1.002 < work.flops / work.products < 1.2 for work, _, _ in map(found.get, expected) if work)
+    # What torch leaves out is there, and little even in so small a model.
+    assert all(1.002 < found[name].work.flops / found[name].work.products < 1.2 for name in expected)
 
 
 def test_stages_share_the_work_of_the_whole_denoiser(tiny_bundles: dict[str, Path]) -> None:
@@ -205,7 +202,7 @@ def test_guidance_shares_work(tiny_bundles: dict[str, Path]) -> None:
     assert plain[0].bytes < 2 * plain[1].bytes  # the weights are read once
 
 
-@pytest.mark.parametrize(("loop", "guided"), [("fused", True), ("fused", False), ("plain", True)])
+@pytest.mark.parametrize(("loop", "guided"), [("fused", True), ("plain", False)])
 def test_what_is_counted_is_what_a_pipeline_runs(
     loop: str, guided: bool, tiny_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,9 +229,13 @@ def test_what_is_counted_is_what_a_pipeline_runs(
 def record(engine: Engine, path: Path, seen: list[Work], monkeypatch: pytest.MonkeyPatch) -> None:
     """Count every call of an engine by the shapes of its inputs."""
     run = engine.run
+    known: dict[str, Work] = {}
 
     def counted(feeds: Mapping[str, Any]) -> Any:
-        seen.append(count(path, {name: array.shape for name, array in feeds.items()}))
+        shapes = {name: array.shape for name, array in feeds.items()}
+        if str(shapes) not in known:
+            known[str(shapes)] = count(path, shapes)
+        seen.append(known[str(shapes)])
         return run(feeds)
 
     monkeypatch.setattr(engine, "run", counted)
