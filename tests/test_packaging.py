@@ -31,7 +31,8 @@ def test_every_layer_is_mapped_and_typed() -> None:
     """The mapping and the typing marker cover the four layers; there is no latentrt folder."""
     mapping = {f"latentrt.{layer}": layer for layer in LAYERS}
     assert PROJECT["tool"]["setuptools"]["package-dir"] == mapping
-    assert PROJECT["tool"]["setuptools"]["package-data"] == {name: ["py.typed"] for name in mapping}
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    assert {name: data[name] for name in mapping} == {name: ["py.typed"] for name in mapping}
     assert all((ROOT / layer / "py.typed").is_file() for layer in LAYERS)
     assert not (ROOT / "latentrt").exists()
 
@@ -52,8 +53,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_the_layers_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    """Every module and typing marker, its metadata, no test and no example."""
+    """Every module and typing marker, what the data patterns name, its metadata, no test and no example."""
     files = {path for layer in LAYERS for path in (ROOT / layer).rglob("*") if path.suffix in (".py", ".typed")}
+    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        named = [set(folder.glob(pattern)) for pattern in patterns]
+        assert all(named), f"{package}: a pattern of its package-data names no file"
+        files.update(*named)
     expected = {f"latentrt/{path.relative_to(ROOT).as_posix()}" for path in files}
     actual = {
         name for name in wheel.namelist() if not name.startswith(f"latentrt-{PROJECT['project']['version']}.dist-")

@@ -1,5 +1,7 @@
 """Start the program of a peer: ``<its environment>/bin/python .../peers/launch.py NAME``.
 
+With ``SOURCE TARGET`` after the name it converts a checkpoint and ends, see :mod:`.conversion`.
+
 The folder is loaded as a package under a name of its own, from its path, so that the programs share :mod:`.wire` and no
 module here is found under the name of a library.
 """
@@ -14,8 +16,8 @@ from pathlib import Path
 PACKAGE = "latentrt_peers"
 
 
-def main(name: str) -> int:
-    """Serve the contender of the module ``name``."""
+def main(name: str, *paths: str) -> int:
+    """Serve the contender of the module ``name``, or convert with it."""
     folder = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
     spec = importlib.util.spec_from_file_location(
@@ -26,11 +28,16 @@ def main(name: str) -> int:
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
-    wire = importlib.import_module(f"{PACKAGE}.wire")
     peer = importlib.import_module(f"{PACKAGE}.{name}")
-    status: int = wire.serve(peer.Contender)
+    status: int
+    if paths:
+        conversion = importlib.import_module(f"{PACKAGE}.conversion")
+        status = conversion.main(peer.convert, *paths)
+    else:
+        wire = importlib.import_module(f"{PACKAGE}.wire")
+        status = wire.serve(peer.Contender)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

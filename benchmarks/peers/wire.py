@@ -6,6 +6,7 @@ aside and what they print goes to standard error. Standard library only: this ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -18,6 +19,15 @@ from typing import Any, Protocol, TextIO
 UNSUPPORTED, FAILED, MEMORY = "unsupported", "failed", "memory"
 """Kinds of failure: the library cannot do it; it should have, and did not; it ran out of memory."""
 
+# PyTorch on a CPU, ONNX Runtime, and what C++ and the system say.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "failed to allocate memory",
+    "bad_alloc",
+    "cannot allocate memory",
+    "out of memory",
+)
+
 
 class UnsupportedError(Exception):
     """The library cannot do what the job asks for; the message is one sentence."""
@@ -26,8 +36,8 @@ class UnsupportedError(Exception):
 class Contender(Protocol):
     """What is measured.
 
-    ``open`` and ``draw`` return what the harness is told, see ``docs/benchmarks.md``; both raise :class:`UnsupportedError`
-    for what the library has not got.
+    ``open`` and ``draw`` return what the harness is told, see ``docs/benchmarks.md``; both raise
+    :class:`UnsupportedError` for what the library has not got.
     """
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -49,8 +59,11 @@ def serve(make: Callable[[], Contender]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+    requests = os.fdopen(os.dup(0), encoding="utf-8")  # what a library starts must not read them
+    with open(os.devnull, encoding="ascii") as nothing:
+        os.dup2(nothing.fileno(), 0)
     contender, job = make(), {}
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         try:
             if request["do"] == "open":
@@ -64,12 +77,11 @@ def serve(make: Callable[[], Contender]) -> int:
                 return 0
             _say(answers, {"ok": True, **answer})
         except UnsupportedError as error:
-            _say(answers, {"ok": False, "kind": UNSUPPORTED, "error": _sentence(error)})
-        except MemoryError as error:
-            _say(answers, {"ok": False, "kind": MEMORY, "error": _sentence(error)})
+            _say(answers, {"ok": False, "kind": UNSUPPORTED, "error": sentence(error)})
         except Exception as error:  # noqa: BLE001 - whatever a library raises is this contender's result
             traceback.print_exc()
-            _say(answers, {"ok": False, "kind": FAILED, "error": _sentence(error)})
+            kind = MEMORY if _lacks_memory(error) else FAILED
+            _say(answers, {"ok": False, "kind": kind, "error": sentence(error)})
     return 0
 
 
@@ -84,6 +96,11 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """Most memory of this process that was resident at a time."""
+    # Linux starts ru_maxrss of a new program at the peak of the process that started it; VmHWM is this program's own.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
@@ -95,7 +112,15 @@ def _say(answers: TextIO, answer: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _sentence(error: BaseException) -> str:
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether memory is what a library ran out of; most say so in a RuntimeError of their own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
+        return True
+    text = str(error).lower()
+    return any(phrase in text for phrase in _NO_MEMORY)
+
+
+def sentence(error: BaseException) -> str:
     """The error in one line of a bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     named = text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"

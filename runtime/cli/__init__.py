@@ -49,6 +49,7 @@ COMMANDS = {
     "generate": Entry("latentrt.runtime.cli.generate", "draw pictures with a bundle"),
     "inspect": Entry("latentrt.runtime.cli.inspect", "show what a bundle holds"),
     "verify": Entry("latentrt.exporter.cli.verify", "compare a bundle with the model it was built from", "export"),
+    "bench": Entry("latentrt.benchmarks.cli", "measure time, memory and quality, beside other runtimes", "bench"),
     "doctor": Entry("latentrt.runtime.cli.doctor", "show what can run here, and what is missing"),
 }
 

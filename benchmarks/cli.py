@@ -1,0 +1,211 @@
+"""``latentrt bench``: time, memory and quality of a bundle, beside PyTorch and other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
+from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.cli.console import print_json
+from latentrt.runtime.engine_choice import choose_graph
+from latentrt.runtime.engine_probe import PRESENT, SUPPORTED, probe
+from latentrt.runtime.request import Request
+from latentrt.runtime.samplers import SAMPLERS
+
+from .assemble import Assembly
+from .builds import build
+from .contenders import ON_CPU, Contender, chosen, ours
+from .contest import RELOADED, RESIDENT, Contest, Settings
+from .job import Job
+from .machine import describe
+from .peers.environments import default_root
+from .report.compare import compare, to_text
+from .report.document import read
+
+SCENARIOS = ("SingleStream", "Offline", "Server")
+"""MLPerf's scenarios that can be run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="directory that build-engine wrote")
+    parser.add_argument(
+        "--source", type=Path, metavar="DIR", help="the diffusers directory it was built from, for peers"
+    )
+    parser.add_argument("--build", action="store_true", help="build the bundle for each contender first, and time that")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        help="latentrt-ENGINE-PRECISION, a peer, or peers for all of them; default: what the bundle has",
+    )
+    parser.add_argument("--prompt", default="a red apple", metavar="TEXT", help="what to draw; default: %(default)s")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampler steps; default: the bundle's")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="euler", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; default: the bundle's")
+    parser.add_argument("--seed", type=int, default=7, metavar="S", help="default: %(default)s")
+    parser.add_argument("--width", type=int, metavar="W", help="in pixels; default: the bundle's")
+    parser.add_argument("--height", type=int, metavar="H", help="in pixels; default: the bundle's")
+    parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures of a request; default: 1")
+    parser.add_argument(
+        "--batches", type=_numbers, default=(), metavar="K,K,...", help="measure throughput at these too"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="T", help="on a CPU; default: each library's choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where peers run; default: cuda where there is a GPU")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="pictures of each that count; default: 10")
+    parser.add_argument("--warm-up", type=int, default=5, metavar="N", help="most pictures before that; default: 5")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further round after that")
+    parser.add_argument(
+        "--residency",
+        choices=("auto", RESIDENT, RELOADED),
+        default="auto",
+        help="keep all models in memory, or open each for its turn; auto: what memory allows",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="SECONDS", help="for one answer; default: 3600"
+    )
+    parser.add_argument(
+        "--extrapolate", type=int, metavar="N", help="also estimate the time of N steps from the measured"
+    )
+    parser.add_argument("--no-ceilings", action="store_true", help="do not measure what the machine could do at most")
+    parser.add_argument("--loadgen", nargs="+", choices=SCENARIOS, default=(), help="MLPerf runs to add")
+    parser.add_argument(
+        "--loadgen-seconds", type=float, default=60.0, metavar="S", help="least length of one; default: 60"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where reports go; default: bench-BUNDLE")
+    parser.add_argument(
+        "--workspace", type=Path, metavar="DIR", help="where peers keep the model; default: in the output"
+    )
+    parser.add_argument("--peers-root", type=Path, metavar="DIR", help="where peers' environments are kept")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two reports instead")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, or compare what was measured; returns 1 where something has become slower."""
+    if arguments.compare:
+        return _compare(*arguments.compare, as_json=arguments.json)
+    if arguments.bundle is None:
+        raise InvalidRequestError("name the bundle to measure, or two reports with --compare")
+    tell: Callable[[str], None] = (lambda _: None) if arguments.json else (lambda text: print(text, flush=True))
+    settings = _settings(arguments)
+    folder = arguments.output or Path(f"bench-{arguments.bundle.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    built: dict[str, float] = {}
+    if arguments.build:
+        if not arguments.contenders or arguments.width is None or arguments.height is None:
+            raise InvalidRequestError("--build needs --contenders, --width and --height, to know what to build")
+        named = chosen(arguments.contenders)
+        built = build(_job(arguments, folder, None), named, tell)
+    bundle = Bundle.open(arguments.bundle)
+    job = _job(arguments, folder, bundle)
+    contenders = chosen(arguments.contenders) if arguments.contenders else fitting(bundle, job.device)
+    if not contenders:
+        raise EngineUnavailableError("no engine can run this bundle here; `latentrt doctor` says why")
+    assembly = Assembly(bundle, job, settings, machine, folder, extrapolate=arguments.extrapolate, built=built)
+    contest = Contest(
+        job,
+        contenders,
+        settings,
+        folder=folder,
+        peers=arguments.peers_root or default_root(),
+        tell=tell,
+        save=lambda: assembly.save(contest, ended="the run was still going on"),
+    )
+    try:
+        contest.run()
+        if not arguments.no_ceilings:
+            tell("measuring what this machine can do at most")
+            assembly.measure_ceilings(job.threads)
+        for scenario in arguments.loadgen:
+            tell(f"MLPerf {scenario}")
+            assembly.run_loadgen(contest, scenario, arguments.loadgen_seconds)
+            assembly.save(contest, ended="the run was still going on")
+    except KeyboardInterrupt:
+        assembly.save(contest, ended="the run was interrupted")
+        tell(f"what was measured until then is in {folder / 'report.json'}")
+        raise
+    report = assembly.save(contest)
+    if arguments.json:
+        print_json(report)
+    else:
+        print(f"\n{(folder / 'report.md').read_text(encoding='utf-8')}")
+        print(f"reports: {folder / 'report.html'}, report.md and report.json beside it")
+    return 0
+
+
+def fitting(bundle: Bundle, device: str) -> list[Contender]:
+    """LatentRT's contenders that the bundle has graphs for and that can run here."""
+    found = []
+    for engine, precisions in SUPPORTED.items():
+        if (device == "cpu") != (engine in ON_CPU) or probe(engine).state != PRESENT:
+            continue
+        for precision in precisions:
+            stored = "fp32" if (engine, precision) == ("openvino", "bf16") else precision
+            try:
+                choose_graph(bundle.manifest.components["vae_decoder"], engine, stored)
+            except (LookupError, ValueError):
+                continue
+            found.append(ours(engine, precision))
+    return found
+
+
+def _compare(old: Path, new: Path, *, as_json: bool) -> int:
+    comparison = compare(read(old), read(new))
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        print(to_text(comparison))
+    return 1 if comparison.regressions else 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    for name, least in (("rounds", 1), ("warm_up", 0), ("extrapolate", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise InvalidRequestError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+    for name in ("budget", "timeout", "loadgen_seconds"):
+        if (value := getattr(arguments, name)) is not None and not value > 0:
+            raise InvalidRequestError(f"--{name.replace('_', '-')} is {value}, expected a number of seconds above 0")
+    return Settings(
+        rounds=arguments.rounds,
+        warm_up=arguments.warm_up,
+        batches=arguments.batches,
+        budget=arguments.budget,
+        residency=arguments.residency,
+        timeout=arguments.timeout,
+    )
+
+
+def _job(arguments: argparse.Namespace, folder: Path, bundle: Bundle | None) -> Job:
+    """The job, checked as a request is where there is a bundle to check it against."""
+    asked = {name: getattr(arguments, name) for name in ("negative_prompt", "steps", "guidance", "seed", "sampler")}
+    asked |= {name: getattr(arguments, name) for name in ("width", "height", "images")}
+    if bundle is not None:
+        request = Request.create(bundle.manifest, arguments.prompt, **asked)
+        request.compile_plan(bundle.manifest.scheduler)
+        asked = {name: getattr(request, name) for name in asked}
+    if arguments.threads < 0:
+        raise InvalidRequestError(f"--threads is {arguments.threads}, expected 0 or more")
+    workspace = arguments.workspace or folder / "workspace"
+    workspace.mkdir(parents=True, exist_ok=True)
+    return Job(
+        source=arguments.source and arguments.source.resolve(),
+        bundle=arguments.bundle.resolve(),
+        workspace=workspace.resolve(),
+        prompt=arguments.prompt,
+        threads=arguments.threads,
+        device=arguments.device or ("cuda" if cuda_devices() else "cpu"),
+        **asked,
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 2,4")
+    return tuple(map(int, text.split(",")))

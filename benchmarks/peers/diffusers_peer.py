@@ -1,0 +1,113 @@
+"""diffusers' StableDiffusionPipeline on PyTorch, eager or compiled. Environment: ``diffusers``.
+
+Options: ``dtype`` (``"fp32"``, ``"fp16"``, ``"bf16"``), ``compile`` (True, or a mode of ``torch.compile``) and
+``channels_last`` (a memory layout that convolutions may be faster in).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from . import wire
+from .drawing import CudaClock, Drawing, HostClock, check_options, scheduler, versions
+
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("fp32", "fp16", "bf16"),
+    "compile": (False, True, "reduce-overhead", "max-autotune"),
+    "channels_last": (False, True),
+}
+
+
+class Contender:
+    """The pipeline, opened from the checkpoint as it is."""
+
+    def __init__(self) -> None:
+        self._drawing: Drawing | None = None
+        self._device = "cpu"
+
+    def open(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Load the pipeline; what torch.compile does, it does in the first draw of a size."""
+        options, source = job["options"], Path(job["source"])
+        check_options(options, _OPTIONS)
+        compiled, notes = options.get("compile", False), []
+        if compiled:
+            notes += _keep_compiled(Path(job["workspace"]))
+        begin = time.perf_counter()
+        import torch
+        from diffusers import StableDiffusionPipeline
+
+        imported = time.perf_counter()
+        self._device = job["device"]
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise wire.UnsupportedError(f"PyTorch {torch.__version__} finds no CUDA device")
+        if job["threads"]:
+            torch.set_num_threads(job["threads"])
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.get("dtype", "fp32")]
+        pipe = StableDiffusionPipeline.from_pretrained(
+            source,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+        pipe.scheduler = scheduler(job["sampler"], pipe.scheduler.config)
+        pipe.to(self._device)
+        if options.get("channels_last"):
+            pipe.unet.to(memory_format=torch.channels_last)
+            pipe.vae.to(memory_format=torch.channels_last)
+        if compiled:
+            mode = None if compiled is True else compiled
+            pipe.unet.compile(mode=mode)
+            pipe.vae.decoder.compile(mode=mode)
+        self._drawing = Drawing(pipe, CudaClock() if self._device == "cuda" else HostClock())
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return {
+            "import_seconds": imported - begin,
+            "load_seconds": time.perf_counter() - imported,
+            "compile_seconds": None,
+            "prepare_seconds": None,
+            "versions": versions("diffusers", "transformers", "torch"),
+            "device": torch.cuda.get_device_name() if self._device == "cuda" else "cpu",
+            "disk_bytes": _weights(source),
+            "notes": notes,
+            **self._device_memory(),
+        }
+
+    def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+        """Draw."""
+        if self._drawing is None:
+            raise RuntimeError("nothing is open")
+        return {**self._drawing.draw(request, job), **self._device_memory()}
+
+    def close(self) -> None:
+        """Let go of the pipeline."""
+        self._drawing = None
+
+    def _device_memory(self) -> dict[str, Any]:
+        if self._device != "cuda":
+            return {}
+        import torch
+
+        return {"device_peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def _keep_compiled(workspace: Path) -> list[str]:
+    """Let torch.compile keep what it compiles in the workspace, and say whether it finds anything there."""
+    folder = workspace / "torch-compile"
+    found = folder.is_dir() and any(folder.iterdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    state = "held code from before" if found else "was empty"
+    return [f"torch.compile compiles in the first picture of a size; its cache {state}."]
+
+
+def _weights(source: Path) -> int:
+    """Bytes of the weights that are loaded; files of a variant (``model.fp16.safetensors``) are not."""
+    files = [path for part in ("text_encoder", "unet", "vae") for path in (source / part).glob("*.safetensors")]
+    return sum(path.stat().st_size for path in files if path.stem.count(".") == 0)

@@ -1,0 +1,224 @@
+"""Figures of a report as people are shown them: what a picture takes, what that is to the reference, and their text.
+
+Markdown, page and README take them from here, so that all three say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .document import Ceilings, ContenderReport, Interval, Report
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A median and its interval.
+
+    Attributes:
+        median: The figure.
+        low: Lower end of its interval.
+        high: Upper end.
+        steps: Steps that it was extrapolated to; ``None`` for a figure that was measured as it stands.
+    """
+
+    median: float
+    low: float
+    high: float
+    steps: int | None = None
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether it was not measured as it stands."""
+        return self.steps is not None
+
+
+def ordered(report: Report) -> list[ContenderReport]:
+    """All contenders: the fastest picture first, those without one last, in the report's order."""
+    times = [picture(contender) for contender in report["contenders"]]
+    keys = [math.inf if time is None else time.median for time in times]
+    return [report["contenders"][index] for index in sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def reference(report: Report) -> ContenderReport | None:
+    """The contender that the others are compared with."""
+    name = report["reference"]["contender"] if report["reference"] is not None else None
+    return next((contender for contender in report["contenders"] if contender["name"] == name), None)
+
+
+def measured_steps(report: Report, contender: ContenderReport) -> int:
+    """Steps of the pictures that were timed."""
+    steps = contender["samples"]["step"]
+    return len(steps[0]) if steps and steps[0] else report["job"]["steps"]
+
+
+def picture(contender: ContenderReport) -> Figure | None:
+    """Seconds from prompt to pixels: as extrapolated where that was done, else as measured."""
+    if (extrapolated := contender["extrapolated"]) is not None:
+        return _figure(extrapolated["seconds"], extrapolated["steps"])
+    return _figure(contender["summary"]["total"]) if "total" in contender["summary"] else None
+
+
+def step(contender: ContenderReport) -> Figure | None:
+    """Seconds of a step."""
+    return _figure(contender["summary"]["step"]) if "step" in contender["summary"] else None
+
+
+def decode(contender: ContenderReport) -> Figure | None:
+    """Seconds of the VAE's decoder."""
+    return _figure(contender["summary"]["vae_decoder"]) if "vae_decoder" in contender["summary"] else None
+
+
+def picture_ratio(report: Report, contender: ContenderReport) -> Figure | None:
+    """How many times faster than the reference a picture is drawn.
+
+    Where pictures were measured, this is the report's own ratio, taken in pairs. Where they are extrapolated, it is the
+    quotient of the two extrapolated medians; its interval is the widest that the two intervals allow.
+    """
+    other = reference(report)
+    mine, theirs = picture(contender), picture(other) if other is not None else None
+    if mine is None or theirs is None or mine.median <= 0 or mine.low <= 0:
+        return None
+    if not (mine.extrapolated or theirs.extrapolated):
+        return _figure(contender["ratios"]["total"]) if "total" in contender["ratios"] else None
+    ratio = theirs.median / mine.median
+    if contender is other:
+        return Figure(1.0, 1.0, 1.0, mine.steps)
+    return Figure(ratio, theirs.low / mine.high, theirs.high / mine.low, mine.steps or theirs.steps)
+
+
+def fastest(report: Report, kind: str) -> ContenderReport | None:
+    """The contender of a kind that draws a picture fastest."""
+    return next((c for c in ordered(report) if c["kind"] == kind and picture(c) is not None), None)
+
+
+def rates(ceilings: Ceilings) -> dict[str, float]:
+    """Operations a second of products of matrices, by precision, as far as measured."""
+    return {
+        precision: entry["flops_per_second"]
+        for precision, entry in ceilings["matmul"].items()
+        if "flops_per_second" in entry
+    }
+
+
+def picture_title(report: Report) -> str:
+    """What :func:`picture` is the time of, e.g. ``picture`` or ``picture of 20 steps``."""
+    images = report["job"]["images"]
+    title = "picture" if images == 1 else f"{images} pictures"
+    steps = {contender["extrapolated"]["steps"] for contender in report["contenders"] if contender["extrapolated"]}
+    return f"{title} of {steps.pop()} steps" if len(steps) == 1 else title
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits and no exponent, e.g. ``0.0412``, ``4.12``, ``412``, ``4123``."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    # Rounding may have carried into one more digit: 0.9996 is 1.00, not 1.000.
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(float(text)))))}f}" if float(text) else text
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit that a column or a plot is in, so that its figures can be compared by eye.
+
+    Attributes:
+        name: Its symbol.
+        factor: Seconds times this are that unit.
+    """
+
+    name: str
+    factor: float
+
+    def text(self, value: float, digits: int = 3) -> str:
+        """The number alone."""
+        return significant(value * self.factor, digits)
+
+    def interval(self, figure: Figure) -> str:
+        """The interval alone, with as many decimals as it needs, e.g. ``[40.1, 42.0]``."""
+        return f"[{self.text(figure.low)}, {self.text(figure.high)}]"
+
+
+def unit_for(figures: Iterable[Figure | None]) -> Unit:
+    """Milliseconds where most figures are below half a second, else seconds."""
+    medians = sorted(figure.median for figure in figures if figure is not None)
+    return Unit("ms", 1e3) if medians and medians[len(medians) // 2] < 0.5 else Unit("s", 1.0)
+
+
+def seconds(value: float | None, missing: str = "-") -> str:
+    """A duration on its own, e.g. ``12.3 ms``, ``4.56 s`` or ``12.3 min``."""
+    if value is None:
+        return missing
+    if value < 1:
+        return f"{significant(value * 1e3)} ms"
+    return f"{significant(value)} s" if value < 600 else f"{significant(value / 60)} min"
+
+
+def size(count: float | None, missing: str = "-") -> str:
+    """Bytes in decimal units, e.g. ``43.7 MB``."""
+    if count is None:
+        return missing
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{significant(count)} {unit}"
+        count /= 1000
+    return f"{significant(count)} GB"
+
+
+def rate(value: float, unit: str = "FLOP/s") -> str:
+    """A rate, e.g. ``131 GFLOP/s``."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{significant(value)} {prefix}{unit}"
+        value /= 1000
+    return f"{significant(value)} T{unit}"
+
+
+def count(value: int) -> str:
+    """A number of parameters, e.g. ``860 million``."""
+    for name, factor in (("billion", 1e9), ("million", 1e6)):
+        if value >= factor:
+            return f"{significant(value / factor)} {name}"
+    return str(value)
+
+
+def job_text(report: Report) -> str:
+    """What was drawn, in a line."""
+    job = report["job"]
+    pictures = "a picture" if job["images"] == 1 else f"{job['images']} pictures at once"
+    threads = "the libraries' own number of threads" if job["threads"] == 0 else f"{job['threads']} threads"
+    steps = "1 step" if job["steps"] == 1 else f"{job['steps']} steps"
+    return (
+        f"{pictures} of {job['width']}x{job['height']}, {steps} of {job['sampler']}, "
+        f"guidance {job['guidance']:g}, {threads}, {job['device']}"
+    )
+
+
+def machine_text(report: Report) -> str:
+    """The machine, in a line."""
+    machine = report["machine"]
+    cpus = "1 CPU" if machine["cpus"] == 1 else f"{machine['cpus']} CPUs"
+    return ", ".join([machine["processor"], cpus, f"{size(machine['memory_bytes'])} of memory", *machine["gpus"]])
+
+
+def noise_text(report: Report) -> str:
+    """How steady the machine was, in a sentence."""
+    control = report["control"]
+    if control["cv"] is None:
+        return "How steady the machine was is not known: the control ran fewer than two times."
+    return f"The control, {control['what']}, varied by {100 * control['cv']:.1f} % (coefficient of variation)."
+
+
+def extrapolation_text(report: Report, contender: ContenderReport) -> str:
+    """How a picture's figure came about, empty if it was measured as it stands."""
+    extrapolated = contender["extrapolated"]
+    if extrapolated is None:
+        return ""
+    steps = measured_steps(report, contender)
+    return f"{extrapolated['steps']} steps, extrapolated from {steps} step{'s' * (steps != 1)}"
+
+
+def _figure(interval: Interval, steps: int | None = None) -> Figure:
+    return Figure(interval["median"], interval["low"], interval["high"], steps)

@@ -1,0 +1,70 @@
+"""Medians with intervals, from raw samples.
+
+Intervals are bootstrap percentile intervals of the median (Efron and Tibshirani 1993, "An Introduction to the
+Bootstrap", chapter 13). They say how well the run's own samples fix the median; what differs between runs (another
+program, another temperature) is not in them, which is why reports keep the control's samples too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .report.document import Interval, Summary
+
+CONFIDENCE = 0.95
+"""Share of intervals that hold the true median."""
+
+RESAMPLES = 2000
+"""Bootstrap samples drawn for an interval."""
+
+_SEED = 0
+
+
+def bootstrap(rounds: Sequence[Sequence[float]], statistic: Callable[[NDArray[np.float64]], float]) -> Interval:
+    """A statistic of all samples and its interval; rounds are drawn whole, since samples within one are alike.
+
+    Args:
+        rounds: Samples of each round, in any unit; at least one.
+        statistic: From samples to a number.
+    """
+    groups = [np.asarray(group, np.float64) for group in rounds if len(group)]
+    generator = np.random.default_rng(_SEED)
+    drawn = generator.integers(0, len(groups), (RESAMPLES, len(groups)))
+    values = [statistic(np.concatenate([groups[number] for number in row])) for row in drawn]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"median": statistic(np.concatenate(groups)), "low": float(low), "high": float(high)}
+
+
+def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
+    """The median of all samples and its interval."""
+    return bootstrap(rounds, _median)
+
+
+def summarize(rounds: Sequence[Sequence[float]]) -> Summary:
+    """Median, interval, percentiles and coefficient of variation of seconds, grouped by round."""
+    samples = np.concatenate([np.asarray(group, np.float64) for group in rounds if len(group)])
+    p50, p90, p99 = (float(value) for value in np.quantile(samples, [0.5, 0.9, 0.99]))
+    interval = median_interval(rounds)
+    return {
+        "median": interval["median"],
+        "low": interval["low"],
+        "high": interval["high"],
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+        "cv": variation(samples),
+        "count": len(samples),
+    }
+
+
+def variation(samples: Sequence[float] | NDArray[np.float64]) -> float:
+    """Coefficient of variation: standard deviation over mean; 0 of a single sample."""
+    values = np.asarray(samples, np.float64)
+    return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
+
+
+def _median(samples: NDArray[np.float64]) -> float:
+    return float(np.median(samples))
