@@ -106,6 +106,22 @@ class LoadgenRun(TypedDict):
     notes: list[str]
 
 
+def fewest_queries(scenario: str, percentile: float | None = None) -> int:
+    """:data:`FEWEST_QUERIES`, and for Server at any percentile.
+
+    Args:
+        scenario: One of :data:`SCENARIOS`.
+        percentile: Server: share of queries that must not be late; ``None`` is MLPerf's 0.99.
+
+    Raises:
+        InvalidRequestError: if the percentile is no share.
+    """
+    if scenario != "Server" or percentile is None:
+        return FEWEST_QUERIES[scenario]
+    _check_percentile(percentile)
+    return math.ceil(math.log(0.01) / math.log(percentile))
+
+
 def run_loadgen(
     pipeline: Pipeline,
     scenario: str,
@@ -139,7 +155,7 @@ def run_loadgen(
         height: In pixels.
         seed: Of every picture's noise.
         min_duration_seconds: How long the run is to take at least.
-        min_queries: How many queries there are to be at least; :data:`FEWEST_QUERIES` says what it takes to be valid.
+        min_queries: How many queries there are to be at least; :func:`fewest_queries` says what it takes to be valid.
         directory: Where loadgen writes its logs, over those that are there.
         target_qps: Server: queries a second. Else pictures a second to expect, from which loadgen reckons how many
             queries fill the duration; ``None`` for 1.25 times the fastest of the warm-up.
@@ -387,14 +403,19 @@ def _check(
     for name, count in {"min_queries": queries, "batch": batch}.items():
         if type(count) is not int or count < 1:
             raise InvalidRequestError(f"{name} is {count!r}, expected a whole number from 1 on")
-    if percentile is not None and not 0 < percentile < 1:
-        raise InvalidRequestError(f"percentile is {percentile!r}, expected a share between 0 and 1, such as 0.99")
+    if percentile is not None:
+        _check_percentile(percentile)
     if scenario == "SingleStream" and batch > 1:
         raise InvalidRequestError(f"batch is {batch}, and SingleStream has one query at a time; leave it at 1")
     if scenario == "Server" and (rate is None or latency is None):
         raise InvalidRequestError("Server needs a target_qps and a target_latency_seconds; give both")
     if scenario != "Server" and (latency is not None or percentile is not None):
         raise InvalidRequestError(f"{scenario} has no target latency; leave it and its percentile out")
+
+
+def _check_percentile(percentile: float) -> None:
+    if not 0 < percentile < 1:
+        raise InvalidRequestError(f"percentile is {percentile!r}, expected a share between 0 and 1, such as 0.99")
 
 
 def _clear(directory: Path) -> None:
@@ -483,6 +504,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, directory: Path) -> LoadgenRun:
     prompts = PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts)
+    queries = arguments.queries
+    if queries is None:
+        queries = fewest_queries(arguments.scenario, arguments.percentile)
     with Pipeline.load(
         arguments.bundle, arguments.engine, precision=arguments.precision, threads=arguments.threads, prompt_cache=0
     ) as pipeline:
@@ -497,7 +521,7 @@ def _run(arguments: argparse.Namespace, directory: Path) -> LoadgenRun:
             height=arguments.height,
             seed=arguments.seed,
             min_duration_seconds=arguments.duration,
-            min_queries=FEWEST_QUERIES[arguments.scenario] if arguments.queries is None else arguments.queries,
+            min_queries=queries,
             directory=directory,
             target_qps=arguments.qps,
             target_latency_seconds=arguments.latency,

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from scipy.stats import binom
 
-from latentrt.benchmarks.loadgen import FEWEST_QUERIES, SCENARIOS, LoadgenRun, main, parse_detail, run_loadgen
+from latentrt.benchmarks.loadgen import SCENARIOS, LoadgenRun, fewest_queries, main, parse_detail, run_loadgen
 from latentrt.engines import Array, FakeEngine, TensorSpec
 from latentrt.engines.errors import EngineError, EngineUnavailableError, InvalidRequestError, OutputError
 from latentrt.runtime import Bundle, Pipeline, Run
@@ -215,19 +215,25 @@ def test_offline_keeps_the_batch_full(
 # --- runs that are not valid
 
 
-@pytest.mark.parametrize("queries", [63, 64])
-def test_single_stream_needs_64_queries(fast: Callable[..., Pipeline], tmp_path: Path, queries: int) -> None:
-    """With one fewer, loadgen cannot be sure enough of the percentile."""
-    report = run(fast(), "SingleStream", tmp_path, min_queries=queries, min_duration_seconds=1e-3)
+@pytest.mark.parametrize("scenario", ["SingleStream", "Server"])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_valid_run_needs_so_many_queries(
+    fast: Callable[..., Pipeline], tmp_path: Path, scenario: str, missing: int
+) -> None:
+    """With one fewer, loadgen cannot be sure enough of the percentile, here the 90th for both."""
+    queries = fewest_queries(scenario, 0.9) - missing
+    report = run(fast(), scenario, tmp_path, min_queries=queries, min_duration_seconds=1e-3)
     assert report["result"]["queries"] == queries
-    assert report["valid"] == (queries == FEWEST_QUERIES["SingleStream"])
-    assert ("early_stopping_p90_seconds" in report["result"]) == report["valid"]
+    assert report["valid"] == (not missing)
+    assert f"Early stopping satisfied: {'NO' if missing else 'Yes'}" in report["summary"]
+    assert ("early_stopping_p90_seconds" in report["result"]) == (scenario == "SingleStream" and not missing)
 
 
-def test_the_fewest_queries_of_a_server_run() -> None:
-    """Were 1 % of all queries late, then 459 of them, and no fewer, would all be in time with less than 1 % chance."""
-    assert binom.cdf(0, FEWEST_QUERIES["Server"], 0.01) <= 0.01 < binom.cdf(0, FEWEST_QUERIES["Server"] - 1, 0.01)
-    assert binom.cdf(1, FEWEST_QUERIES["SingleStream"], 0.1) <= 0.01
+@pytest.mark.parametrize("percentile", [None, 0.9, 0.95])
+def test_the_fewest_queries_of_a_server_run(percentile: float | None) -> None:
+    """Were more late than allowed, so many queries, and no fewer, would all be in time with less than 1 % chance."""
+    queries, late = fewest_queries("Server", percentile), 1 - (percentile or 0.99)
+    assert binom.cdf(0, queries, late) <= 0.01 < binom.cdf(0, queries - 1, late)
 
 
 def test_late_answers_make_a_server_run_invalid(fast: Callable[..., Pipeline], tmp_path: Path) -> None:
@@ -370,5 +376,9 @@ def test_the_command_writes_a_report(
     shown = capsys.readouterr().out
     assert shown.startswith(report["summary"].strip())
     assert "No official MLPerf result" in shown
-    assert main([*command, "--qps", "-1"]) == 1
-    assert capsys.readouterr().err == "loadgen: target_qps is -1.0, expected a number above 0\n"
+    for wrong, message in (
+        (["--qps", "-1"], "target_qps is -1.0, expected a number above 0"),
+        (["--scenario", "Server", "--percentile", "99"], "percentile is 99.0, expected a share between 0 and 1"),
+    ):
+        assert main([*command, *wrong]) == 1
+        assert capsys.readouterr().err.startswith(f"loadgen: {message}")
