@@ -106,6 +106,22 @@ class LoadgenRun(TypedDict):
     notes: list[str]
 
 
+def fewest_queries(scenario: str, percentile: float | None = None) -> int:
+    """:data:`FEWEST_QUERIES`, and for Server at any percentile.
+
+    Args:
+        scenario: One of :data:`SCENARIOS`.
+        percentile: Server: share of queries that must not be late; ``None`` is MLPerf's 0.99.
+
+    Raises:
+        InvalidRequestError: if the percentile is no share.
+    """
+    if scenario != "Server" or percentile is None:
+        return FEWEST_QUERIES[scenario]
+    _check_percentile(percentile)
+    return math.ceil(math.log(0.01) / math.log(percentile))
+
+
 def run_loadgen(
     pipeline: Pipeline,
     scenario: str,
@@ -139,10 +155,10 @@ def run_loadgen(
         height: In pixels.
         seed: Of every picture's noise.
         min_duration_seconds: How long the run is to take at least.
-        min_queries: How many queries there are to be at least; :data:`FEWEST_QUERIES` says what it takes to be valid.
+        min_queries: How many queries there are to be at least; :func:`fewest_queries` says what it takes to be valid.
         directory: Where loadgen writes its logs, over those that are there.
-        target_qps: Server: queries a second. Offline: pictures a second to expect, from which loadgen reckons how
-            many queries fill the duration; ``None`` for 1.25 times what the warm-up shows.
+        target_qps: Server: queries a second. Else pictures a second to expect, from which loadgen reckons how many
+            queries fill the duration; ``None`` for 1.25 times the fastest of the warm-up.
         target_latency_seconds: Server: when a query is late.
         batch: Offline and Server: most pictures that are drawn together. They join and leave between steps.
         percentile: Server: share of queries that must not be late; ``None`` is MLPerf's 0.99.
@@ -162,8 +178,8 @@ def run_loadgen(
     options: RequestOptions = {"steps": steps, "guidance": guidance, "sampler": sampler, "seed": seed, "images": 1}
     options |= {"width": width, "height": height}
     drawer = _Drawer(pipeline, prompts, options, batch)
-    seconds, run = drawer.warm_up()
-    expected = target_qps or _SLACK * batch / seconds
+    run = drawer.warm_up(0.0 if target_qps else min(2.0, 0.1 * min_duration_seconds))
+    expected = target_qps or _SLACK * batch / min(drawer.warm_ups)
     settings: dict[str, Any] = {
         "min_duration_ms": max(1, round(1e3 * min_duration_seconds)),
         "min_query_count": min_queries,
@@ -195,7 +211,7 @@ def run_loadgen(
             "prompts": len(prompts),
             **{name: getattr(request, name) for name in ("steps", "guidance", "sampler", "width", "height", "seed")},
             "batch": batch,
-            "warm_up_seconds": seconds,
+            "warm_up_seconds": drawer.warm_ups,
             "expected_samples_per_second": expected,
             "loadgen": settings,
         },
@@ -228,21 +244,28 @@ def parse_detail(text: str) -> dict[str, float]:
 
 
 class _Drawer:
-    """Answers queries with pictures, as many together as the batch has room for."""
+    """Answers queries with pictures, as many together as the batch has room for.
+
+    Attributes:
+        warm_ups: Seconds that each batch of the warm-up took.
+    """
 
     def __init__(self, pipeline: Pipeline, prompts: Sequence[str], options: RequestOptions, batch: int) -> None:
         self._pipeline, self._prompts, self._options, self._batch = pipeline, prompts, options, batch
+        self.warm_ups: list[float] = []
 
-    def warm_up(self) -> tuple[float, Run]:
-        """Draw a full batch twice; returns the seconds that the second took, and one of its runs."""
-        for _ in range(2):
-            begin = time.perf_counter()
+    def warm_up(self, seconds: float) -> Run:
+        """Draw a full batch twice, and again until the time is up; returns one of the runs."""
+        begin = time.perf_counter()
+        while len(self.warm_ups) < 2 or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
             runs = [self._start(number % len(self._prompts)) for number in range(self._batch)]
             while not runs[0].done:
                 self._pipeline.advance(runs)
             for run in runs:
                 self._pipeline.finish(run)
-        return time.perf_counter() - begin, runs[0]
+            self.warm_ups.append(time.perf_counter() - start)
+        return runs[0]
 
     def answer(self, loadgen: _Loadgen) -> None:
         """Answer queries until the test is over."""
@@ -380,14 +403,19 @@ def _check(
     for name, count in {"min_queries": queries, "batch": batch}.items():
         if type(count) is not int or count < 1:
             raise InvalidRequestError(f"{name} is {count!r}, expected a whole number from 1 on")
-    if percentile is not None and not 0 < percentile < 1:
-        raise InvalidRequestError(f"percentile is {percentile!r}, expected a share between 0 and 1, such as 0.99")
+    if percentile is not None:
+        _check_percentile(percentile)
     if scenario == "SingleStream" and batch > 1:
         raise InvalidRequestError(f"batch is {batch}, and SingleStream has one query at a time; leave it at 1")
     if scenario == "Server" and (rate is None or latency is None):
         raise InvalidRequestError("Server needs a target_qps and a target_latency_seconds; give both")
     if scenario != "Server" and (latency is not None or percentile is not None):
         raise InvalidRequestError(f"{scenario} has no target latency; leave it and its percentile out")
+
+
+def _check_percentile(percentile: float) -> None:
+    if not 0 < percentile < 1:
+        raise InvalidRequestError(f"percentile is {percentile!r}, expected a share between 0 and 1, such as 0.99")
 
 
 def _clear(directory: Path) -> None:
@@ -452,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every picture's noise (default: %(default)s)")
     parser.add_argument("--duration", type=float, default=30, help="fewest seconds (default: %(default)s, MLPerf: 600)")
     parser.add_argument("--queries", type=int, help="fewest queries (default: as many as a valid run needs)")
-    parser.add_argument("--qps", type=float, help="Server: queries a second; Offline: pictures a second to expect")
+    parser.add_argument("--qps", type=float, help="Server: queries a second; else pictures a second to expect")
     parser.add_argument("--latency", type=float, help="Server: seconds that a query must be answered in")
     parser.add_argument("--percentile", type=float, help="Server: share of queries in time (default: MLPerf's 0.99)")
     parser.add_argument("--batch", type=int, default=1, help="most pictures drawn together (default: %(default)s)")
@@ -476,6 +504,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, directory: Path) -> LoadgenRun:
     prompts = PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts)
+    queries = arguments.queries
+    if queries is None:
+        queries = fewest_queries(arguments.scenario, arguments.percentile)
     with Pipeline.load(
         arguments.bundle, arguments.engine, precision=arguments.precision, threads=arguments.threads, prompt_cache=0
     ) as pipeline:
@@ -490,7 +521,7 @@ def _run(arguments: argparse.Namespace, directory: Path) -> LoadgenRun:
             height=arguments.height,
             seed=arguments.seed,
             min_duration_seconds=arguments.duration,
-            min_queries=FEWEST_QUERIES[arguments.scenario] if arguments.queries is None else arguments.queries,
+            min_queries=queries,
             directory=directory,
             target_qps=arguments.qps,
             target_latency_seconds=arguments.latency,
