@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder=folder,
         peers=arguments.peers_root or default_root(),
         tell=tell,
-        save=lambda: assembly.save(contest, ended="the run was still going on"),
+        save=lambda: assembly.save(contest, ended="the run was still going on", pages=False),
     )
     try:
         contest.run()
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         for scenario in arguments.loadgen:
             tell(f"MLPerf {scenario}")
             assembly.run_loadgen(contest, scenario, arguments.loadgen_seconds)
-            assembly.save(contest, ended="the run was still going on")
+            assembly.save(contest, ended="the run was still going on", pages=False)
     except KeyboardInterrupt:
         assembly.save(contest, ended="the run was interrupted")
         tell(f"what was measured until then is in {folder / 'report.json'}")
@@ -159,7 +160,7 @@ def fitting(bundle: Bundle, device: str) -> list[Contender]:
 def _compare(old: Path, new: Path, *, as_json: bool) -> int:
     comparison = compare(read(old), read(new))
     if as_json:
-        print_json(comparison.to_json())
+        print_json(asdict(comparison))
     else:
         print(to_text(comparison))
     return 1 if comparison.regressions else 0

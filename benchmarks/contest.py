@@ -137,7 +137,7 @@ class Contest:
         folder: Path,
         peers: Path,
         tell: Tell = lambda _: None,
-        save: Callable[[], None] = lambda: None,
+        save: Callable[[], object] = lambda: None,
     ) -> None:
         self.job, self.settings = job, settings
         self.entries = [Entry(contender) for contender in contenders]

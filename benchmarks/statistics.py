@@ -7,7 +7,7 @@ program, another temperature) is not in them, which is why reports keep the cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,24 +23,21 @@ RESAMPLES = 2000
 _SEED = 0
 
 
-def bootstrap(rounds: Sequence[Sequence[float]], statistic: Callable[[NDArray[np.float64]], float]) -> Interval:
-    """A statistic of all samples and its interval; rounds are drawn whole, since samples within one are alike.
+def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
+    """The median of all samples and its interval; rounds are drawn whole, since samples within one are alike.
 
     Args:
-        rounds: Samples of each round, in any unit; at least one.
-        statistic: From samples to a number.
+        rounds: Samples of each round, in any unit; at least one. Rounds may differ in length.
     """
     groups = [np.asarray(group, np.float64) for group in rounds if len(group)]
-    generator = np.random.default_rng(_SEED)
-    drawn = generator.integers(0, len(groups), (RESAMPLES, len(groups)))
-    values = [statistic(np.concatenate([groups[number] for number in row])) for row in drawn]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"median": statistic(np.concatenate(groups)), "low": float(low), "high": float(high)}
-
-
-def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
-    """The median of all samples and its interval."""
-    return bootstrap(rounds, _median)
+    table = np.full((len(groups), max(map(len, groups))), np.nan)
+    for row, group in zip(table, groups, strict=True):
+        row[: len(group)] = group
+    drawn = np.random.default_rng(_SEED).integers(0, len(groups), (RESAMPLES, len(groups)))
+    samples = table[drawn].reshape(RESAMPLES, -1)
+    medians = np.nanmedian(samples, axis=1) if np.isnan(table).any() else np.median(samples, axis=1)
+    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"median": float(np.median(np.concatenate(groups))), "low": float(low), "high": float(high)}
 
 
 def summarize(rounds: Sequence[Sequence[float]]) -> Summary:
@@ -64,7 +61,3 @@ def variation(samples: Sequence[float] | NDArray[np.float64]) -> float:
     """Coefficient of variation: standard deviation over mean; 0 of a single sample."""
     values = np.asarray(samples, np.float64)
     return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
-
-
-def _median(samples: NDArray[np.float64]) -> float:
-    return float(np.median(samples))

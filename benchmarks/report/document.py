@@ -297,6 +297,8 @@ class Loadgen(TypedDict):
     result: dict[str, Any]
     summary: str
     versions: dict[str, str]
+    settings: dict[str, Any]
+    notes: list[str]
 
 
 class Report(TypedDict):
