@@ -1,0 +1,366 @@
+"""The report as one HTML page that needs nothing else: style, plots, pictures and the report itself are in it.
+
+The page has no program in it and a content security policy that lets none run and nothing be loaded; everything that
+comes from outside (prompt, labels, reasons) is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from . import figures, plots
+from .document import ContenderReport, Report, ReportError, to_json
+from .figures import Figure, Unit
+
+SAME_PICTURE = 40.0
+"""PSNR in dB from which two pictures are called the same: an error of 2.5 of 255 levels."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_STAGE_SHAPES = {"step": "circle", "vae_decoder": "square", "text_encoder": "triangle", "prompt": "diamond"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a chart: a contender, its bar or why there is none."""
+
+    contender: ContenderReport
+    kind: str
+    svg: Markup | None
+    text: str
+    detail: str
+    quality: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Rows of bars with their axis."""
+
+    rows: list[Row]
+    axis: Markup
+    unit: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small plot of one contender."""
+
+    label: str
+    kind: str
+    text: str
+    svg: Markup
+
+
+def to_html(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
+    """The report as a page.
+
+    Args:
+        report: The report.
+        pictures: What contenders drew, by their names, as small PNG files.
+
+    Raises:
+        ReportError: if the report is not sound, a picture is of no contender of it, or is no PNG.
+    """
+    text = to_json(report)
+    style = files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    contenders = figures.ordered(report)
+    reference = figures.reference(report)
+    times = [figures.picture(contender) for contender in contenders]
+    steps = [figures.step(contender) for contender in contenders]
+    return _template().render(
+        report=report,
+        figures=figures,
+        style=Markup(style),
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+        contenders=contenders,
+        reference=reference,
+        tiles=_tiles(report),
+        picture_chart=_times(report, contenders, times, figures.picture_title(report)),
+        step_chart=_times(report, contenders, steps, "step"),
+        step_unit=figures.unit_for(steps),
+        picture_unit=figures.unit_for(times),
+        decode_unit=figures.unit_for(map(figures.decode, contenders)),
+        memory_chart=_memory(report, contenders),
+        traces=_traces(report, contenders),
+        throughput=_throughput(report, contenders),
+        roofline=_roofline(contenders, report),
+        pictures=_pictures(report, pictures or {}),
+        kind=lambda contender: _kind(report, contender),
+        extrapolations=sorted({figures.extrapolation_text(report, c) for c in contenders} - {""}),
+        options=lambda contender: json.dumps(contender["options"], ensure_ascii=False),
+        # In a script element only "<" can end anything; within JSON's strings it may be written thus.
+        embedded=Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")),
+        download=f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}",
+    )
+
+
+@cache
+def _template() -> Template:
+    source = files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def _kind(report: Report, contender: ContenderReport) -> str:
+    if report["reference"] is not None and contender["name"] == report["reference"]["contender"]:
+        return "reference" if contender["kind"] == "peer" else "ours"
+    return "ours" if contender["kind"] == "latentrt" else "peer"
+
+
+def _quality(contender: ContenderReport) -> str:
+    quality = contender["quality"]
+    if quality is None:
+        return ""
+    return "the same picture to the bit" if quality["psnr"] >= 100 else f"PSNR {quality['psnr']:.1f} dB"
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    """What to know first; what is fast without drawing the same picture is not put beside what does."""
+
+    def same(contender: ContenderReport) -> bool:
+        return contender["quality"] is not None and contender["quality"]["psnr"] >= SAME_PICTURE
+
+    drawn = [contender for contender in figures.ordered(report) if figures.picture(contender) is not None]
+    ours = [contender for contender in drawn if contender["kind"] == "latentrt"]
+    peers = [contender for contender in drawn if contender["kind"] == "peer"]
+    alike = next((contender for contender in ours if same(contender)), None)
+    tiles = []
+    if ours and ours[0] is not alike:
+        tiles.append(_tile(report, ours[0], "fastest LatentRT", _quality(ours[0]) or "its picture was not compared"))
+    if alike is not None:
+        tiles.append(_tile(report, alike, "fastest LatentRT with the same picture", _quality(alike)))
+    if peer := next(filter(same, peers), None):
+        detail = _quality(peer)
+        if alike is not None and (one := figures.picture(alike)) and (other := figures.picture(peer)):
+            ratio = other.median / one.median
+            detail = (
+                f"LatentRT is {ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as fast as LatentRT"
+            )
+        tiles.append(_tile(report, peer, "fastest peer with the same picture", detail))
+    cv = report["control"]["cv"]
+    if cv is not None:
+        tiles.append(
+            {
+                "value": f"{100 * cv:.1f} %",
+                "what": "noise of the machine",
+                "who": "coefficient of variation",
+                "detail": "of the control, the same work once a round",
+                "kind": "plain",
+            }
+        )
+    return tiles
+
+
+def _tile(report: Report, contender: ContenderReport, what: str, detail: str) -> dict[str, str]:
+    time, ratio = figures.picture(contender), figures.picture_ratio(report, contender)
+    assert time is not None
+    kind = _kind(report, contender)
+    who = contender["label"]
+    if ratio is not None and contender is not figures.reference(report):
+        detail = f"{ratio.median:.2f} times as fast as the reference; {detail}"
+    value = figures.seconds(time.median)
+    return {
+        "value": f"~ {value}" if time.extrapolated else value,
+        "what": what,
+        "who": who,
+        "detail": detail,
+        "kind": kind,
+    }
+
+
+def _times(
+    report: Report, contenders: Sequence[ContenderReport], times: Sequence[Figure | None], what: str
+) -> Chart | None:
+    known = [time for time in times if time is not None]
+    if not known:
+        return None
+    unit, top = figures.unit_for(known), max(time.high for time in known) * 1.02
+    base = figures.reference(report)
+    mark = next((t.median for c, t in zip(contenders, times, strict=True) if c is base and t is not None), None)
+    rows = []
+    for contender, time in zip(contenders, times, strict=True):
+        kind = _kind(report, contender)
+        if time is None:
+            told = contender["reason"] or f"it does not tell what a {what} takes"
+            rows.append(Row(contender, kind, None, told, contender["state"], ""))
+            continue
+        text, interval = f"{unit.text(time.median)} {unit.name}", unit.interval(time)
+        detail = figures.extrapolation_text(report, contender) if time.extrapolated else ""
+        title = (
+            f"{contender['label']}: {what} in {text}, interval {interval} {unit.name}{', ' if detail else ''}{detail}"
+        )
+        shape = plots.Bar(time.median, time.low, time.high, title, kind, time.extrapolated)
+        svg = Markup(plots.bar(shape, top, mark))
+        rows.append(Row(contender, kind, svg, text, detail or interval, _quality(contender)))
+    return Chart(rows, _axis(top, unit), unit.name)
+
+
+def _axis(top: float, unit: Unit) -> Markup:
+    places = plots.ticks(top)
+    return Markup(plots.axis(top, {place: f"{place * unit.factor:g} {unit.name}" for place in places}))
+
+
+def _memory(report: Report, contenders: Sequence[ContenderReport]) -> Chart | None:
+    most = [_peak(contender) for contender in contenders]
+    top = max(most, default=0) * 1.02
+    if top == 0:
+        return None
+    rows = []
+    for contender, peak in zip(contenders, most, strict=True):
+        memory, kind = contender["memory"], _kind(report, contender)
+        if memory is None:
+            rows.append(Row(contender, kind, None, contender["reason"] or "not measured", contender["state"], ""))
+            continue
+        device = memory["device_peak_bytes"]
+        loaded = f"{figures.size(memory['loaded_rss_bytes'])} loaded"
+        text = figures.size(memory["peak_rss_bytes"])
+        detail = loaded if device is None else f"{loaded}; {figures.size(device)} on the device"
+        title = f"{contender['label']}: {text} at most, {detail}"
+        shape = plots.Bar(memory["peak_rss_bytes"], 0, 0, title, kind, inner=memory["loaded_rss_bytes"])
+        svg = plots.bar(shape, top)
+        if device is not None:
+            svg += plots.bar(
+                plots.Bar(device, 0, 0, f"{contender['label']}: {figures.size(device)} on the device", kind), top
+            )
+        rows.append(Row(contender, kind, Markup(svg), text, detail, ""))
+    axis = plots.axis(top, {place: figures.size(place) if place else "0" for place in plots.ticks(top)})
+    return Chart(rows, Markup(axis), "")
+
+
+def _peak(contender: ContenderReport) -> int:
+    memory = contender["memory"]
+    return 0 if memory is None else max(memory["peak_rss_bytes"], memory["device_peak_bytes"] or 0)
+
+
+def _traces(report: Report, contenders: Sequence[ContenderReport]) -> list[Panel]:
+    """Each contender's steps: the median over rounds, and the quartiles about it."""
+    having = [contender for contender in contenders if contender["samples"]["step"]]
+    lines = []
+    for contender in having:
+        rounds = [steps for steps in contender["samples"]["step"] if steps]
+        columns = [sorted(column) for column in zip(*rounds, strict=False)]
+        lines.append(
+            plots.Line(
+                list(range(1, len(columns) + 1)),
+                [median(column) for column in columns],
+                [column[len(column) // 4] for column in columns],
+                [column[-1 - len(column) // 4] for column in columns],
+                _kind(report, contender),
+            )
+        )
+    unit = figures.unit_for(map(figures.step, having))
+    return _panels(
+        having, lines, lambda value: f"{value * unit.factor:g} {unit.name}", lambda c, line: _step_text(c, unit)
+    )
+
+
+def _step_text(contender: ContenderReport, unit: Unit) -> str:
+    time = figures.step(contender)
+    return "" if time is None else f"{unit.text(time.median)} {unit.name}"
+
+
+def _throughput(report: Report, contenders: Sequence[ContenderReport]) -> list[Panel]:
+    having = [contender for contender in contenders if contender["throughput"]]
+    lines = []
+    for contender in having:
+        entries = sorted(contender["throughput"], key=lambda entry: entry["images"])
+        rates = [entry["per_minute"] for entry in entries]
+        lines.append(
+            plots.Line(
+                [entry["images"] for entry in entries],
+                [rate["median"] for rate in rates],
+                [rate["low"] for rate in rates],
+                [rate["high"] for rate in rates],
+                _kind(report, contender),
+            )
+        )
+    return _panels(
+        having,
+        lines,
+        lambda value: f"{value:g}",
+        lambda contender, line: f"{figures.significant(max(line.y))} a minute",
+    )
+
+
+def _panels(contenders: Sequence[ContenderReport], lines: Sequence[plots.Line], tick: Any, text: Any) -> list[Panel]:
+    pairs = [(contender, line) for contender, line in zip(contenders, lines, strict=True) if line.x]
+    if not pairs:
+        return []
+    drawn = [line for _, line in pairs]
+    top = max(value for line in drawn for value in line.high) * 1.05
+    labels = {place: tick(place) for place in plots.ticks(top, 3)}
+    panels = []
+    for index, (contender, line) in enumerate(pairs):
+        values = ", ".join(f"{x:g}: {figures.significant(y)}" for x, y in zip(line.x, line.y, strict=True))
+        svg = plots.trace(drawn, index, top, labels, f"{contender['label']}; {values}")
+        panels.append(Panel(contender["label"], line.kind, text(contender, line), Markup(svg)))
+    return panels
+
+
+def _roofline(contenders: Sequence[ContenderReport], report: Report) -> dict[str, Any] | None:
+    """The plot and its legend; without measured ceilings there is nothing to hold stages against."""
+    ceilings = report["ceilings"]
+    having = [contender for contender in contenders if contender["roofline"]]
+    if ceilings is None or "unavailable" in ceilings["copy"] or not having:
+        return None
+    peaks, copy = figures.rates(ceilings), ceilings["copy"]["bytes_per_second"]
+    if not peaks:
+        return None
+    stages = list(dict.fromkeys(roof["stage"] for contender in having for roof in contender["roofline"]))
+    left = [shape for shape in plots.SHAPES if shape not in _STAGE_SHAPES.values()]
+    shapes = {stage: _STAGE_SHAPES.get(stage) or (left.pop(0) if left else plots.SHAPES[-1]) for stage in stages}
+    letters = {contender["name"]: chr(ord("A") + index % 26) for index, contender in enumerate(having)}
+    dots = [
+        plots.Dot(
+            roof["flops"] / roof["bytes"],
+            roof["achieved_flops"],
+            f"{contender['label']}, {roof['stage']}, {roof['precision']}: {figures.rate(roof['achieved_flops'])}",
+            shapes[roof["stage"]],
+            roof["precision"] if roof["precision"] in peaks else "other",
+            letters[contender["name"]],
+        )
+        for contender in having
+        for roof in contender["roofline"]
+        if roof["bytes"] > 0 and roof["flops"] > 0 and roof["achieved_flops"] > 0
+    ]
+    if not dots:
+        return None
+    description = "; ".join(dot.title for dot in dots)
+    svg = plots.roofline(dots, peaks, copy, "Roofline: operations a second over operations a byte", description)
+    return {
+        "svg": Markup(svg),
+        "stages": [(stage, Markup(plots.marker(shape))) for stage, shape in shapes.items()],
+        "letters": [(letters[contender["name"]], contender["label"]) for contender in having],
+        "precisions": sorted({dot.precision for dot in dots}),
+        "copy": figures.rate(copy, "B/s"),
+    }
+
+
+def _pictures(report: Report, pictures: Mapping[str, bytes]) -> list[dict[str, str]]:
+    names = {contender["name"] for contender in report["contenders"]}
+    for name, data in pictures.items():
+        if name not in names:
+            raise ReportError(f"there is a picture of {name!r}, which is none of the contenders")
+        if not data.startswith(_PNG):
+            raise ReportError(f"the picture of {name!r} is no PNG file")
+    return [
+        {
+            "label": contender["label"],
+            "kind": _kind(report, contender),
+            "quality": _quality(contender),
+            "source": f"data:image/png;base64,{base64.b64encode(pictures[contender['name']]).decode()}",
+        }
+        for contender in figures.ordered(report)
+        if contender["name"] in pictures
+    ]
