@@ -36,8 +36,8 @@ class UnsupportedError(Exception):
 class Contender(Protocol):
     """What is measured.
 
-    ``open`` and ``draw`` return what the harness is told, see ``docs/benchmarks.md``; both raise :class:`UnsupportedError`
-    for what the library has not got.
+    ``open`` and ``draw`` return what the harness is told, see ``docs/benchmarks.md``; both raise
+    :class:`UnsupportedError` for what the library has not got.
     """
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
