@@ -64,8 +64,8 @@ class CudaClock:
         """The moment at which the GPU will have done what it was given so far."""
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def between(self, begin: Any, end: Any) -> float:
