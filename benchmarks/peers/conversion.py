@@ -98,7 +98,7 @@ def _run_apart(name: str, source: Path, target: Path) -> None:
 
 def _end_with_parent() -> None:
     """End when the parent does, however it ends: its end of the pipe closes then."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not sys.stdin, whose lock would be held when the interpreter ends
     os._exit(1)
 
 

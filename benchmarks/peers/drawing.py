@@ -64,8 +64,8 @@ class CudaClock:
         """The moment at which the GPU will have done what it was given so far."""
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def between(self, begin: Any, end: Any) -> float:
@@ -110,9 +110,9 @@ class Drawing:
                 negative_prompt=job["negative_prompt"],
                 height=job["height"],
                 width=job["width"],
-                num_inference_steps=request["steps"] or job["steps"],
+                num_inference_steps=request.get("steps") or job["steps"],
                 guidance_scale=job["guidance"],
-                num_images_per_prompt=request["images"] or job["images"],
+                num_images_per_prompt=request.get("images") or job["images"],
                 generator=torch.Generator("cpu").manual_seed(job["seed"]),
                 output_type="np",
                 callback_on_step_end=self._after_step,
@@ -120,7 +120,7 @@ class Drawing:
             ).images
         pixels = np.round(pictures * 255).astype(np.uint8)
         total = time.perf_counter() - begin
-        if request["picture"] is not None:
+        if request.get("picture") is not None:
             np.save(request["picture"], pixels)
         seconds = {name: self._clock.between(*span) for name, span in self._spans.items()}
         steps = [self._clock.between(*pair) for pair in zip(self._steps, self._steps[1:])]  # noqa: B905 - one is shorter

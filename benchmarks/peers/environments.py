@@ -1,8 +1,8 @@
 """Virtual environments of the peers: one for each pinned list in ``requirements/``, made when first asked for and kept.
 
 A list names every package of a working environment (``pip freeze``), so it is installed without looking at what the
-packages themselves ask for: some peers refuse versions that they work with. PyTorch is the exception. Its wheel for CUDA
-needs libraries that its wheel for the CPU does not, which no list can name for both.
+packages themselves ask for: some peers refuse versions that they work with. PyTorch is the exception: its wheel for
+CUDA needs libraries that its wheel for the CPU does not, and no list can be right for both.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def environment(name: str, root: Path | None = None) -> Path:
 def _make(folder: Path, requirements: Path) -> None:
     venv.EnvBuilder(symlinks=True).create(folder)
     _install(folder, "--no-deps", "--requirement", str(requirements))
-    lines = requirements.read_text(encoding="utf-8").split()
-    if torch := [each for each in lines if each.startswith("torch==")]:
+    if torch := [each for each in _lines(requirements) if each.startswith("torch==")]:
         _install(folder, *torch)
 
 
@@ -96,6 +95,10 @@ def _python(folder: Path) -> Path:
 
 def _key(requirements: Path) -> str:
     decides = [platform.python_implementation(), platform.python_version(), platform.machine()]
-    digest = hashlib.sha256("\n".join(decides).encode())
-    digest.update(requirements.read_bytes())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256("\n".join([*decides, *_lines(requirements)]).encode()).hexdigest()[:12]
+
+
+def _lines(requirements: Path) -> list[str]:
+    """The lines of a list that are not comments: to explain it better is no reason to make its environment again."""
+    lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]

@@ -1,7 +1,7 @@
 """Folders that take long to make and are made once: environments, converted models.
 
-A folder is usable when its marker is there, which is written last. An interrupted or killed maker leaves a folder without
-one, which the next removes. Standard library only: peers' programs use it too.
+A folder is usable when its marker is there, which is written last. What a killed maker left has none, and the next one
+removes it. Standard library only: peers' programs use it too.
 """
 
 from __future__ import annotations

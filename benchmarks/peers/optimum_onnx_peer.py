@@ -1,6 +1,6 @@
 """Optimum's ORTStableDiffusionPipeline on ONNX Runtime, fp32 on the CPU. Environment: ``optimum-onnx``.
 
-It holds transformers 4, which does not read two things that transformers 5 writes. What it reads instead goes into a copy:
+It holds transformers 4, which does not read two things that transformers 5 writes. A copy has what it reads instead:
 
 - The tokenizer's class needs ``vocab.json`` and ``merges.txt``. Both are in ``tokenizer.json``.
 - The text encoder's weights are called ``text_model.<name>``, not ``<name>``. It would start from random ones.
@@ -140,7 +140,7 @@ def adapt(source: Path, target: Path) -> list[str]:
 def _write_vocabulary(tokenizer: Path, target: Path) -> None:
     """Write the vocabulary and the merges of a ``tokenizer.json`` as the files that CLIP's own code has.
 
-    Specification: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py reads merges from the second line on.
+    Source: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, which skips the first line of merges.
     """
     model = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]
     pairs = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
