@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NESTED = "text_model."
 """What CLIP's tensors are named below, in all releases of transformers before 5.6 and so in nearly all checkpoints."""
@@ -74,7 +75,7 @@ def run_tool(name: str, command: Sequence[str], environment: Mapping[str, str]) 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - no threads here yet
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             check=False,
         )
         log.seek(0)
@@ -84,6 +85,14 @@ def run_tool(name: str, command: Sequence[str], environment: Mapping[str, str]) 
         last = " ".join(" ".join(text.splitlines()[-3:]).split())
         raise RuntimeError(f"{name} ended with status {done.returncode}: {last}")
     return text
+
+
+def has_nested_names(source: Path) -> bool:
+    """Whether a checkpoint's text encoder has its tensors below :data:`NESTED`."""
+    files = sorted((source / "text_encoder").glob("*.safetensors"))
+    return bool(files) and all(
+        name.startswith(NESTED) for file in files for name in read_header(file)[0] if name != "__metadata__"
+    )
 
 
 def nest_text_encoder(source: Path, target: Path) -> None:
@@ -115,19 +124,26 @@ def rename_tensors(source: Path, target: Path, rename: Callable[[str], str]) -> 
     The format is a length of 8 bytes, little endian, a JSON object of that length, and the tensors' bytes, see
     https://huggingface.co/docs/safetensors.
     """
-    with source.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    header, end = read_header(source)
+    renamed = {key if key == "__metadata__" else rename(key): value for key, value in header.items()}
+    if len(renamed) != len(header):
+        raise ValueError(f"{source}: two tensors would have the same name")
+    text = json.dumps(renamed, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    with source.open("rb") as file, target.open("wb") as copy:
+        file.seek(end)
+        copy.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(file, copy, 1 << 24)
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and how many bytes lie before the tensors."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
         if length > _LARGEST_HEADER:
-            raise ValueError(f"{source} is no safetensors file: its header would have {length} bytes")
-        header = json.loads(file.read(length))
-        renamed = {key if key == "__metadata__" else rename(key): value for key, value in header.items()}
-        if len(renamed) != len(header):
-            raise ValueError(f"{source}: two tensors would have the same name")
-        text = json.dumps(renamed, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
-        with target.open("wb") as copy:
-            copy.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(file, copy, 1 << 24)
+            raise ValueError(f"{file} is no safetensors file: its header would have {length} bytes")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    return header, 8 + length
 
 
 def folder_bytes(folder: Path) -> int:

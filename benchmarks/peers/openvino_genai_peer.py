@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .conversion import fingerprint, folder_bytes, nest_text_encoder, run_tool, whole_folder
+from .conversion import fingerprint, folder_bytes, has_nested_names, nest_text_encoder, run_tool, whole_folder
 from .wire import UnsupportedError
 
 WEIGHT_FORMATS = {"fp32": "fp32", "bf16": "fp16", "int8": "int8"}
@@ -217,8 +217,11 @@ def converted_folder(source: Path, workspace: Path, precision: str) -> tuple[Pat
 def _convert(source: Path, folder: Path, weights: str) -> None:
     links = folder / "source"
     links.mkdir()
-    nest_text_encoder(source, links)
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(links)]
+    model = source
+    if not has_nested_names(source):
+        nest_text_encoder(source, links)
+        model = links
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(model)]
     command += ["--task", "text-to-image", "--library", "diffusers", "--weight-format", weights, str(folder)]
     text = run_tool("optimum-cli", command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     if "newly initialized" in text:  # transformers goes on with numbers drawn at random
