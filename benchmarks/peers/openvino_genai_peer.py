@@ -256,7 +256,7 @@ def _replay(genai: Any, noise: Any) -> Any:
     """A generator of GenAI that gives out one array after the other, as often as it is asked to."""
     tensor = importlib.import_module("openvino").Tensor
 
-    class Replay(genai.Generator):  # type: ignore[misc, name-defined]
+    class Replay(genai.Generator):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.left = iter(noise)

@@ -39,7 +39,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 """Sizes of Stable Diffusion 1.x, by the configs of a checkpoint's parts. They are constants in the library's source."""
 
 _TRAINED = 1000
-_SCHEDULE = {
+_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": _TRAINED,
     "beta_start": 0.00085,
     "beta_end": 0.012,
