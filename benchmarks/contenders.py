@@ -90,7 +90,7 @@ PEERS = (
         dtype="bf16",
         compile=True,
     ),
-    _peer("optimum-onnx-fp32", "Optimum-ONNX fp32", "optimum_onnx_peer", "optimum-onnx", precision="fp32"),
+    _peer("optimum-onnx-fp32", "Optimum-ONNX fp32", "optimum_onnx_peer", "optimum-onnx", dtype="fp32"),
     _peer("openvino-genai-fp32", "OpenVINO GenAI fp32", "openvino_genai_peer", "openvino-genai", precision="fp32"),
     _peer("openvino-genai-bf16", "OpenVINO GenAI bf16", "openvino_genai_peer", "openvino-genai", precision="bf16"),
     _peer("openvino-genai-int8", "OpenVINO GenAI int8", "openvino_genai_peer", "openvino-genai", precision="int8"),

@@ -25,7 +25,7 @@ from .child import Child, ContenderError, own_command, peer_command
 from .contenders import PEER, Contender
 from .job import Job
 from .machine import Control
-from .peers.environments import environment
+from .peers.environments import PeerUnavailableError, environment
 
 STAGES = ("text_encoder", "prompt", "schedule", "vae_decoder")
 """Parts of a picture besides its steps."""
@@ -198,7 +198,7 @@ class Contest:
         try:
             work(entry)
         except LatentRTError as error:
-            unsupported = isinstance(error, ContenderError) and error.unsupported
+            unsupported = isinstance(error, PeerUnavailableError) or getattr(error, "unsupported", False)
             entry.reason = str(error)
             entry.state = PARTIAL if entry.total else UNAVAILABLE if unsupported else FAILED
             self._tell(f"{entry.contender.label}: {entry.state}: {entry.reason}")
@@ -253,7 +253,9 @@ class Contest:
             assert contender.environment is not None, "a peer has an environment"
             assert contender.program is not None, "and a program"
             if self.job.source is None:
-                raise ContenderError("it reads the model that the bundle was built from: name it with --source")
+                raise ContenderError(
+                    "it reads the model that the bundle was built from: name it with --source", unsupported=True
+                )
             python = environment(contender.environment, self._peers)
             self._commands[contender.name] = peer_command(python, contender.program)
         else:
