@@ -1,6 +1,11 @@
-"""Measurements of LatentRT, each a module to run with ``python -m``: time, memory, and the quality reached.
+"""Measurements of LatentRT: time, memory, and the quality reached.
+
+``latentrt bench`` (:mod:`latentrt.benchmarks.cli`) measures a bundle beside other runtimes. The rest are modules to run
+with ``python -m``:
 
 :mod:`latentrt.benchmarks.build_sd15_unet` builds a plan of a U-Net of Stable Diffusion 1.5's size.
 :mod:`latentrt.benchmarks.checkpoint` writes a model of that size with random weights.
+:mod:`latentrt.benchmarks.gpu_check` checks what only a GPU can tell.
+:mod:`latentrt.benchmarks.loadgen` runs MLPerf's scenarios.
 :mod:`latentrt.benchmarks.step_time` times a step of the denoising loop, fused against plain.
 """
