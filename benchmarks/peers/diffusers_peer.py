@@ -6,13 +6,21 @@ Options: ``dtype`` (``"fp32"``, ``"fp16"``, ``"bf16"``), ``compile`` (True, or a
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import json
 import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import wire
 from .drawing import CudaClock, Drawing, HostClock, check_options, scheduler, versions
+from .keeping import MARKER
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": ("fp32", "fp16", "bf16"),
@@ -27,14 +35,16 @@ class Contender:
     def __init__(self) -> None:
         self._drawing: Drawing | None = None
         self._device = "cpu"
+        self._cache: CompileCache | None = None
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
         """Load the pipeline; what torch.compile does, it does in the first draw of a size."""
         options, source = job["options"], Path(job["source"])
         check_options(options, _OPTIONS)
         compiled, notes = options.get("compile", False), []
-        if compiled:
-            notes += _keep_compiled(Path(job["workspace"]))
+        if compiled:  # before PyTorch is imported, which reads where to keep it
+            self._cache = CompileCache(Path(job["workspace"]), json.dumps([str(source.resolve()), options]))
+            notes.append(self._cache.open())
         begin = time.perf_counter()
         import torch
         from diffusers import StableDiffusionPipeline
@@ -82,7 +92,9 @@ class Contender:
         """Draw."""
         if self._drawing is None:
             raise RuntimeError("nothing is open")
-        return {**self._drawing.draw(request, job), **self._device_memory()}
+        with self._cache.in_use() if self._cache is not None else contextlib.nullcontext():
+            answer = self._drawing.draw(request, job)
+        return {**answer, **self._device_memory()}
 
     def close(self) -> None:
         """Let go of the pipeline."""
@@ -96,15 +108,50 @@ class Contender:
         return {"device_peak_bytes": torch.cuda.max_memory_allocated()}
 
 
-def _keep_compiled(workspace: Path) -> list[str]:
-    """Let torch.compile keep what it compiles in the workspace, and say whether it finds anything there."""
-    folder = workspace / "torch-compile"
-    found = folder.is_dir() and any(folder.iterdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    state = "held code from before" if found else "was empty"
-    return [f"torch.compile compiles in the first picture of a size; its cache {state}."]
+class CompileCache:
+    """What torch.compile compiled, kept in the workspace from one process to the next.
+
+    A process that is killed while it compiles leaves broken files that torch.compile would trip over ever after. So the
+    folder has a marker except during a draw; where it lacks one, it is emptied.
+
+    Args:
+        workspace: The job's.
+        key: What decides the code besides PyTorch, which looks at that itself.
+    """
+
+    def __init__(self, workspace: Path, key: str) -> None:
+        self._folder = workspace / f"torch-compile-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self._marker = self._folder / MARKER
+        self._lock: int | None = None
+
+    def open(self) -> str:
+        """Tell torch.compile to keep its code here; returns a sentence on what it finds.
+
+        While another process uses the folder, this one has a temporary one.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(f"{self._folder}.lock", os.O_RDWR | os.O_CREAT, 0o644)  # until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._temporary = tempfile.TemporaryDirectory(prefix="torch-compile-")
+            self._folder = Path(self._temporary.name)
+            self._marker = self._folder / MARKER
+        found = self._marker.is_file()
+        if not found:
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder / "inductor")
+        os.environ["TRITON_CACHE_DIR"] = str(self._folder / "triton")
+        state = "held code from before" if found else "was empty"
+        return f"torch.compile compiles in the first picture of a size; its cache {state}."
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around whatever may compile."""
+        self._marker.unlink(missing_ok=True)
+        yield
+        self._marker.touch()
 
 
 def _weights(source: Path) -> int:

@@ -459,3 +459,40 @@ def test_transformers_4_is_given_what_it_reads(emoji_source: Path, tmp_path: Pat
     assert all(np.array_equal(after[f"text_model.{name}"], tensor) for name, tensor in before.items())
     assert (target / "unet" / "config.json").resolve() == (emoji_source / "unet" / "config.json").resolve()
     assert optimum_onnx_peer.adapt(target, tmp_path / "again") == []
+
+
+def test_code_of_an_interrupted_compilation_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile kept is found again, unless a draw did not end; two processes never share a folder."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+
+    def open_cache() -> tuple[diffusers_peer.CompileCache, str, Path]:
+        cache = diffusers_peer.CompileCache(tmp_path, "key")
+        return cache, cache.open(), Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    def end_process(cache: diffusers_peer.CompileCache) -> None:
+        assert cache._lock is not None
+        os.close(cache._lock)
+
+    first, note, folder = open_cache()
+    assert "its cache was empty" in note
+    other, note, apart = open_cache()
+    assert "its cache was empty" in note
+    assert folder.parent.parent == tmp_path
+    assert not apart.is_relative_to(tmp_path)
+    end_process(other)
+    with first.in_use():
+        folder.mkdir()
+        (folder / "code.so").touch()
+    end_process(first)
+    second, note, again = open_cache()
+    assert "held code from before" in note
+    assert (again / "code.so").exists()
+    with pytest.raises(KeyboardInterrupt), second.in_use():
+        raise KeyboardInterrupt
+    end_process(second)
+    third, note, last = open_cache()
+    assert "its cache was empty" in note
+    assert last == folder
+    assert not last.exists()
+    end_process(third)
