@@ -162,7 +162,7 @@ class Contender:
             raise RuntimeError(f"stable-diffusion.cpp drew {len(pictures)} pictures, expected {images}")
         if request["picture"]:
             numpy = importlib.import_module("numpy")
-            numpy.save(request["picture"], numpy.stack([numpy.asarray(picture) for picture in pictures]))
+            numpy.save(request["picture"], numpy.stack([numpy.asarray(picture.convert("RGB")) for picture in pictures]))
         return {
             "total": end - begin,
             "text_encoder": reports[0][1] - begin,
