@@ -310,7 +310,7 @@ def _groups(entry: Entry) -> dict[str, list[list[float]]]:
 
 
 def _summaries(entry: Entry) -> d.Summaries:
-    return {stage: summarize(groups) for stage, groups in _groups(entry).items()}  # type: ignore[misc, return-value]
+    return {stage: summarize(groups) for stage, groups in _groups(entry).items()}  # type: ignore[return-value]
 
 
 def _medians(entry: Entry) -> dict[str, float]:
