@@ -212,7 +212,7 @@ class _Trimmed:
 
 
 def _trimmed(values: NDArray[np.float64]) -> _Trimmed:
-    """Mean without the least and the greatest values; its error is from all, with those replaced by the next to them."""
+    """Mean without the least and the greatest values; its error is from all, those replaced by the next to them."""
     count, cut = len(values), int(_TRIM * len(values))
     inner = np.sort(values)[cut : count - cut]
     winsorised = values.clip(inner[0], inner[-1])

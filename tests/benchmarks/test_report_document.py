@@ -69,7 +69,7 @@ def test_the_report_has_the_members_of_the_schema() -> None:
 @pytest.mark.parametrize("kind", ["emoji", "sd15"])
 def test_what_is_written_is_read(reports: Any, tmp_path: Path, kind: str) -> None:
     """Every number comes back as it was, and the validator of the library has no objection to the file."""
-    report = reports.make(kind)
+    report = reports.make(kind, rounds=4)
     write(tmp_path / "r.json", report)
     assert read(tmp_path / "r.json") == report
     Draft202012Validator(document.schema()).validate(json.loads((tmp_path / "r.json").read_text("ascii")))
@@ -150,7 +150,7 @@ def test_what_is_no_report_is_not_read(tmp_path: Path, data: bytes, message: str
 
 def test_numbers_that_overflow_are_found(reports: Any, tmp_path: Path) -> None:
     """1e999 is valid JSON and infinite in Python."""
-    write(tmp_path / "r.json", reports.make())
+    write(tmp_path / "r.json", reports.make(rounds=4))
     text = (tmp_path / "r.json").read_text().replace('"load_before": 0.42', '"load_before": 1e999')
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ReportError, match=r"machine\.load_before: the number is not finite"):
@@ -162,7 +162,7 @@ def test_a_report_with_deep_options_is_refused(reports: Any) -> None:
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"a": deep}
-    report = reports.make()
+    report = reports.make(rounds=2)
     report["contenders"][0]["options"] = deep
     with pytest.raises(ReportError, match="nested too deeply"):
         validate(report)
@@ -182,7 +182,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_failing_disk_keeps_the_older_report(reports: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the data cannot be brought to the disk, the older report is as it was and nothing else is there."""
-    older = reports.make(seed=1)
+    older = reports.make(seed=1, rounds=2)
     write(tmp_path / "r.json", older)
 
     def full(handle: int) -> None:
@@ -190,7 +190,7 @@ def test_a_failing_disk_keeps_the_older_report(reports: Any, tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left on device; free some space"):
-        write(tmp_path / "r.json", reports.make(seed=2))
+        write(tmp_path / "r.json", reports.make(seed=2, rounds=2))
     assert read(tmp_path / "r.json") == older
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
@@ -208,7 +208,7 @@ def test_a_full_disk_keeps_the_older_report(reports: Any, tmp_path: Path) -> Non
         small = reports.make(rounds=2) | {"contenders": [], "reference": None}
         write(tmp_path / "r.json", small)
         with pytest.raises(OutputError, match="No space left on device"):
-            write(tmp_path / "r.json", reports.make())
+            write(tmp_path / "r.json", reports.make(rounds=20))
         assert read(tmp_path / "r.json") == small
         assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
     finally:
