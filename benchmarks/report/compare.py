@@ -6,9 +6,9 @@ control as well, the same work each time, once a round beside the contenders. A 
     log(sample / control of the same round),
 
 so that what slows both, in a round or for a whole run, cancels. The ratio new over old is that of two means without
-their greatest and least fifths, since what else a machine does makes a few rounds far too long; interval and degrees of
+their greatest and least 15 %, since what else a machine does makes a few rounds far too long; interval and degrees of
 freedom are those of Yuen 1974, "The two-sample trimmed t for unequal population variances", on logarithms. (Resampling
-was tried: with ten rounds, of which one in ten meets such a disturbance, it finds half as many slowdowns of 10 %.)
+the rounds instead gives wider intervals: where one round in ten is disturbed, it finds about half as many slowdowns.)
 A contender's time has changed if
 
 - the interval excludes 1 at a confidence at which all times of a comparison together are wrong once in twenty,
@@ -48,7 +48,7 @@ MIN_ROUNDS = 4
 FAMILY_ERROR = 0.05
 """How often a comparison of equal reports may find any change of a time, better or worse."""
 
-_TRIM = 0.2
+_TRIM = 0.15
 _TIMES = ("total", "step", "text_encoder", "vae_decoder")
 _NAMES = {
     "total": "end to end",
@@ -212,7 +212,7 @@ class _Trimmed:
 
 
 def _trimmed(values: NDArray[np.float64]) -> _Trimmed:
-    """Mean without the least and the greatest fifth; its error is from the values with those replaced by their next."""
+    """Mean without the least and the greatest values; its error is from all, those replaced by the next to them."""
     count, cut = len(values), int(_TRIM * len(values))
     inner = np.sort(values)[cut : count - cut]
     winsorised = values.clip(inner[0], inner[-1])

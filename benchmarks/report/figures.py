@@ -47,10 +47,11 @@ def reference(report: Report) -> ContenderReport | None:
     return next((contender for contender in report["contenders"] if contender["name"] == name), None)
 
 
-def measured_steps(report: Report, contender: ContenderReport) -> int:
-    """Steps of the pictures that were timed."""
+def measured_text(report: Report, contender: ContenderReport) -> str:
+    """Steps of the pictures that were timed, e.g. ``3 steps``."""
     steps = contender["samples"]["step"]
-    return len(steps[0]) if steps and steps[0] else report["job"]["steps"]
+    count = len(steps[0]) if steps and steps[0] else report["job"]["steps"]
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def picture(contender: ContenderReport) -> Figure | None:
@@ -203,6 +204,12 @@ def machine_text(report: Report) -> str:
     return ", ".join([machine["processor"], cpus, f"{size(machine['memory_bytes'])} of memory", *machine["gpus"]])
 
 
+def weights_text(report: Report) -> str:
+    """Where the model's weights are from."""
+    trained = report["model"]["trained"]
+    return "weights of unknown origin" if trained is None else "trained weights" if trained else "random weights"
+
+
 def noise_text(report: Report) -> str:
     """How steady the machine was, in a sentence."""
     control = report["control"]
@@ -216,8 +223,7 @@ def extrapolation_text(report: Report, contender: ContenderReport) -> str:
     extrapolated = contender["extrapolated"]
     if extrapolated is None:
         return ""
-    steps = measured_steps(report, contender)
-    return f"{extrapolated['steps']} steps, extrapolated from {steps} step{'s' * (steps != 1)}"
+    return f"{extrapolated['steps']} steps, extrapolated from {measured_text(report, contender)}"
 
 
 def _figure(interval: Interval, steps: int | None = None) -> Figure:

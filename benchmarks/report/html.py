@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -86,7 +87,7 @@ def to_html(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
         contenders=contenders,
         reference=reference,
         tiles=_tiles(report),
-        picture_chart=_times(report, contenders, times, figures.picture_title(report)),
+        picture_chart=_times(report, contenders, times, figures.picture_title(report), reasons=True),
         step_chart=_times(report, contenders, steps, "step"),
         step_unit=figures.unit_for(steps),
         picture_unit=figures.unit_for(times),
@@ -94,7 +95,7 @@ def to_html(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
         memory_chart=_memory(report, contenders),
         traces=_traces(report, contenders),
         throughput=_throughput(report, contenders),
-        roofline=_roofline(contenders, report),
+        roofline=_roofline(report, contenders),
         pictures=_pictures(report, pictures or {}),
         kind=lambda contender: _kind(report, contender),
         extrapolations=sorted({figures.extrapolation_text(report, c) for c in contenders} - {""}),
@@ -122,7 +123,7 @@ def _quality(contender: ContenderReport) -> str:
     quality = contender["quality"]
     if quality is None:
         return ""
-    return "the same picture to the bit" if quality["psnr"] >= 100 else f"PSNR {quality['psnr']:.1f} dB"
+    return "equal to the last bit" if quality["psnr"] >= 100 else f"PSNR {quality['psnr']:.1f} dB"
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
@@ -169,7 +170,10 @@ def _tile(report: Report, contender: ContenderReport, what: str, detail: str) ->
     who = contender["label"]
     if ratio is not None and contender is not figures.reference(report):
         detail = f"{ratio.median:.2f} times as fast as the reference; {detail}"
-    value = figures.seconds(time.median)
+    if time.extrapolated:
+        detail = f"extrapolated from {figures.measured_text(report, contender)}; {detail}"
+    unit = figures.unit_for(map(figures.picture, report["contenders"]))
+    value = f"{unit.text(time.median)} {unit.name}"
     return {
         "value": f"~ {value}" if time.extrapolated else value,
         "what": what,
@@ -180,8 +184,13 @@ def _tile(report: Report, contender: ContenderReport, what: str, detail: str) ->
 
 
 def _times(
-    report: Report, contenders: Sequence[ContenderReport], times: Sequence[Figure | None], what: str
+    report: Report,
+    contenders: Sequence[ContenderReport],
+    times: Sequence[Figure | None],
+    what: str,
+    reasons: bool = False,
 ) -> Chart | None:
+    """Times of all contenders; those that drew nothing are there with their reasons if ``reasons`` says so."""
     known = [time for time in times if time is not None]
     if not known:
         return None
@@ -191,6 +200,8 @@ def _times(
     rows = []
     for contender, time in zip(contenders, times, strict=True):
         kind = _kind(report, contender)
+        if time is None and not reasons and figures.picture(contender) is None:
+            continue
         if time is None:
             told = contender["reason"] or f"it does not tell what a {what} takes"
             rows.append(Row(contender, kind, None, told, contender["state"], ""))
@@ -202,7 +213,8 @@ def _times(
         )
         shape = plots.Bar(time.median, time.low, time.high, title, kind, time.extrapolated)
         svg = Markup(plots.bar(shape, top, mark))
-        rows.append(Row(contender, kind, svg, text, detail or interval, _quality(contender)))
+        below = [_quality(contender), f"extrapolated from {figures.measured_text(report, contender)}" if detail else ""]
+        rows.append(Row(contender, kind, svg, text, interval, ", ".join(filter(None, below))))
     return Chart(rows, _axis(top, unit), unit.name)
 
 
@@ -217,10 +229,11 @@ def _memory(report: Report, contenders: Sequence[ContenderReport]) -> Chart | No
     if top == 0:
         return None
     rows = []
-    for contender, peak in zip(contenders, most, strict=True):
+    for contender in contenders:
         memory, kind = contender["memory"], _kind(report, contender)
         if memory is None:
-            rows.append(Row(contender, kind, None, contender["reason"] or "not measured", contender["state"], ""))
+            if figures.picture(contender) is not None:
+                rows.append(Row(contender, kind, None, "its memory was not measured", contender["state"], ""))
             continue
         device = memory["device_peak_bytes"]
         loaded = f"{figures.size(memory['loaded_rss_bytes'])} loaded"
@@ -260,8 +273,13 @@ def _traces(report: Report, contenders: Sequence[ContenderReport]) -> list[Panel
             )
         )
     unit = figures.unit_for(map(figures.step, having))
+    last = max((x for line in lines for x in line.x), default=1)
     return _panels(
-        having, lines, lambda value: f"{value * unit.factor:g} {unit.name}", lambda c, line: _step_text(c, unit)
+        having,
+        lines,
+        {1.0: "step 1", float(last): f"step {last:g}"},
+        lambda value: f"{value * unit.factor:g}",
+        lambda contender, line: _step_text(contender, unit),
     )
 
 
@@ -278,7 +296,7 @@ def _throughput(report: Report, contenders: Sequence[ContenderReport]) -> list[P
         rates = [entry["per_minute"] for entry in entries]
         lines.append(
             plots.Line(
-                [entry["images"] for entry in entries],
+                [math.log2(entry["images"]) for entry in entries],
                 [rate["median"] for rate in rates],
                 [rate["low"] for rate in rates],
                 [rate["high"] for rate in rates],
@@ -288,27 +306,36 @@ def _throughput(report: Report, contenders: Sequence[ContenderReport]) -> list[P
     return _panels(
         having,
         lines,
+        {math.log2(entry["images"]): str(entry["images"]) for c in having for entry in c["throughput"]},
         lambda value: f"{value:g}",
         lambda contender, line: f"{figures.significant(max(line.y))} a minute",
     )
 
 
-def _panels(contenders: Sequence[ContenderReport], lines: Sequence[plots.Line], tick: Any, text: Any) -> list[Panel]:
+def _panels(
+    contenders: Sequence[ContenderReport],
+    lines: Sequence[plots.Line],
+    below: Mapping[float, str],
+    tick: Callable[[float], str],
+    text: Callable[[ContenderReport, plots.Line], str],
+) -> list[Panel]:
     pairs = [(contender, line) for contender, line in zip(contenders, lines, strict=True) if line.x]
-    if not pairs:
-        return []
     drawn = [line for _, line in pairs]
-    top = max(value for line in drawn for value in line.high) * 1.05
+    top = max((value for line in drawn for value in line.high), default=0) * 1.05
+    if top == 0:
+        return []
     labels = {place: tick(place) for place in plots.ticks(top, 3)}
     panels = []
     for index, (contender, line) in enumerate(pairs):
-        values = ", ".join(f"{x:g}: {figures.significant(y)}" for x, y in zip(line.x, line.y, strict=True))
-        svg = plots.trace(drawn, index, top, labels, f"{contender['label']}; {values}")
+        values = ", ".join(
+            f"{below.get(x, f'{x:g}')}: {figures.significant(y)}" for x, y in zip(line.x, line.y, strict=True)
+        )
+        svg = plots.trace(drawn, index, top, labels, below, f"{contender['label']}; {values}")
         panels.append(Panel(contender["label"], line.kind, text(contender, line), Markup(svg)))
     return panels
 
 
-def _roofline(contenders: Sequence[ContenderReport], report: Report) -> dict[str, Any] | None:
+def _roofline(report: Report, contenders: Sequence[ContenderReport]) -> dict[str, Any] | None:
     """The plot and its legend; without measured ceilings there is nothing to hold stages against."""
     ceilings = report["ceilings"]
     having = [contender for contender in contenders if contender["roofline"]]
@@ -343,7 +370,7 @@ def _roofline(contenders: Sequence[ContenderReport], report: Report) -> dict[str
         "stages": [(stage, Markup(plots.marker(shape))) for stage, shape in shapes.items()],
         "letters": [(letters[contender["name"]], contender["label"]) for contender in having],
         "precisions": sorted({dot.precision for dot in dots}),
-        "copy": figures.rate(copy, "B/s"),
+        "memory": figures.rate(copy, "B/s"),
     }
 
 

@@ -126,11 +126,10 @@ def _section(heading: str, body: str) -> str:
 
 def _introduction(report: Report) -> str:
     job, model = report["job"], report["model"]
-    weights = {True: "trained", False: "random", None: "of unknown origin"}[model["trained"]]
     parameters = figures.count(sum(model["parameters"].values()))  # type: ignore[arg-type]
     lines = [
         f"- **Drawn:** {escape(figures.job_text(report))}; seed {job['seed']}, prompt {_quoted(job['prompt'])}",
-        f"- **Model:** {escape(model['name'])}, {parameters} parameters, weights {weights}",
+        f"- **Model:** {escape(model['name'])}, {parameters} parameters, {figures.weights_text(report)}",
         f"- **Machine:** {escape(figures.machine_text(report))}",
         f"- **System:** {escape(report['machine']['system'])}; LatentRT {escape(report['machine']['latentrt'])}, "
         f"Python {escape(report['machine']['python'])}",

@@ -20,7 +20,7 @@ ROW, BAR = 30, 14
 SHAPES = ("circle", "square", "triangle", "diamond", "hexagon", "star")
 """Markers of the roofline."""
 
-_RADIUS = 9.0
+_RADIUS, _BEYOND = 9.0, 60
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,18 @@ def bar(bar: Bar, top: float, mark: float | None = None) -> str:
     Args:
         bar: The bar.
         top: Value at the right end of all rows.
-        mark: Value at which a dashed line runs through all rows.
+        mark: Value at which a line runs through all rows.
     """
     middle = ROW / 2
-    parts = [_grid(ticks(top), top, ROW)]
+    # Rows are as high as their text; lines reach beyond this one's part so that they meet those of its neighbours.
+    parts = [_upright("grid", place, top, -_BEYOND, ROW + _BEYOND) for place in ticks(top)]
     pattern = " hatched" if bar.hatched else ""
     box = f'y="{middle - BAR / 2:g}" height="{BAR}" rx="2"'
     parts.append(f'<rect class="bar {bar.kind}{pattern}" x="0" {box} width="{_percent(bar.value, top)}"/>')
     if bar.inner:
         parts.append(f'<rect class="bar inner {bar.kind}" x="0" {box} width="{_percent(bar.inner, top)}"/>')
     if mark is not None:
-        parts.append(_upright("mark", mark, top, 0, ROW))
+        parts.append(_upright("mark", mark, top, -_BEYOND, ROW + _BEYOND))
     if bar.high > bar.low:
         left, right = _percent(bar.low, top), _percent(bar.high, top)
         for kind in ("halo", "whisker"):
@@ -142,7 +143,13 @@ def axis(top: float, text: Mapping[float, str]) -> str:
 
 
 def trace(
-    lines: Sequence[Line], shown: int, top: float, text: Mapping[float, str], title: str, height: int = 116
+    lines: Sequence[Line],
+    shown: int,
+    top: float,
+    text: Mapping[float, str],
+    below: Mapping[float, str],
+    title: str,
+    height: int = 116,
 ) -> str:
     """One line before all others, which are faint.
 
@@ -151,11 +158,11 @@ def trace(
         shown: Which of them the plot is of.
         top: Value at the upper end.
         text: Label of each of ``ticks(top, 3)``.
+        below: Labels of places, from the first to the last that any line has.
         title: What a reader without eyes is told.
         height: Pixels.
     """
-    places = [x for line in lines for x in line.x]
-    left, right = min(places), max(places)
+    left, right = min(below), max(below)
 
     def across(x: float) -> float:
         return 1000 * (x - left) / (right - left) if right > left else 500.0
@@ -163,11 +170,14 @@ def trace(
     def down(y: float) -> float:
         return round(height - (height - 8) * y / top, 2)
 
-    grid = [
-        f'<line class="grid" x1="0" x2="100%" y1="{down(y):g}" y2="{down(y):g}"/>'
-        f'<text class="tick" x="0" y="{down(y) - 3:g}">{text[y]}</text>'
-        for y in ticks(top, 3)
-    ]
+    levels = ticks(top, 3)
+    grid = [f'<line class="grid" x1="0" x2="100%" y1="{down(y):g}" y2="{down(y):g}"/>' for y in levels]
+    labels = [f'<text class="tick" x="-6" y="{down(y) + 4:g}" text-anchor="end">{text[y]}</text>' for y in levels]
+    for x, label in below.items():
+        anchor = "start" if x == left else "end" if x == right else "middle"
+        labels.append(
+            f'<text class="tick" x="{across(x) / 10:.2f}%" y="{height + 15}" text-anchor="{anchor}">{label}</text>'
+        )
     paths, line = [], lines[shown]
     for index, other in enumerate(lines):
         if index != shown and len(other.x) > 1:
@@ -184,7 +194,7 @@ def trace(
             for x, y in zip(line.x, line.y, strict=True)
         ]
     inner = f'<svg width="100%" height="{height}" viewBox="0 0 1000 {height}" preserveAspectRatio="none">'
-    return _svg("".join([*grid, inner, *paths, "</svg>", *dots]), height, title, "trace")
+    return _svg("".join([*grid, inner, *paths, "</svg>", *labels, *dots]), height, title, "trace")
 
 
 def roofline(
@@ -219,8 +229,8 @@ def roofline(
         parts.append(f'<text class="tick" x="{across(x):.2f}%" y="{height + 16}" text-anchor="middle">{x:g}</text>')
     for y in decades(low, high):
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
-        label = significant(y / 1e9, 1)
-        parts.append(f'<text class="tick" x="-8" y="{down(y) + 4:.1f}" text-anchor="end">{label}</text>')
+        name = significant(y / 1e9, 1)
+        parts.append(f'<text class="tick" x="-8" y="{down(y) + 4:.1f}" text-anchor="end">{name}</text>')
     best = max(ridges)
     start = max(left, low / copy)
     parts.append(
@@ -228,10 +238,13 @@ def roofline(
         f'y1="{down(start * copy):.1f}" y2="{down(best * copy):.1f}"/>'
     )
     for precision, peak in sorted(peaks.items(), key=lambda item: item[1]):
-        y = f"{down(peak):.1f}"
+        level = f"{down(peak):.1f}"
+        # Beside the ridge there are few stages; a ridge far to the right leaves no room there.
+        ridge = across(peak / copy)
+        beside = f'x="{ridge:.2f}%" dx="10"' if ridge < 55 else 'x="100%" text-anchor="end"'
         parts.append(
-            f'<line class="ceiling {precision}" x1="{across(peak / copy):.2f}%" x2="100%" y1="{y}" y2="{y}"/>'
-            f'<text class="label {precision}" x="100%" y="{down(peak) - 6:.1f}" text-anchor="end">{precision}: '
+            f'<line class="ceiling {precision}" x1="{across(peak / copy):.2f}%" x2="100%" y1="{level}" y2="{level}"/>'
+            f'<text class="label {precision}" {beside} y="{down(peak) + 16:.1f}">{precision}: '
             f"{significant(peak / 1e9)} GFLOP/s</text>"
         )
     for dot in sorted(dots, key=lambda dot: dot.y):
@@ -248,7 +261,7 @@ def marker(shape: str) -> str:
     if shape == "circle":
         return f'<circle class="marker" r="{_RADIUS:g}"/>'
     if shape == "star":
-        corners = [(12.0 if index % 2 == 0 else 7.0, 36 * index - 90) for index in range(10)]
+        corners = [(12.0 if index % 2 == 0 else 7.0, 36.0 * index - 90) for index in range(10)]
     else:
         count, turn, radius = {
             "square": (4, 45, 12.0),
@@ -267,10 +280,6 @@ def marker(shape: str) -> str:
 def _svg(body: str, height: int, title: str, kind: str = "", description: str = "") -> str:
     text = f"<title>{escape(title)}</title>" + (f"<desc>{escape(description)}</desc>" if description else "")
     return f'<svg class="plot {kind}" role="img" width="100%" height="{height}">{text}{body}</svg>'
-
-
-def _grid(places: Iterable[float], top: float, height: float) -> str:
-    return "".join(_upright("grid", place, top, 0, height) for place in places)
 
 
 def _upright(kind: str, value: float, top: float, begin: float, end: float) -> str:

@@ -171,9 +171,9 @@ def picture(shade: int, side: int = 64) -> bytes:
     return buffer.getvalue()
 
 
-def hostile() -> dict[str, Any]:
+def hostile(rounds: int = 4) -> dict[str, Any]:
     """A report in which every text that comes from outside tries to break out of where it is put."""
-    report = make()
+    report = make(rounds=rounds)
     report["job"] |= {"prompt": HOSTILE, "negative_prompt": HOSTILE + "\n| a | b |\n# heading"}
     report["machine"] |= {"processor": HOSTILE, "system": HOSTILE}
     report["model"]["name"] = HOSTILE
