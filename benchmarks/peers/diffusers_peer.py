@@ -43,7 +43,9 @@ class Contender:
         check_options(options, _OPTIONS)
         compiled, notes = options.get("compile", False), []
         if compiled:  # before PyTorch is imported, which reads where to keep it
-            self._cache = CompileCache(Path(job["workspace"]), json.dumps([str(source.resolve()), options]))
+            self._cache = CompileCache(
+                Path(job["workspace"]), json.dumps([str(source.resolve()), options, job["threads"]])
+            )
             notes.append(self._cache.open())
         begin = time.perf_counter()
         import torch
