@@ -89,11 +89,6 @@ def picture_ratio(report: Report, contender: ContenderReport) -> Figure | None:
     return Figure(ratio, theirs.low / mine.high, theirs.high / mine.low, mine.steps or theirs.steps)
 
 
-def fastest(report: Report, kind: str) -> ContenderReport | None:
-    """The contender of a kind that draws a picture fastest."""
-    return next((c for c in ordered(report) if c["kind"] == kind and picture(c) is not None), None)
-
-
 def rates(ceilings: Ceilings) -> dict[str, float]:
     """Operations a second of products of matrices, by precision, as far as measured."""
     return {

@@ -76,6 +76,17 @@ def test_what_is_written_is_read(reports: Any, tmp_path: Path, kind: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_reader_never_sees_half_a_report(reports: Any, tmp_path: Path) -> None:
+    """Who has opened the older report when the new one is written reads the older one, whole."""
+    write(tmp_path / "r.json", reports.make(rounds=2))
+    older = (tmp_path / "r.json").read_bytes()
+    with (tmp_path / "r.json").open("rb") as file:
+        begin = file.read(100)
+        write(tmp_path / "r.json", reports.make("sd15", rounds=2))
+        assert begin + file.read() == older
+    assert (tmp_path / "r.json").read_bytes() != older
+
+
 def test_hostile_text_is_kept_as_it_is(reports: Any, tmp_path: Path) -> None:
     """Markup, line separators and lone surrogates in a prompt survive."""
     report = reports.hostile()

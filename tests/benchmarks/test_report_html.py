@@ -107,7 +107,9 @@ def test_the_report_is_in_the_page(pages: dict[str, tuple[dict[str, Any], str]],
     """As data in the page and as a file to keep, both with every measurement."""
     report, text = pages[name]
     page = Page(text)
-    assert json.loads("".join(page.texts["script"])) == report
+    embedded = "".join(page.texts["script"])
+    assert "<" not in embedded  # after "<!--<script" a parser no longer ends the script where it should
+    assert json.loads(embedded) == report
     (link,) = [each for each in page.all("a") if "download" in each]
     assert json.loads(base64.b64decode(link["href"].partition("base64,")[2])) == report
 
