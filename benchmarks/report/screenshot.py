@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("page", type=Path, help="the HTML file")
     parser.add_argument("--output", type=Path, default=Path(), help="directory for the pictures (default: this one)")
     arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     status = 0
     try:
         for name, width in WIDTHS.items():
