@@ -142,7 +142,7 @@ class Assembly:
         return {
             "schema": "latentrt-bench/1",
             "created": self._created,
-            "complete": not missing,
+            "complete": ended is None,
             "missing": missing,
             "machine": self._machine,
             "model": self._model,
