@@ -27,7 +27,7 @@ bench: bench-emoji bench-sd15
 # The emoji model as it is used.
 bench-emoji: $(VENV)/dev.stamp
 	$(BIN)/latentrt bench build/bench/emoji --source examples/emoji --build --contenders $(BENCHED) --width 64 --height 64 --steps 20 \
-		--guidance 4 --rounds 12 --batches 4 --loadgen SingleStream Offline --output build/bench/emoji-report
+		--guidance 4 --rounds 10 --warm-up 3 --output build/bench/emoji-report
 	cp build/bench/emoji-report/report.json benchmarks/results/$(DAY)-bench-emoji.json
 
 # A model of Stable Diffusion 1.5's size with random weights: a few steps, the rest extrapolated.

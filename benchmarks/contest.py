@@ -9,7 +9,6 @@ contender is its result; the others go on.
 from __future__ import annotations
 
 import logging
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ MEASURED, PARTIAL, FAILED, UNAVAILABLE = "measured", "partial", "failed", "unava
 """What became of a contender: all of its samples; some; none although it should run; it cannot run here."""
 
 _STEADY = 0.05  # relative difference of two pictures in a row
+_REST = 0.5  # seconds of quiet: threads of a library go on spinning for a while after their work is done
 _ROOM = 1.25  # memory to leave free, in sizes of the largest contender so far
 
 _logger = logging.getLogger("latentrt.benchmarks")
@@ -334,12 +334,12 @@ class Contest:
             if not self._running():
                 break
             begin = time.perf_counter()
-            samples = [control.sample()]
+            samples = [_rested(control)]
             shift = number % len(self.entries)
             for entry in (*self.entries[shift:], *self.entries[:shift]):
                 if not entry.out:
                     self._guard(entry, lambda each, n=number: self._take_turn(each, n))  # type: ignore[misc]
-                    samples.append(control.sample())
+                    samples.append(_rested(control))
             self.control.append(statistics.median(samples))
             self.rounds_done = number + 1
             longest = max(longest, time.perf_counter() - begin)
@@ -380,15 +380,9 @@ class Contest:
             self._end(entry.contender)
 
 
-def require_room(folder: Path, nbytes: int) -> None:
-    """Refuse a contest whose conversions and pictures would fill the disk.
-
-    Raises:
-        LatentRTError: if less is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise LatentRTError(
-            f"{folder} has {free / 1e9:.1f} GB free, and converting the model for the peers takes about "
-            f"{nbytes / 1e9:.1f} GB; free some, or name another place with --workspace"
-        )
+def _rested(control: Control) -> float:
+    """The control's seconds, with quiet before and after: what ran last must not be in what runs next."""
+    time.sleep(_REST)
+    seconds = control.sample()
+    time.sleep(_REST)
+    return seconds

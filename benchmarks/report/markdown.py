@@ -145,8 +145,13 @@ def _quoted(text: str) -> str:
 
 
 def _missing(report: Report) -> str:
-    without = [c for c in figures.ordered(report) if c["state"] != "measured"]
-    lines = [f"- {escape(sentence)}" for sentence in report["missing"]]
+    told = report["missing"]  # where a contender that was not measured has its sentence mostly
+    without = [
+        c
+        for c in figures.ordered(report)
+        if c["state"] != "measured" and not any(sentence.startswith(c["label"]) for sentence in told)
+    ]
+    lines = [f"- {escape(sentence)}" for sentence in told]
     lines += [f"- {escape(c['label'])}, {c['state']}: {escape(c['reason'])}" for c in without]
     if not report["complete"]:
         lines.insert(0, "- **The run was cut short; this is what it had found by then.**")

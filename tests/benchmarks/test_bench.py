@@ -38,6 +38,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Contender]:
         }.items()
     }
     monkeypatch.setattr(contest, "own_command", lambda: FAKE)
+    monkeypatch.setattr(contest, "_REST", 0)
     # What the fakes say they took is the same at any load; so must the control be.
     monkeypatch.setattr(contest, "Control", lambda: SimpleNamespace(sample=lambda: 0.01))
     monkeypatch.setattr(cli, "chosen", lambda names: [table[name] for name in names])

@@ -35,6 +35,7 @@ def job(tmp_path: Path) -> Job:
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "own_command", lambda: FAKE)
+    monkeypatch.setattr(module, "_REST", 0)
 
 
 def held(job: Job, folder: Path, contenders: Sequence[Contender], **settings: Any) -> Contest:
