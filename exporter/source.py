@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -21,27 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import PREDICTION_TYPES
-from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import compile_plan, default_sampler
 
-PIPELINES = {"StableDiffusionPipeline": "stable-diffusion"}
-"""Pipelines that can be exported, and the model family each belongs to."""
-COMPONENTS: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-"""Components of a Stable Diffusion pipeline and the classes that each may have."""
+from .families import PIPELINES, Family
 
-_WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _PICKLED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 _MAX_JSON = 16 * 2**20
 _MAX_SAFETENSORS_HEADER = 100 * 2**20
@@ -49,7 +37,6 @@ _MAX_INTEGER = 10**6
 _MAX_LIST = 64
 _MAX_LAYERS = 256
 _MAX_LAYERS_PER_BLOCK = 16
-_MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
 _MAX_NESTING = 16
 _PROBE_STEPS = 10
 
@@ -60,15 +47,17 @@ class Source:
 
     Attributes:
         path: The directory.
-        family: Model family, a value of :data:`PIPELINES`.
-        configs: ``config.json`` of each component with weights, by component name.
+        family: The family that it belongs to.
+        index: ``model_index.json``.
+        configs: ``config.json`` of each part with weights, by name.
         scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
         licence: What the model card says of the licence, or ``"unknown"``.
         fingerprint: SHA-256 over every file that decides the export.
     """
 
     path: Path
-    family: str
+    family: Family
+    index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     licence: str
@@ -94,83 +83,72 @@ class Source:
         pipeline = index.get("_class_name")
         if not isinstance(pipeline, str) or pipeline not in PIPELINES:
             raise SourceError(f"{path.name} is a {pipeline!r}; supported pipelines: {', '.join(PIPELINES)}")
-        for component, classes in COMPONENTS.items():
-            entry = index.get(component)
+        family = PIPELINES[pipeline]
+        classes = {name: part.classes for name, part in family.parts.items()}
+        classes |= {name: tokenizer.classes for name, tokenizer in family.tokenizers.items()}
+        for name, expected in classes.items():
+            entry = index.get(name)
             found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-            if found not in classes:
-                raise SourceError(
-                    f"{component} of {path.name} has the class {found!r}, expected {' or '.join(classes)}"
-                )
-        configs = {name: read_json(path / name / "config.json", f"{name} is incomplete") for name in _WEIGHTS}
+            if found not in expected:
+                raise SourceError(f"{name} of {path.name} has the class {found!r}, expected {' or '.join(expected)}")
+        configs = {name: read_json(path / name / "config.json", f"{name} is incomplete") for name in family.parts}
         for name, config in configs.items():
             _check_bounds(config, f"{name}/config.json")
-        _check_geometry(**configs)
+        family.check(configs)
         scheduler = _scheduler(path)
-        weights = [file for name in _WEIGHTS for file in weight_files(path / name, _WEIGHTS[name])]
+        weights = [file for name, part in family.parts.items() for file in weight_files(path / name, part.stem)]
         for file in weights:
             with _opened(file):
                 pass  # the lengths in its header fit the file
-        files = [path / name / "config.json" for name in _WEIGHTS] + weights
-        files += [file for file in sorted((path / "tokenizer").glob("*")) if file.is_file()]
+        files = [path / name / "config.json" for name in family.parts] + weights
+        for name in family.tokenizers:
+            files += [file for file in sorted((path / name).glob("*")) if file.is_file()]
         files += [path / "scheduler" / "scheduler_config.json"]
-        return cls(path, PIPELINES[pipeline], configs, scheduler, _licence(path), _fingerprint(path, files))
+        return cls(path, family, index, configs, scheduler, _licence(path), _fingerprint(path, files))
 
-    def load(self, component: str) -> nn.Module:
-        """Build ``text_encoder``, ``unet`` or ``vae`` in fp32 on the CPU, in evaluation mode.
+    def load(self, name: str) -> nn.Module:
+        """Build a part with weights, such as ``unet`` or ``vae``, in fp32 on the CPU, in evaluation mode.
 
         Raises:
             SourceError: if configuration and weights do not fit each other, or a weight is not finite.
         """
-        config = self.configs[component]
-        tensors = read_weights(self.path / component, _WEIGHTS[component])
-
-        def build() -> nn.Module:
-            if component == "text_encoder":
-                text_encoder: nn.Module = CLIPTextModel(CLIPTextConfig(**_known(config, CLIPTextConfig)))
-                return text_encoder
-            factory = UNet2DConditionModel if component == "unet" else AutoencoderKL
-            model: nn.Module = factory(**_known(config, factory))
-            return model
-
+        part, config = self.family.parts[name], self.configs[name]
+        tensors = read_weights(self.path / name, part.stem)
         try:
             with torch.device("meta"):  # whatever sizes it names, nothing is allocated before the weights fit
-                module = build()
+                module = part.build(config)
         except Exception as error:  # the libraries raise whatever their constructors run into
-            raise SourceError(f"{component}/config.json does not describe a model: {_first_line(error)}") from error
-        if component == "text_encoder":
-            tensors = _match_prefix(tensors, module)
-        _assign(module, tensors, component)
+            raise SourceError(f"{name}/config.json does not describe a model: {_first_line(error)}") from error
+        tensors = part.rename(tensors, module)
+        _assign(module, tensors, name)
         if any(buffer.is_meta for buffer in module.buffers()):  # tables that are not stored, such as position ids
-            module = build()
-            _assign(module, tensors, component)
+            module = part.build(config)
+            _assign(module, tensors, name)
         return module.eval().requires_grad_(False)
 
-    def load_tokenizer(self) -> CLIPTokenizer:
-        """Build the tokenizer from its vocabulary files.
+    def load_tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
+        """Build a tokenizer from its vocabulary files.
 
         Raises:
-            SourceError: if a file is missing or damaged.
+            SourceError: if a file is missing or damaged, or the text encoder does not know all of its tokens.
         """
-        directory = self.path / "tokenizer"
+        directory, label = self.path / name, f"the {name} of {self.path.name}"
         kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
         if not any(all((directory / name).is_file() for name in names) for names in kinds):
             # Without them transformers makes a tokenizer that knows no words.
             raise SourceError(
-                f"the tokenizer of {self.path.name} is incomplete: tokenizer/ has neither tokenizer.json "
-                "nor vocab.json with merges.txt"
+                f"{label} is incomplete: {name}/ has neither tokenizer.json nor vocab.json with merges.txt"
             )
         try:
             tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             highest = max(tokenizer.get_vocab().values())
         except Exception as error:
-            raise SourceError(f"the tokenizer of {self.path.name} cannot be read: {_first_line(error)}") from error
-        rows = int(self.configs["text_encoder"].get("vocab_size", 49408))
+            raise SourceError(f"{label} cannot be read: {_first_line(error)}") from error
+        rows = int(self.configs[self.family.tokenizers[name].encoder].get("vocab_size", 49408))
         if highest >= rows:
-            raise SourceError(
-                f"the tokenizer of {self.path.name} has token ids up to {highest}, its text encoder only {rows} tokens"
-            )
+            raise SourceError(f"{label} has token ids up to {highest}, its text encoder only {rows} tokens")
         if tokenizer.pad_token_id is None:
-            raise SourceError(f"the tokenizer of {self.path.name} has no padding token")
+            raise SourceError(f"{label} has no padding token")
         return tokenizer
 
 
@@ -309,50 +287,6 @@ def _check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None
             raise SourceError(f"{where}: {key!r} is {value}, which no model has (at most {limit})")
 
 
-def _check_geometry(text_encoder: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Check the numbers that the exporter itself computes with, and those in which the components must agree."""
-    for where, config in (("unet", unet), ("vae", vae)):
-        blocks = config.get("block_out_channels")
-        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
-            raise SourceError(
-                f"{where}/config.json: 'block_out_channels' is {blocks!r}, expected a list of 1 to {_MAX_BLOCKS}"
-            )
-    for key, default in (("max_position_embeddings", 77), ("vocab_size", 49408), ("num_hidden_layers", 12)):
-        _natural("text_encoder", text_encoder, key, default)
-    width = _natural("text_encoder", text_encoder, "hidden_size", 512)
-    expected = _natural("unet", unet, "cross_attention_dim", 1280)
-    if width != expected:
-        raise SourceError(f"the text encoder's states are {width} wide, but the U-Net takes {expected}")
-    latents, channels = _natural("vae", vae, "latent_channels", 4), _natural("unet", unet, "in_channels", 4)
-    if latents != channels:
-        raise SourceError(
-            f"the VAE's latents have {latents} channels, but the U-Net takes {channels}; "
-            "U-Nets for inpainting or editing, which take more, are not supported"
-        )
-    scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
-    if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
-        raise SourceError(
-            f"vae/config.json: 'scaling_factor' is {scaling!r} and 'shift_factor' {shift!r}, expected two numbers"
-        )
-    side, factor = unet.get("sample_size") or 64, 2 ** (len(vae["block_out_channels"]) - 1)
-    sides = side if isinstance(side, list) and len(side) == 2 else [side]
-    if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s * factor <= MAX_SIDE for s in sides):
-        raise SourceError(
-            f"unet/config.json: 'sample_size' is {side!r}, expected one or two whole numbers up to {MAX_SIDE // factor}"
-        )
-
-
-def _natural(where: str, config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SourceError(f"{where}/config.json: {key!r} is {value!r}, expected a whole number above zero")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _scheduler(path: Path) -> dict[str, Any]:
     """Read the scheduler's configuration; refuse an unknown class, and values from which no sampler can be compiled."""
     config = read_json(path / "scheduler" / "scheduler_config.json", "the scheduler is missing")
@@ -370,28 +304,6 @@ def _scheduler(path: Path) -> dict[str, Any]:
     except (InvalidRequestError, ValueError, RecursionError) as error:  # the source's fault, not the caller's
         raise SourceError(f"scheduler/scheduler_config.json: {_first_line(error)}") from error
     return config
-
-
-_SWITCHES = {
-    *("torch_dtype", "dtype", "attn_implementation", "quantization_config", "auto_map", "use_safetensors"),
-    *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
-}
-
-
-def _known(config: Mapping[str, Any], factory: Any) -> dict[str, Any]:
-    """The entries of ``config`` that are constructor parameters, without private ones and library switches."""
-    names = {name for name, p in inspect.signature(factory).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    names |= set(getattr(factory, "__annotations__", {}))
-    return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
-
-
-def _match_prefix(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Give CLIP's tensors the names of the installed transformers, which has them with or without ``text_model.``."""
-    expected = set(module.state_dict())
-    nested = any(name.startswith("text_model.") for name in expected)
-    renamed = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    renamed.pop("embeddings.position_ids", None)  # a constant that old checkpoints stored
-    return {f"text_model.{name}" if nested else name: tensor for name, tensor in renamed.items()}
 
 
 def _fingerprint(root: Path, files: list[Path]) -> str:

@@ -259,9 +259,9 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
         return {}
     factor = bundle.manifest.latent.factor
     known = {"latent_height": size.height // factor, "latent_width": size.width // factor}
-    if component in ("text_encoder", "unet_prompt"):
+    if component.startswith("text_encoder") or component.endswith("_prompt"):
         known["batch"] = 1  # texts come one by one
-    elif component in ("unet_step", "vae_decoder"):
+    elif component.endswith("_step") or component == "vae_decoder":
         known["batch"] = size.images
     symbols = {length for spec in graph.inputs for length in spec.shape}
     return {symbol: length for symbol, length in known.items() if symbol in symbols}

@@ -124,6 +124,8 @@ class Loop(ABC):
 
     name: str
     """What it is called where a pipeline is loaded."""
+    prompt_inputs: frozenset[str] = frozenset()
+    """Conditioning from which :meth:`condition` computes more; all else it passes on as it is."""
 
     @abstractmethod
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
@@ -157,13 +159,14 @@ class PlainLoop(Loop):
     """One call of the whole denoiser a step; guidance and the sampler's update in numpy.
 
     Args:
-        unet: The opened engine.
+        engine: The opened engine.
+        denoiser: The denoiser's component, for messages.
     """
 
     name = "plain"
 
-    def __init__(self, unet: Engine) -> None:
-        self._unet = unet
+    def __init__(self, engine: Engine, denoiser: str = "unet") -> None:
+        self._engine, self._denoiser = engine, denoiser
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """Nothing is computed ahead."""
@@ -183,7 +186,7 @@ class PlainLoop(Loop):
             timesteps.append(np.full(halves * len(scaled), run.plan.timesteps[run.index], np.float32))
         feeds = {"sample": np.concatenate(samples), "timestep": np.concatenate(timesteps)}
         feeds |= _concatenated(run.conditioning_rows() for run in runs)
-        predictions = output_of(self._unet, "unet", "out_sample", feeds)
+        predictions = output_of(self._engine, self._denoiser, "out_sample", feeds)
         new, first = [], 0
         for run in runs:
             count = len(run.latents)
@@ -216,6 +219,7 @@ class FusedLoop(Loop):
         step: Opened engine of the fused step.
         prompt: Opened engine of the prompt stage, if there is one.
         schedule: Opened engine of the schedule stage, if there is one.
+        denoiser: The denoiser's component, for messages.
 
     Raises:
         BundleError: if the step is not a fused one.
@@ -223,14 +227,21 @@ class FusedLoop(Loop):
 
     name = "fused"
 
-    def __init__(self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None) -> None:
+    def __init__(
+        self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None, denoiser: str = "unet"
+    ) -> None:
         self._step, self._prompt, self._schedule = step, prompt, schedule
+        self._label = f"{denoiser}_step"
+        if prompt is not None:
+            self.prompt_inputs = frozenset(prompt.inputs)
         self._on_device = getattr(step, "on_device", False)
         self._from_schedule = frozenset(() if schedule is None else schedule.outputs)
         # The schedule may take vectors of the conditioning in; what it computes then differs between the halves.
         self._vectors = () if schedule is None else tuple(name for name in schedule.inputs if name != "timestep")
         if missing := [name for name in _STEP if name not in step.inputs]:
-            raise BundleError(f"unet_step has no input {missing[0]!r}, which a fused step has; build the bundle again")
+            raise BundleError(
+                f"{self._label} has no input {missing[0]!r}, which a fused step has; build the bundle again"
+            )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """Run the prompt stage."""
@@ -241,7 +252,9 @@ class FusedLoop(Loop):
             found |= _hosted(self._prompt.run(cast_feeds(self._prompt, known)))
         wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
         if missing := sorted(wanted - found.keys()):
-            raise BundleError(f"unet_step needs {missing[0]!r}, which no stage of the bundle computes; build it again")
+            raise BundleError(
+                f"{self._label} needs {missing[0]!r}, which no stage of the bundle computes; build it again"
+            )
         return {name: values for name, values in found.items() if name in wanted}
 
     def begin(self, run: Run) -> None:
@@ -278,7 +291,7 @@ class FusedLoop(Loop):
             samples += run.request.images
             rows += len(parts[-1]["rows"])
         feeds = _concatenated(parts)
-        result = output_of(self._step, "unet_step", "updated_registers", feeds)
+        result = output_of(self._step, self._label, "updated_registers", feeds)
         first = 0
         for run in runs:
             last = first + run.request.images
@@ -292,12 +305,12 @@ class FusedLoop(Loop):
         changing = self._changing(run, run.plan.registers, cast(Floats, run.registers))
         feeds = {name: values for name, values in changing.items() if name not in bound}
         outputs = self._step.run(cast_feeds(self._step, feeds))
-        result = output_named(outputs, "unet_step", "updated_registers")
+        result = output_named(outputs, self._label, "updated_registers")
         # Every register is a sum over all registers, the prediction and the noise, and zero times NaN or infinity is
         # NaN: what was not finite once never becomes finite again. So the last step shows it all; the looks in between
         # only end a lost run early.
         if (run.index + 1) % FINITE_CHECK_EVERY == 0 or run.index + 1 == len(run):
-            require_finite(to_numpy(result), "unet_step")
+            require_finite(to_numpy(result), self._label)
         if str(result.dtype) != "float32":
             result = to_numpy(result).astype(np.float32)
         run.registers = result
@@ -411,15 +424,21 @@ def _cast(array: Any, dtype: str) -> Array:
 
 
 def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, Array]) -> Floats:
-    """One output of an engine in float32, on the host; every input is cast to the element type that its graph takes.
+    """One output of an engine, see :func:`outputs_of`."""
+    return outputs_of(engine, component, (output,), feeds)[output]
+
+
+def outputs_of(engine: Engine, component: str, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Floats]:
+    """Outputs of an engine in float32, on the host; every input is cast to the element type that its graph takes.
 
     Raises:
-        BundleError: if the engine has no such output.
-        EngineError: if the engine fails, or the output holds NaN or infinity, which would end in a black picture.
+        BundleError: if the engine lacks one of the outputs.
+        EngineError: if the engine fails, or an output holds NaN or infinity, which would end in a black picture.
     """
-    found = output_named(engine.run(cast_feeds(engine, feeds)), component, output)
-    values: Floats = to_numpy(found).astype(np.float32, copy=False)
-    require_finite(values, component)
+    found = engine.run(cast_feeds(engine, feeds))
+    values = {name: to_numpy(output_named(found, component, name)).astype(np.float32, copy=False) for name in names}
+    for each in values.values():
+        require_finite(each, component)
     return values
 
 

@@ -24,21 +24,18 @@ from latentrt.engines.trt import share_arena
 from .bundle import Bundle
 from .cache import TensorCache
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, make_engine
-from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, start_run
+from .families import Family, Text, family_of
+from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
+from .manifest import TOKENIZER_FILE
 from .request import Request, RequestOptions
 from .samplers import Plan
-from .tokenizers import ClipTokenizer
-
-COMPONENTS = ("text_encoder", "unet", "vae_decoder")
-"""What text to image needs of a bundle with the plain loop; the fused one needs the stages in place of the whole."""
+from .tokenizers import PromptTokenizer, load_tokenizer
 
 LOOPS = ("auto", "fused", "plain")
 """Ways to run the denoising loop."""
 
 PROMPT_CACHE = 256 << 20
 """Bytes of encoded texts that a pipeline keeps unless told otherwise."""
-
-_STAGES = ("unet_prompt", "unet_schedule", "unet_step")
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,7 @@ class _Prepared:
 
     request: Request
     plan: Plan
-    tokens: NDArray[np.int64]
-    truncated: int
+    texts: list[Text]
     timings: Timings
 
 
@@ -124,11 +120,15 @@ class Pipeline:
 
     Args:
         bundle: The bundle.
-        engines: Opened engines for :data:`COMPONENTS`, or with the denoiser's stages in place of ``unet``; they are
-            closed together with the pipeline.
+        engines: Opened engines for :func:`components_for`: text encoders, the denoiser or its stages, and the VAE's
+            decoder; they are closed together with the pipeline.
         prompt_cache: Most bytes to keep of texts that were encoded, so that one that comes again is not encoded again.
         engine_choice: Which engine that is, and why.
         fixed_size: The only size that the engines take, if there is one.
+
+    Attributes:
+        family: What the bundle's family does.
+        tokenizers: By name.
     """
 
     def __init__(
@@ -145,16 +145,11 @@ class Pipeline:
         self.fixed_size = fixed_size
         self.engines = dict(engines)
         self.manifest = bundle.manifest
-        self.loop = _make_loop(self.engines)
+        self.family = family_of(self.manifest)
+        self.loop = _make_loop(self.engines, self.family)
         self._texts = TensorCache(prompt_cache)
         self._closed = False
-        if "tokenizer" not in self.manifest.tokenizers:
-            raise BundleError(f"{bundle.path} has no tokenizer named 'tokenizer', which text to image needs")
-        settings = self.manifest.tokenizers["tokenizer"]
-        bundle.file(f"{settings.directory}/tokenizer.json")
-        self.tokenizer = ClipTokenizer.load(
-            bundle.path / settings.directory, max_length=settings.max_length, pad_token_id=settings.pad_token_id
-        )
+        self.tokenizers = _load_tokenizers(bundle, self.family)
 
     @classmethod
     def load(
@@ -223,8 +218,8 @@ class Pipeline:
         Args:
             prompt: What to draw.
             options: ``negative_prompt``, ``steps``, ``guidance``, ``seed``, ``sampler``, ``width``, ``height``,
-                ``images``, ``clip_skip``: the fields of :class:`~latentrt.runtime.request.Request`. What is left out
-                or ``None`` is the bundle's default.
+                ``images`` and so on: the fields of :class:`~latentrt.runtime.request.Request`. What is left out or
+                ``None`` is the bundle's default. Some are for models of some families alone.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -265,7 +260,7 @@ class Pipeline:
         timings.vae_decoder = time.perf_counter() - begin
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
         timings.total += timings.vae_decoder
-        return Result(images, latents, timings, run.request, prepared.truncated)
+        return Result(images, latents, timings, run.request, sum(text.truncated for text in prepared.texts))
 
     def start(self, prompt: str, **options: Unpack[RequestOptions]) -> Run:
         """Begin a request that :meth:`advance` takes further, together with others.
@@ -313,16 +308,13 @@ class Pipeline:
     def _prepare(self, prompt: str, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
         self._require_open()
-        if unknown := options.keys() - RequestOptions.__annotations__.keys():
-            known = ", ".join(RequestOptions.__annotations__)
-            raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
         request = Request.create(self.manifest, prompt, **self._sized(options))
         start = time.perf_counter()
         plan = request.compile_plan(self.manifest.scheduler)
         planned = time.perf_counter()
-        tokens, truncated = self._tokenize(request)
+        texts = self.family.texts(request, self.tokenizers)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
-        return _Prepared(request, plan, tokens, truncated, timings)
+        return _Prepared(request, plan, texts, timings)
 
     def _sized(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options of a request, with the fixed size where there is one."""
@@ -341,7 +333,10 @@ class Pipeline:
         """Encode the texts and begin the loop."""
         request, timings = prepared.request, prepared.timings
         begin = time.perf_counter()
-        conditioning = self._condition(prepared.tokens, request, timings)
+        conditioning = [
+            self._condition(text, self.family.vectors(request, negative=request.guided and number == 0), timings)
+            for number, text in enumerate(prepared.texts)
+        ]
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
         latent = self.manifest.latent
@@ -351,31 +346,22 @@ class Pipeline:
         timings.schedule += time.perf_counter() - encoded
         return run
 
-    def _tokenize(self, request: Request) -> tuple[NDArray[np.int64], int]:
-        """Token ids ``[texts, max_length]``, the unconditional text first, and how many tokens were cut off."""
-        texts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
-        cut = sum(max(0, self.tokenizer.count(text) - self.tokenizer.max_length) for text in texts)
-        return self.tokenizer.encode_batch(texts), cut
-
-    def _condition(self, tokens: NDArray[np.int64], request: Request, timings: Timings) -> list[Conditioning]:
-        """What each text comes to, from the cache where it is there.
-
-        As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers.
-        """
-        found = []
-        for number, ids in enumerate(tokens, start=1):
-            state = "penultimate_hidden_state" if request.clip_skip and number == len(tokens) else "last_hidden_state"
-            key = (ids.tobytes(), state)
-            text = self._texts.get(key)
-            if text is None:
-                # One by one: in a batch of two the last bits would depend on what else is in the cache.
-                encoded = output_of(self.engines["text_encoder"], "text_encoder", state, {"input_ids": ids[None]})
-                begin = time.perf_counter()
-                text = self.loop.condition({"encoder_hidden_states": encoded})
-                timings.prompt += time.perf_counter() - begin
-                self._texts.put(key, text)
-            found.append(text)
-        return found
+    def _condition(self, text: Text, vectors: Conditioning, timings: Timings) -> Conditioning:
+        """What a text comes to, from the cache where it is there, with the vectors that come with it."""
+        early = tuple((name, vectors[name].tobytes()) for name in vectors if name in self.loop.prompt_inputs)
+        key = (text.key, early)
+        found = self._texts.get(key)
+        if found is None:
+            # One by one: in a batch of two the last bits would depend on what else is in the cache.
+            encoded = {
+                name: outputs_of(self.engines[name], name, text.outputs[name], {"input_ids": ids})
+                for name, ids in text.tokens.items()
+            }
+            begin = time.perf_counter()
+            found = self.loop.condition({**self.family.condition(text, encoded), **vectors})
+            timings.prompt += time.perf_counter() - begin
+            self._texts.put(key, found)
+        return {**found, **{name: values for name, values in vectors.items() if name in found}}
 
     def decode(self, latents: Floats) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
@@ -420,15 +406,29 @@ def _fixed_size(bundle: Bundle, width: int | None, height: int | None, images: i
 
 def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
     """Components to open for a way to run the loop."""
-    there = bundle.manifest.components
-    if loop == "fused" and "unet_step" not in there:
+    there, family = bundle.manifest.components, family_of(bundle.manifest)
+    stages = family.stages()
+    if loop == "fused" and stages[-1] not in there:
         raise BundleError(f"{bundle.path} holds no stages of its denoiser; build it again, or run the loop plain")
-    if loop == "plain" or "unet_step" not in there:
-        return COMPONENTS
-    return ("text_encoder", *(stage for stage in _STAGES if stage in there), "vae_decoder")
+    whole = loop == "plain" or stages[-1] not in there
+    denoiser = [family.denoiser] if whole else [stage for stage in stages if stage in there]
+    return (*family.text_encoders, *denoiser, "vae_decoder")
 
 
-def _make_loop(engines: Mapping[str, Engine]) -> Loop:
-    if "unet_step" not in engines:
-        return PlainLoop(engines["unet"])
-    return FusedLoop(engines["unet_step"], engines.get("unet_prompt"), engines.get("unet_schedule"))
+def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenizer]:
+    tokenizers = {}
+    for name in {family.encoders[encoder]: None for encoder in family.text_encoders}:
+        if name not in bundle.manifest.tokenizers:
+            raise BundleError(f"{bundle.path} has no tokenizer named {name!r}, which text to image needs")
+        settings = bundle.manifest.tokenizers[name]
+        bundle.file(f"{settings.directory}/{TOKENIZER_FILE}")
+        tokenizers[name] = load_tokenizer(
+            bundle.path / settings.directory, settings.kind, settings.max_length, settings.pad_token_id
+        )
+    return tokenizers
+
+
+def _make_loop(engines: Mapping[str, Engine], family: Family) -> Loop:
+    denoiser = family.denoiser
+    prompt, schedule, step = (engines.get(stage) for stage in family.stages())
+    return PlainLoop(engines[denoiser], denoiser) if step is None else FusedLoop(step, prompt, schedule, denoiser)

@@ -122,7 +122,7 @@ def bundle_cache(pytestconfig: pytest.Config) -> Path:
     source. ``pytest --cache-clear`` starts afresh.
     """
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "exporter").glob("*.py")):
+    for file in sorted((ROOT / "exporter").rglob("*.py")):
         digest.update(file.read_bytes())
     assert pytestconfig.cache is not None
     return pytestconfig.cache.mkdir("bundles") / digest.hexdigest()[:16]

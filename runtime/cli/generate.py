@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = _draw(stream)
         choice = pipe.engine_choice
         model, loop = pipe.manifest.source.name, pipe.loop.name
-        engine = pipe.engines["unet_step" if loop == "fused" else "unet"]
+        denoiser = pipe.family.denoiser
+        engine = pipe.engines[f"{denoiser}_step" if loop == "fused" else denoiser]
     request, timings = result.request, result.timings
     parameters = GenerationParameters(
         prompt=request.prompt,

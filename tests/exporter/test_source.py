@@ -49,7 +49,7 @@ def refusal(path: Path, *, load: bool = False) -> str:
 def test_opens_and_loads(tiny_source: Path) -> None:
     """A whole source gives modules that compute what the libraries' own loading gives."""
     source = Source.open(tiny_source)
-    assert source.family == "stable-diffusion"
+    assert source.family.name == "stable-diffusion"
     ids = torch.arange(7)[None]
     ours, theirs = source.load("text_encoder"), CLIPTextModel.from_pretrained(tiny_source / "text_encoder")
     with torch.no_grad():
