@@ -51,7 +51,7 @@ class BuildRequest:
         options: Settings of TensorRT builds.
         steps: Sampler steps that the bundle uses by default; ``None`` keeps those of a bundle that is extended, or
             takes 20.
-        guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or 7.5.
+        guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or that of the family.
         sampler: Sampler that the bundle uses by default; ``None`` likewise, or the one of the source's scheduler.
         calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
         quantization: How the layers are chosen that are computed in 8 bits.

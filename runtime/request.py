@@ -179,7 +179,9 @@ class Request:
             BundleError: if the family is unknown.
         """
         if unknown := special.keys() - FAMILY_OPTIONS.keys():
-            known = ", ".join(RequestOptions.__annotations__)
+            known = ", ".join(
+                sorted(RequestOptions.__annotations__, key=FAMILY_OPTIONS.__contains__)
+            )  # the special last
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
         defaults, factor, family = manifest.defaults, manifest.latent.factor, family_of(manifest)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):

@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="sampler steps that the bundle uses by default; 20 at first"
     )
     parser.add_argument(
-        "--guidance", type=float, metavar="G", help="guidance that the bundle uses by default; 7.5 at first"
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance that the bundle uses by default; the family's at first",
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")

@@ -62,6 +62,10 @@ def check_vae(vae: Config, channels: int) -> None:
             f"the VAE's latents have {latents} channels, but the U-Net takes {channels}; "
             "U-Nets for inpainting or editing, which take more, are not supported"
         )
+    if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")):
+        raise SourceError(
+            "vae/config.json has means or deviations of its latents; only a scaling and a shift are supported"
+        )
     scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
     if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
         raise SourceError(

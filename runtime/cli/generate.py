@@ -7,12 +7,13 @@ import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from ..engine_choice import CACHES, ENGINES
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
-from ..request import Request
+from ..request import FAMILY_OPTIONS, Request
 from ..samplers import SAMPLERS
 from .console import bar, print_json, seconds
 
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet"
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--prompt-2", metavar="TEXT", help="prompt of a second text encoder; the prompt by default")
+    parser.add_argument("--negative-prompt-2", metavar="TEXT", help="likewise what to steer away from")
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
     parser.add_argument(
@@ -47,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigmas", type=_numbers, metavar="S,S,...", help="noise levels to visit, in place of --steps")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels")
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels")
+    for side, what in (("", "the model is told"), ("negative-", "to steer away from")):
+        parser.add_argument(
+            f"--{side}original-size", type=_size, metavar="WxH", help=f"size {what} that the picture was made from"
+        )
+        parser.add_argument(f"--{side}crop", type=_place, metavar="X,Y", help=f"corner {what} that it was cut out at")
+        parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument(
@@ -103,6 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
             height=arguments.height,
             images=arguments.images,
             clip_skip=arguments.clip_skip,
+            prompt_2=arguments.prompt_2,
+            negative_prompt_2=arguments.negative_prompt_2,
+            original_size=arguments.original_size,
+            crop=arguments.crop,
+            target_size=arguments.target_size,
+            negative_original_size=arguments.negative_original_size,
+            negative_crop=arguments.negative_crop,
+            negative_target_size=arguments.negative_target_size,
         )
         result = _draw(stream)
         choice = pipe.engine_choice
@@ -156,15 +173,36 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected numbers between commas") from None
 
 
+def _size(text: str) -> tuple[int, int]:
+    """A width and a height as ``1024x768``."""
+    return _two(text, "x", "a width and a height as 1024x768")
+
+
+def _place(text: str) -> tuple[int, int]:
+    """Two coordinates as ``0,64``."""
+    return _two(text, ",", "pixels from the left and from the top as 0,64")
+
+
+def _two(text: str, between: str, expected: str) -> tuple[int, int]:
+    first, _, second = text.partition(between)
+    if not (first.isdecimal() and second.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected {expected}")
+    return int(first), int(second)
+
+
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= {"eta": None, "timesteps": None, "sigmas": None}
+    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", *FAMILY_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
-    return {
-        name.replace("_", " ").capitalize(): " ".join(f"{each:g}" for each in value) if type(value) is tuple else value
-        for name, value in given.items()
-    }
+    return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+
+
+def _written(name: str, value: Any) -> Any:
+    """A value as a web UI's parameters have it: a size as ``1024x768``, other numbers between spaces."""
+    if not isinstance(value, tuple):
+        return value
+    return ("x" if name.endswith("size") else " ").join(f"{each:g}" for each in value)
 
 
 def _draw(stream: Generator[StepInfo, None, Result]) -> Result:

@@ -9,9 +9,10 @@ from latentrt.engines.errors import BundleError, InvalidRequestError
 from ..manifest import Manifest
 from .base import Family as Family
 from .base import Text as Text
+from .sdxl import StableDiffusionXl
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (StableDiffusion,)}
+FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (StableDiffusion, StableDiffusionXl)}
 """Families by the name that a manifest has."""
 
 
