@@ -26,6 +26,13 @@ MAX_PIXELS = 2**28
 
 _MOST_STEPS = 10_000
 _LARGEST_ORIGINAL = 65_536  # pixels
+_OF_HALVES: Mapping[str, object] = {
+    "negative_prompt": "",
+    "negative_prompt_2": "",
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "guidance_rescale": 0.0,
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
 
@@ -229,12 +236,22 @@ class Request:
             )
         given = [name for name in ("negative_prompt", "clip_skip", *FAMILY_OPTIONS) if getattr(request, name)]
         refuse_foreign(family, given)
-        if family.guidance == "none" and request.guidance > 1:
-            raise InvalidRequestError(
-                f"guidance is {request.guidance:g}, but this model was made to run without; leave it out or set it to 1"
-            )
+        _check_guidance(request, family.guidance)
         family.check(request)
         return request
+
+
+def _check_guidance(request: Request, kind: str) -> None:
+    """Refuse what needs two predictions where a model gives one, and a scale where it knows none."""
+    if kind == "none" and request.guidance > 1:
+        raise InvalidRequestError(
+            f"guidance is {request.guidance:g}, but this model was made to run without; leave it out or set it to 1"
+        )
+    given = [name for name, usual in _OF_HALVES.items() if getattr(request, name) not in (usual, None)]
+    if given and not request.classifier_free:
+        raise InvalidRequestError(
+            f"{given[0]} is for guidance from two predictions, which this model does not have; leave it out"
+        )
 
 
 def _show(value: object) -> str:

@@ -118,7 +118,7 @@ class StableDiffusionXl(Family):
         lengths = {natural(name, configs[name], "max_position_embeddings", 77) for name in encoders}
         if len(lengths) > 1:
             raise SourceError(
-                f"the text encoders take {' and '.join(map(str, sorted(lengths)))} tokens, expected as many"
+                f"the text encoders take {' and '.join(map(str, sorted(lengths)))} tokens, expected one length for both"
             )
         expected = natural("unet", unet, "cross_attention_dim", 1280)
         if width != expected:

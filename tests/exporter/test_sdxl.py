@@ -80,8 +80,10 @@ def test_half_precision_is_well_typed(tiny: Any, tmp_path: Path) -> None:
     for graph in (whole, *stages.values()):
         onnx.checker.check_model(str(tmp_path / graph.file), full_check=True)
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
     for graph in stages.values():
-        parser = trt.OnnxParser(builder.create_network(0), trt.Logger(trt.Logger.ERROR))
+        network = builder.create_network(0)  # which the parser does not keep alive
+        parser = trt.OnnxParser(network, logger)
         parsed = parser.parse_from_file(str(tmp_path / graph.file))
         assert parsed, [parser.get_error(number).desc() for number in range(parser.num_errors)]

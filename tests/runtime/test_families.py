@@ -131,6 +131,10 @@ def test_guidance_that_is_embedded_or_missing() -> None:
     """Without classifier-free guidance there is one half, and a model that knows none refuses a scale."""
     embedded = Request.create(manifest("stable-diffusion", guidance="embedded"), "apple", guidance=4.0)
     assert (embedded.guidance, embedded.guided) == (4.0, False)
+    options: dict[str, Any]
+    for options in ({"negative_prompt": "leaf"}, {"guidance_start": 0.5}, {"guidance_rescale": 0.5}):
+        with pytest.raises(InvalidRequestError, match=f"{next(iter(options))} is for guidance from two predictions"):
+            Request.create(manifest("stable-diffusion", guidance="embedded"), "apple", **options)
     none = manifest("stable-diffusion", guidance="none")
     assert not Request.create(none, "apple", guidance=1.0).guided
     with pytest.raises(InvalidRequestError, match="guidance is 4, but this model was made to run without"):
