@@ -27,6 +27,8 @@ Conditioning: TypeAlias = Mapping[str, Array]
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
 
+_WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
+
 FINITE_CHECK_EVERY = 8
 """Steps between checks for NaN and infinity of a state that stays on a device."""
 
@@ -139,6 +141,13 @@ class Loop(ABC):
             EngineError: if an engine fails.
         """
 
+    def check(self, plan: Plan) -> None:  # noqa: B027 - most loops take every plan
+        """Refuse a plan that the denoiser cannot follow.
+
+        Raises:
+            InvalidRequestError: saying why.
+        """
+
     @abstractmethod
     def begin(self, run: Run) -> None:
         """Compute once what depends on the run's timesteps alone."""
@@ -167,6 +176,18 @@ class PlainLoop(Loop):
 
     def __init__(self, engine: Engine, denoiser: str = "unet") -> None:
         self._engine, self._denoiser = engine, denoiser
+        # Graphs that others exported may take one timestep for all rows, and that as a whole number.
+        timestep = engine.inputs.get("timestep")
+        self._one_timestep = timestep is not None and not timestep.shape
+        self._whole = timestep is not None and timestep.dtype.startswith("int")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse timesteps between two whole ones where the denoiser's graph takes whole ones."""
+        if self._whole and (between := [t for t in plan.timesteps if abs(t - round(t)) > _WHOLE]):
+            raise InvalidRequestError(
+                f"the sampler visits the timestep {between[0]:.2f}, but the {self._denoiser} of this bundle takes "
+                "whole ones alone; take another sampler, or give timesteps"
+            )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """Nothing is computed ahead."""
@@ -176,27 +197,36 @@ class PlainLoop(Loop):
         """Nothing is computed ahead."""
 
     def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further."""
+        """Take every run a step further, with one call for each timestep where the graph takes but one."""
         check_together(runs)
+        timesteps = {float(run.plan.timesteps[run.index]) for run in runs}
+        apart = self._one_timestep and len(timesteps) > 1
+        calls: list[Sequence[Run]] = [[run] for run in runs] if apart else [runs]
+        predictions = [prediction for call in calls for prediction in self._predict(call)]
+        new = []
+        for run, prediction in zip(runs, predictions, strict=True):
+            registers = to_numpy(run.registers).swapaxes(0, 1)
+            guided = self._guided(prediction, run)
+            new.append(step(run.plan, run.index, registers, guided, run.draw()).swapaxes(0, 1))
+        for run, registers in zip(runs, new, strict=True):
+            run.registers = registers
+            run.index += 1
+
+    def _predict(self, runs: Sequence[Run]) -> list[Floats]:
+        """What the denoiser predicts for each run, in one call: both halves of a guided one."""
         samples, timesteps = [], []
         for run in runs:
             scaled = run.latents * np.float32(run.plan.input_scale[run.index])
             halves = 2 if run.guided else 1
             samples += [scaled] * halves
             timesteps.append(np.full(halves * len(scaled), run.plan.timesteps[run.index], np.float32))
-        feeds = {"sample": np.concatenate(samples), "timestep": np.concatenate(timesteps)}
+        times = np.concatenate(timesteps)
+        times = np.rint(times) if self._whole else times
+        feeds = {"sample": np.concatenate(samples), "timestep": times[:1].reshape(()) if self._one_timestep else times}
         feeds |= _concatenated(run.conditioning_rows() for run in runs)
         predictions = output_of(self._engine, self._denoiser, "out_sample", feeds)
-        new, first = [], 0
-        for run in runs:
-            count = len(run.latents)
-            guided = self._guided(predictions[first : first + (2 if run.guided else 1) * count], run)
-            first += 2 * count if run.guided else count
-            registers = to_numpy(run.registers).swapaxes(0, 1)
-            new.append(step(run.plan, run.index, registers, guided, run.draw()).swapaxes(0, 1))
-        for run, registers in zip(runs, new, strict=True):
-            run.registers = registers
-            run.index += 1
+        rows = [len(run.latents) * (2 if run.guided else 1) for run in runs]
+        return list(np.split(predictions, np.cumsum(rows)[:-1]))
 
     @staticmethod
     def _guided(prediction: Floats, run: Run) -> Floats:

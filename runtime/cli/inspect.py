@@ -37,8 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     abilities = family.abilities()
     denoiser = (family.denoiser, *family.stages())
     stages = _stages(bundle, denoiser)
+    loop = "fused" if denoiser[-1] in manifest.components else "plain"
     if arguments.json:
         content = {"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json()), "abilities": abilities}
+        content["loop"] = loop
         engines = [dataclasses.asdict(record) for record in records]
         print_json({**content, "stages": [dataclasses.asdict(stage) for stage in stages], "engines": engines})
         return 0
@@ -50,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"guidance {defaults.guidance:g}"
     )
     print(f"abilities: {', '.join(_abilities(abilities))}")
+    if loop == "plain":
+        print(
+            f"loop: plain, since the {family.denoiser} has no stages: every step computes all of it, and guidance twice"
+        )
     counted: set[str] = set()  # stages share a file of weights
     graphs = []
     for component in manifest.components.values():
