@@ -48,6 +48,7 @@ from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.engines.trt.cudart import Cuda, load_cuda
 from latentrt.runtime import Pipeline
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.families import family_of
 from latentrt.runtime.plans import find_plan
 
 PROMPTS = ("a red apple", "a rocket")
@@ -134,6 +135,7 @@ class GpuCheck:
 
     def __init__(self, bundle: Bundle, engine: str, *, steps: int, rounds: int) -> None:
         self.bundle, self.engine, self.rounds = bundle, engine, rounds
+        _, self.schedule, self.step = family_of(bundle.manifest).stages()
         self.options: dict[str, Any] = {"steps": steps, "seed": 7}
         self.checks: list[Check] = []
         self.recorded: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
@@ -211,7 +213,7 @@ class GpuCheck:
             raise Skipped(self.no_reference)
         values = {p: psnr(self.reference[p], pipe(p, **self.options).images, peak=255) for p in PROMPTS}
         check.samples = {prompt: value if math.isfinite(value) else str(value) for prompt, value in values.items()}
-        gate, worst = PICTURES[self.precision("unet_step")], min(values.values())
+        gate, worst = PICTURES[self.precision(self.step)], min(values.values())
         check.detail = f"{worst:.1f} dB against ONNX Runtime (at least {gate:.0f})"
         check.require(worst >= gate, check.detail)
 
@@ -222,11 +224,11 @@ class GpuCheck:
         return result.latents, result.timings.step[2:]
 
     def _with_step(self, pipe: Pipeline, step: Engine) -> Pipeline:
-        return Pipeline(self.bundle, {**pipe.engines, "unet_step": step})
+        return Pipeline(self.bundle, {**pipe.engines, self.step: step})
 
     def graphs(self, check: Check, pipe: Pipeline) -> None:
         """With and without CUDA graphs: the same bits, and what a step takes."""
-        step = _plan_of(pipe, "unet_step")
+        step = _plan_of(pipe, self.step)
         captured, replayed = step.graph_runs
         latents, with_graphs = self._steps(pipe)
         after = step.graph_runs
@@ -240,7 +242,7 @@ class GpuCheck:
     def resident(self, check: Check, pipe: Pipeline) -> None:
         """The state on the device against a copy through the host at every step."""
         latents, resident = self._steps(pipe)
-        same, hosted = self._steps(self._with_step(pipe, Recorder(pipe.engines["unet_step"])))
+        same, hosted = self._steps(self._with_step(pipe, Recorder(pipe.engines[self.step])))
         check.samples = {"step on the device": resident, "step through the host": hosted}
         check.detail = f"step {_ms(resident)} on the device, {_ms(hosted)} through the host"
         check.require(np.array_equal(latents, same), "latents differ between the two")
@@ -289,7 +291,7 @@ class GpuCheck:
         """Device memory that is taken after all that ran before (nothing is given back in between)."""
         free, total = self._cuda.memory()
         needs = {name: asdict(_plan_of(pipe, name).memory) for name in pipe.engines}
-        arena = _plan_of(pipe, "unet_step").arena.nbytes
+        arena = _plan_of(pipe, self.step).arena.nbytes
         check.samples = {"used": self._at_start - free, "total": total, "arena": arena, "needs": needs}
         check.detail = (
             f"{(self._at_start - free) / 2**20:,.0f} MiB used, of that {arena / 2**20:,.0f} MiB of activations"
@@ -308,7 +310,7 @@ class GpuCheck:
         """TensorRT-RTX's kernels are compiled at the first start, and read from their file at the second."""
         if self.engine != "tensorrt-rtx":
             raise Skipped("TensorRT compiles nothing at run time")
-        plan, target, feeds = self._recorded_plan("unet_step")
+        plan, target, feeds = self._recorded_plan(self.step)
         with tempfile.TemporaryDirectory() as directory:
             copy = Path(shutil.copy(plan, directory))
             outputs = []
@@ -326,7 +328,7 @@ class GpuCheck:
 
     def _build(self, options: BuildOptions, directory: str) -> tuple[Path, Path, dict[str, Array]]:
         """A plan of the denoiser's schedule stage (or the text encoder): graph, plan, and inputs for it."""
-        name = next((name for name in ("unet_schedule", "text_encoder") if name in self.recorded), None)
+        name = next((name for name in (self.schedule, "text_encoder") if name in self.recorded), None)
         if name is None:
             raise Skipped(self.no_reference or "no inputs were recorded")
         forms = self.bundle.manifest.components[name].graphs

@@ -17,16 +17,18 @@ from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engin
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
 from latentrt.runtime.bundle import Bundle, write_bundle
+from latentrt.runtime.families import family_of
 from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
 
+from .adoption import adopt
 from .calibration import Calibration
-from .components import ALL, NAMES, STAGES, latent_factor
 from .construction import Construction, picture_key
+from .graph_folders import GraphFolders
 from .progress import Reporter, Silent
-from .reduce import STEP, Quantization
-from .source import Source
+from .reduce import Quantization
+from .source import Reading, Source
 from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -40,7 +42,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        source: A diffusers directory.
+        source: A diffusers directory, a single-file checkpoint, or the name of a model on a hub.
         output: The bundle's directory; a bundle that is there already is replaced, or extended if it comes from the
             same source.
         engines: Engines to build for, keys of :data:`latentrt.exporter.targets.TARGETS`.
@@ -51,11 +53,12 @@ class BuildRequest:
         options: Settings of TensorRT builds.
         steps: Sampler steps that the bundle uses by default; ``None`` keeps those of a bundle that is extended, or
             takes 20.
-        guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or 7.5.
+        guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or that of the family.
         sampler: Sampler that the bundle uses by default; ``None`` likewise, or the one of the source's scheduler.
         calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
         quantization: How the layers are chosen that are computed in 8 bits.
         accept_quality: Keep a reduced precision whose pictures are below the gate.
+        reading: What the source does not say itself.
     """
 
     source: Path
@@ -71,6 +74,7 @@ class BuildRequest:
     calibration: Calibration = field(default_factory=Calibration)
     quantization: Quantization = field(default_factory=Quantization)
     accept_quality: bool = False
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if not self.engines:
@@ -137,7 +141,12 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     """
     start = time.perf_counter()
     reporter = reporter or Silent()
-    source = Source.open(request.source)
+    source = Source.open(request.source, request.reading)
+    if source.notes:
+        reporter.stage(source.name)
+        reporter.result("; ".join(source.notes))
+    if isinstance(source.weights, GraphFolders):
+        return _adopt(request, source, source.weights, reporter, start)
     sdks = {name: load_sdk(name) for name in dict.fromkeys(request.engines) if name in SDK_MODULES}
     for sdk in sdks.values():
         build_target(sdk, request.options)
@@ -158,24 +167,50 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     return BuildReport(bundle.path, exported, quality, engines, time.perf_counter() - start)
 
 
+def _adopt(
+    request: BuildRequest, source: Source, folders: GraphFolders, reporter: Reporter, start: float
+) -> BuildReport:
+    """Take over graphs that were exported elsewhere."""
+    if compiled := [engine for engine in request.engines if engine in SDK_MODULES]:
+        raise InvalidRequestError(
+            f"{source.name} holds graphs that were exported elsewhere, of which no plans for {compiled[0]} are built; "
+            "build from the model's weights"
+        )
+    defaults = _defaults(request, source)
+    compile_plan(defaults.sampler, source.scheduler, defaults.steps)
+    bundle, taken = adopt(
+        source,
+        folders,
+        request.output,
+        precision=request.precision,
+        defaults=defaults,
+        tools=tool_versions(("latentrt", "onnx")),
+        write_tokenizer=lambda name, directory: _write_tokenizer(source, name, directory),
+        try_out=request.verify,
+        reporter=reporter,
+    )
+    return BuildReport(bundle.path, taken, {}, (), time.perf_counter() - start)
+
+
 def _to_compile(bundle: Bundle) -> list[str]:
     """Components that a compiled engine is of use for: of a denoiser its stages rather than the whole."""
-    split = {whole for whole, stages in STAGES.items() if stages[-1] in bundle.manifest.components}
-    return [name for name in bundle.manifest.components if name not in split]
+    family = family_of(bundle.manifest)
+    split = family.stages()[-1] in bundle.manifest.components
+    return [name for name in bundle.manifest.components if not (split and name == family.denoiser)]
 
 
-def tool_versions() -> dict[str, str]:
+def tool_versions(tools: Sequence[str] = _TOOLS) -> dict[str, str]:
     """Versions of what decides an export."""
-    return {"python": platform.python_version(), **{tool: importlib.metadata.version(tool) for tool in _TOOLS}}
+    return {"python": platform.python_version(), **{tool: importlib.metadata.version(tool) for tool in tools}}
 
 
 def _export(
     request: BuildRequest, source: Source, forms: Sequence[Form], reporter: Reporter
 ) -> tuple[Bundle, tuple[str, ...]]:
     """Bring the bundle at ``request.output`` to hold all ``forms``; graphs that it has already are kept."""
-    older = _same_source(request, source)
+    older, family = _same_source(request, source), source.family
     found = older.manifest.components if older else {}
-    kept = {part: dict(found[part].graphs) if part in found else {} for part in ALL}
+    kept = {part: dict(found[part].graphs) if part in found else {} for part in family.all_components()}
     quality = dict(older.manifest.quality) if older else {}
     unjudged = [
         engine
@@ -185,24 +220,25 @@ def _export(
     wanted = list(dict.fromkeys(map(exported_form, forms)))
     # Pictures are compared with those of fp32, which are then needed for this build alone.
     exports = list(dict.fromkeys([*wanted, *([PORTABLE] if unjudged else [])]))
-    unquantized = [form for form in forms if form.quantized and form.name not in kept[STEP]]
+    unquantized = [form for form in forms if form.quantized and form.name not in kept[family.stages()[-1]]]
 
     def lacks(part: str, form: Form) -> bool:
         return form.name not in kept[part] or (request.verify and kept[part][form.name].file not in quality)
 
     missing = [
         (name, form)
-        for name in NAMES
+        for name in family.components
         for form in exports
-        if lacks(name, form) or (name in STAGES and lacks(STAGES[name][-1], form))
+        if lacks(name, form) or lacks(family.with_stages(name)[-1], form)
     ]
     defaults = _defaults(request, source, older.manifest.defaults if older else None)
-    origin = m.Source(source.name, source.licence, source.fingerprint)
+    origin, settings = m.Source(source.name, source.licence, source.fingerprint), family.settings(source)
     if (
         older
         and not (missing or unquantized or unjudged)
         and older.manifest.defaults == defaults
         and older.manifest.source == origin
+        and older.manifest.settings == settings
     ):
         reporter.stage("ONNX graphs")
         reporter.result("already exported from this source")
@@ -217,7 +253,7 @@ def _export(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(older.file(relative), target)
             _carry_engines(older, writer.directory / m.ENGINES_DIRECTORY)
-        tokenizer = _write_tokenizer(source, writer.directory)
+        tokenizers = {name: _write_tokenizer(source, name, writer.directory) for name in family.tokenizers}
         if missing:  # all weights are read once, so that damage in the last does not show after the first is exported
             for part in source.configs:
                 source.load(part)
@@ -225,24 +261,25 @@ def _export(
         def manifest() -> m.Manifest:
             return m.Manifest(
                 format_version=m.FORMAT_VERSION,
-                family=source.family,
+                family=family.name,
                 prediction_type=str(source.scheduler.get("prediction_type", "epsilon")),
                 components={name: m.Component(name, graphs) for name, graphs in kept.items() if graphs},
                 files={},
-                latent=_latent(source),
-                tokenizers={"tokenizer": tokenizer},
+                latent=family.latent(source),
+                tokenizers=tokenizers,
                 scheduler=source.scheduler,
                 defaults=defaults,
                 source=origin,
                 tools=tool_versions(),
                 quality=quality,
+                settings=settings,
             )
 
         def preview() -> Bundle:
             return writer.preview(manifest())
 
         new = Construction(source, writer.directory, request.verify, reporter, kept, quality, preview)
-        for name in NAMES:
+        for name in family.components:
             new.export(name, [form for each, form in missing if each == name])
         size, calibration = _picture_size(request), request.calibration
         for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
@@ -269,7 +306,7 @@ def _same_source(request: BuildRequest, source: Source) -> Bundle | None:
     except (BundleError, OSError):
         return None
     known = older.manifest.source.fingerprint == source.fingerprint and older.manifest.tools == tool_versions()
-    complete = set(NAMES) <= set(older.manifest.components)
+    complete = set(source.family.components) <= set(older.manifest.components)
     return older if known and complete else None
 
 
@@ -287,33 +324,22 @@ def _carry_engines(older: Bundle, directory: Path) -> None:
                 shutil.copyfile(store.root / key / name, directory / key / name)
 
 
-def _write_tokenizer(source: Source, directory: Path) -> m.Tokenizer:
-    tokenizer = source.load_tokenizer()
-    (directory / "tokenizer").mkdir(exist_ok=True)
+def _write_tokenizer(source: Source, name: str, directory: Path) -> m.Tokenizer:
+    part, tokenizer = source.family.tokenizers[name], source.load_tokenizer(name)
+    (directory / name).mkdir(exist_ok=True)
     # Its own method to save reports a full disk as a bare Exception.
-    (directory / "tokenizer" / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-    positions = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
+    (directory / name / m.TOKENIZER_FILE).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    positions = int(source.configs[part.encoder].get("max_position_embeddings", 77))
     length = min(positions, int(tokenizer.model_max_length))
-    return m.Tokenizer("tokenizer", length, int(tokenizer.pad_token_id))
-
-
-def _latent(source: Source) -> m.Latent:
-    vae = source.configs["vae"]
-    return m.Latent(
-        channels=int(vae.get("latent_channels", 4)),
-        factor=latent_factor(source),
-        scaling=float(vae.get("scaling_factor", 0.18215)),
-        shift=float(vae.get("shift_factor") or 0.0),
-    )
+    return m.Tokenizer(name, length, int(tokenizer.pad_token_id), part.kind)
 
 
 def _defaults(request: BuildRequest, source: Source, older: m.Defaults | None = None) -> m.Defaults:
     """What a request that names nothing gets: as asked for, else as ``older`` has it, else as is usual."""
-    side = source.configs["unet"].get("sample_size") or 64
-    height, width = (side, side) if isinstance(side, int) else side
-    factor = latent_factor(source)
+    family = source.family
+    width, height = family.size(source)
     usual = older or m.Defaults(
-        default_sampler(source.scheduler), 20, 7.5, width * factor, height * factor, clip_skip=0
+        default_sampler(source.scheduler), family.steps, family.guidance, width, height, clip_skip=0
     )
     return dataclasses.replace(
         usual,
@@ -325,7 +351,8 @@ def _defaults(request: BuildRequest, source: Source, older: m.Defaults | None = 
 
 def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]]:
     """Ranges of every symbol of every component. Under guidance the denoiser runs two rows a picture."""
-    defaults, factor = _defaults(request, source), latent_factor(source)
+    defaults, family = _defaults(request, source), source.family
+    factor = family.latent(source).factor
     pictures = request.ranges.get("batch", Range.fixed(1))
     pixels = {
         "height": request.ranges.get("height", Range.fixed(defaults.height)),
@@ -339,12 +366,15 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
             raise InvalidRequestError(f"{axis}: {error}, the pixels of a latent") from None
     both_halves = Range(pictures.min, 2 * pictures.opt, 2 * pictures.max)
     registers = {"registers": Range(1, 2, _MOST_REGISTERS), "terms": Range(3, 4, _MOST_REGISTERS + 2)}
+    prompt, schedule, step = family.stages()
+    # With vectors of the conditioning in it, the schedule differs between the halves.
+    timesteps = min(defaults.steps * (2 if family.vectors else 1), TIMESTEPS_AT_ONCE)
     return {
-        "text_encoder": {"batch": Range.fixed(1)},  # texts come one by one
-        "unet": {"batch": both_halves, **latents},
-        "unet_prompt": {"batch": Range.fixed(1)},
-        "unet_schedule": {"batch": Range(1, min(defaults.steps, TIMESTEPS_AT_ONCE), TIMESTEPS_AT_ONCE)},
-        "unet_step": {"batch": pictures, "rows": both_halves, **registers, **latents},
+        **{part.encoder: {"batch": Range.fixed(1)} for part in family.tokenizers.values()},  # texts come one by one
+        family.denoiser: {"batch": both_halves, **latents},
+        prompt: {"batch": Range.fixed(1)},
+        schedule: {"batch": Range(1, timesteps, TIMESTEPS_AT_ONCE)},
+        step: {"batch": pictures, "rows": both_halves, **registers, **latents},
         "vae_decoder": {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
     }

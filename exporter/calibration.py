@@ -142,7 +142,8 @@ def record(
         height: Likewise.
     """
     recorders = {name: Recorder(engine) for name, engine in pipeline.engines.items()}
-    step = recorders["unet_step" if "unet_step" in recorders else "unet"]
+    family = pipeline.family
+    step = recorders[family.stages()[-1] if family.stages()[-1] in recorders else family.denoiser]
     per_prompt = max(1, calibration.recorded // len(calibration.prompts))
     pictures = []
     with Pipeline(pipeline.bundle, recorders, prompt_cache=0) as recorded:

@@ -1,4 +1,4 @@
-"""The components of a Stable Diffusion pipeline as functions of tensors, ready to be exported.
+"""The components of a pipeline as functions of tensors, ready to be exported.
 
 Names of inputs and outputs are those of Optimum's exports, so that other tools recognise them.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
 
-from .source import Source
+if TYPE_CHECKING:
+    from .source import Source
 
 
 class TextEncoder(nn.Module):
@@ -116,55 +117,12 @@ class Component:
     roles: Roles | None = None
 
 
-NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-STAGES = {"unet": ("unet_prompt", "unet_schedule", "unet_step")}
-"""Components that a denoiser is split into, see :mod:`latentrt.exporter.stages`."""
-ALL = tuple(part for name in NAMES for part in (name, *STAGES.get(name, ())))
-"""Every component of a bundle, in its order."""
-_PICTURE = {0: "batch", 2: "height", 3: "width"}
-_LATENT = {0: "batch", 2: "latent_height", 3: "latent_width"}
-
-
-def latent_factor(source: Source) -> int:
-    """How many pixels a latent is wide: 8 in Stable Diffusion."""
-    return int(2 ** (len(source.configs["vae"]["block_out_channels"]) - 1))
-
-
 def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     """Build one component of ``source`` with example inputs drawn from a seeded generator.
-
-    Sizes differ from each other and from what the model was trained on, so that no length is mistaken for another.
 
     Raises:
         SourceError: if the component cannot be built, or none has that name.
     """
-    if name not in NAMES:
-        raise SourceError(f"{source.name} has no component {name!r}; it has {', '.join(NAMES)}")
-    generator = torch.Generator().manual_seed(seed)
-    text, unet, vae = (source.configs[part] for part in ("text_encoder", "unet", "vae"))
-    length, channels = int(text.get("max_position_embeddings", 77)), int(unet.get("in_channels", 4))
-    # Not divisible by what the U-Net halves: then it passes the size of each skip connection to the upsampling that
-    # meets it, and the graph serves every size rather than multiples of that factor alone.
-    side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
-    if name == "text_encoder":
-        ids = torch.randint(int(text.get("vocab_size", 49408)), (2, length), generator=generator)
-        outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
-        return Component(name, TextEncoder(source.load(name)), {"input_ids": ids}, {"input_ids": {0: "batch"}}, outputs)
-    if name == "unet":
-        width = unet.get("cross_attention_dim", 1280)
-        example = {
-            "sample": torch.randn(2, channels, side, side + 2, generator=generator),
-            "timestep": torch.rand(2, generator=generator) * 999,
-            "encoder_hidden_states": torch.randn(2, length, int(width), generator=generator),
-        }
-        dynamic = {"sample": _LATENT, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
-        roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
-        return Component(
-            name, Denoiser(source.load(name)), example, dynamic, ("out_sample",), frozenset({"timestep"}), roles
-        )
-    model, factor = source.load("vae"), latent_factor(source)
-    if name == "vae_decoder":
-        latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
-        return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": _LATENT}, ("sample",))
-    pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator) * 2 - 1
-    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _PICTURE}, ("latent_parameters",))
+    if name not in source.family.components:
+        raise SourceError(f"{source.name} has no component {name!r}; it has {', '.join(source.family.components)}")
+    return source.family.component(source, name, torch.Generator().manual_seed(seed))

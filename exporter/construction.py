@@ -11,11 +11,11 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
 
 from .calibration import Calibration
-from .components import NAMES, STAGES, Component, load_component
+from .components import Component, load_component
 from .onnx_export import cast_inputs, export_component, parameter_count
 from .progress import Reporter
 from .quality import compare_engine, require
-from .reduce import STEP, Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
+from .reduce import Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
 from .source import Source
 from .stages import export_stages
 from .targets import Form, exported_form
@@ -117,8 +117,8 @@ class Construction:
         self.reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(calibration.prompts)} pictures")
         found = ranges_of_pictures(self.preview(), form, calibration, **size)
         told = []
-        for name in NAMES:
-            parts = [found.get(part, {}) for part in (name, *STAGES.get(name, ()))]
+        for name in self.source.family.components:
+            parts = [found.get(part, {}) for part in self.source.family.with_stages(name)]
             values = {value: reached for part in parts for value, reached in part.items()}
             if not values:
                 continue
@@ -138,14 +138,15 @@ class Construction:
             ExportError: if no layer can be quantised.
             EngineError: if the graphs cannot be run.
         """
-        base = exported_form(form)
-        self.reporter.stage(f"{STEP}: {form.precision}, opset {form.opset}, the rest {base.precision}")
+        base, family = exported_form(form), self.source.family
+        step = family.stages()[-1]
+        self.reporter.stage(f"{step}: {form.precision}, opset {form.opset}, the rest {base.precision}")
         start = time.perf_counter()
         quantized = quantize_step(self.preview(), form, calibration, quantization, **size)
         for part, graphs in self.graphs.items():
-            if part not in STAGES and base.name in graphs:  # a whole denoiser is not quantised
+            if part != family.denoiser and base.name in graphs:  # a whole denoiser is not quantised
                 graphs[form.name] = graphs[base.name]
-        self.graphs[STEP][form.name] = quantized.graph
+        self.graphs[step][form.name] = quantized.graph
         self.quality[quantized.graph.file] = round(min(quantized.psnr, 999.0), 2)
         self.exported.append(quantized.graph.file)
         self.reporter.result(f"{describe(quantized)}, {time.perf_counter() - start:.1f} s")

@@ -17,14 +17,10 @@ from latentrt.engines.errors import translated
 from latentrt.engines.onnxrt import load_sdk
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
-from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.pipeline import Pipeline, components_for
 
-from .components import STAGES
 from .onnx_export import EXTERNAL_THRESHOLD
 from .passes.widen import round_values, widen
-
-PARTS = ("text_encoder", *STAGES["unet"], "vae_decoder")
-"""Components that draw a picture."""
 
 _ERRORS_ONLY = 3
 
@@ -120,9 +116,7 @@ def emulated(
     """
     with ExitStack() as stack:
         engines, paths = {}, {}
-        for name in PARTS:
-            if name not in bundle.manifest.components:
-                continue
+        for name in components_for(bundle):
             paths[name] = stack.enter_context(
                 widened_copy(bundle.graph_path(name, form), rounded=rounded, lowered=lowered)
             )

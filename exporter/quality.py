@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import EngineUnavailableError, VerificationError
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.engine_choice import EngineSettings, make_engine
-from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.pipeline import Pipeline, components_for
 
 from .calibration import Calibration
-from .emulate import PARTS, emulated
+from .emulate import emulated
 from .targets import PORTABLE, form_for, next_higher
 
 GATES = {"fp16": 40.0, "bf16": 32.0, "int8": 25.0, "fp8": 22.0, "int8-weights": 32.0}
@@ -197,10 +197,9 @@ def compare_engine(
 def _pipeline(bundle: Bundle, engine: str, precision: str) -> Pipeline:
     with ExitStack() as stack:
         engines = {}
-        for name in PARTS:
-            if name in bundle.manifest.components:
-                engines[name] = make_engine(bundle, name, EngineSettings(engine, precision, engine_cache="off")).open()
-                stack.callback(engines[name].close)
+        for name in components_for(bundle):
+            engines[name] = make_engine(bundle, name, EngineSettings(engine, precision, engine_cache="off")).open()
+            stack.callback(engines[name].close)
         pipeline = Pipeline(bundle, engines)
         stack.pop_all()
     return pipeline

@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from latentrt.engines import Array
 from latentrt.engines.errors import ExportError, InvalidRequestError
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.families import family_of
 from latentrt.runtime.manifest import Graph
 
 from .calibration import Calibration, record
 from .emulate import EmulatedEngine, emulated, widened_copy
 from .observe import Feeds, best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
-from .onnx_export import EXTERNAL_THRESHOLD, check_graph, graph_entry
+from .onnx_export import EXTERNAL_THRESHOLD, graph_entry
 from .passes.islands import keep_fp32
 from .passes.quantize import FORMATS, Layer, NumberFormat, find_layers, quantize, quantized_share
 from .passes.smooth import factors, smooth, smoothable
 from .targets import Form, exported_form
+from .type_check import check_graph
 from .verify import psnr
 
 FP16_LIMIT = float(np.finfo(np.float16).max) / 2
 """Largest magnitude that a value of an fp16 graph may reach on known inputs: half of what the type holds."""
-
-STEP = "unet_step"
 
 _NOISY = 35.0  # dB; above, there is no need to smooth
 _LEAST_GAIN = 3.0  # dB; less is not worth an operator more
@@ -151,23 +151,24 @@ def quantize_step(
         ExportError: if no layer can be quantised.
     """
     base, weights_only = exported_form(form), form.precision == "int8-weights"
+    part = family_of(bundle.manifest).stages()[-1]
     number = FORMATS["int8" if weights_only else form.precision]
     with emulated(bundle, base.name, rounded=False) as (pipeline, paths):
-        calls = record(pipeline, calibration, width=width, height=height).calls[STEP]
-        layers = find_layers(ir.load(paths[STEP]).graph)
-        ranges = None if weights_only else _ranges(paths[STEP], layers, number, calls)
-        sqnr = layer_sqnr(paths[STEP], layers, ranges, number, calls)
+        calls = record(pipeline, calibration, width=width, height=height).calls[part]
+        layers = find_layers(ir.load(paths[part]).graph)
+        ranges = None if weights_only else _ranges(paths[part], layers, number, calls)
+        sqnr = layer_sqnr(paths[part], layers, ranges, number, calls)
         smoothed: dict[str, NDArray[np.float32]] = {}
         if ranges is not None:
-            smoothed = _smooth_where_it_helps(paths[STEP], number, calls, ranges, sqnr)
-        with EmulatedEngine(paths[STEP], bundle.graph(STEP, base.name), STEP) as engine:
+            smoothed = _smooth_where_it_helps(paths[part], number, calls, ranges, sqnr)
+        with EmulatedEngine(paths[part], bundle.graph(part, base.name), part) as engine:
             expected = [engine.run(call)["updated_registers"] for call in calls]
     chosen = [name for name, ratio in sqnr.items() if ratio >= quantization.least_sqnr]
     if not chosen:
         raise ExportError(
-            f"{STEP}: no layer keeps {quantization.least_sqnr:.0f} dB in {form.precision}; take a higher precision"
+            f"{part}: no layer keeps {quantization.least_sqnr:.0f} dB in {form.precision}; take a higher precision"
         )
-    source = bundle.graph(STEP, base.name)
+    source = bundle.graph(part, base.name)
     model = ir.load(bundle.path / source.file)
     share = quantized_share(model.graph, chosen)
     smooth(model.graph, {name: factor for name, factor in smoothed.items() if name in chosen})
@@ -179,10 +180,10 @@ def quantize_step(
         ir.external_data.load_to_model(model)
     path = bundle.path / folder / stem
     ir.save(model, path, external_data=external)
-    check_graph(path, f"{STEP} ({form.precision})")
+    check_graph(path, f"{part} ({form.precision})")
     files = (f"{folder.as_posix()}/{external}",) if external else ()
     graph = graph_entry(model.graph, f"{folder.as_posix()}/{stem}", form, files)
-    with widened_copy(path, rounded=True) as copy, EmulatedEngine(copy, graph, STEP) as engine:
+    with widened_copy(path, rounded=True) as copy, EmulatedEngine(copy, graph, part) as engine:
         agreement = min(
             psnr(result, engine.run(call)["updated_registers"]) for call, result in zip(calls, expected, strict=True)
         )

@@ -7,15 +7,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 from latentrt.engines.errors import ExportError
-from latentrt.runtime.manifest import Graph
+from latentrt.runtime.manifest import STAGES, Graph
 
 from .components import Component
-from .onnx_export import check_graph, graph_entry
+from .onnx_export import graph_entry
 from .passes.borders import float_borders
 from .passes.guidance import share_guidance
 from .passes.stages import split_stages
 from .passes.update import fuse_update
 from .targets import Form
+from .type_check import check_graph
 
 
 def export_stages(component: Component, whole: Graph, form: Form, directory: Path) -> dict[str, Graph]:
@@ -30,8 +31,8 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
         directory: The bundle under construction.
 
     Returns:
-        By component (``unet_prompt``, ``unet_schedule``, ``unet_step``) the graphs' entries for the manifest; a stage
-        that has nothing to compute is left out.
+        By component (such as ``unet_prompt``, ``unet_schedule``, ``unet_step``) the graphs' entries for the manifest; a
+        stage that has nothing to compute is left out.
 
     Raises:
         ExportError: if the graph cannot be split, or a stage is not well typed.
@@ -51,7 +52,7 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
     except ValueError as error:
         raise ExportError(f"{component.name} could not be split into stages: {error}") from error
     graphs = {}
-    for name, graph in (("prompt", stages.prompt), ("schedule", stages.schedule), ("step", stages.step)):
+    for name, graph in zip(STAGES, (stages.prompt, stages.schedule, stages.step), strict=True):
         if graph is None:
             continue
         float_borders(graph)

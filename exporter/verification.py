@@ -11,7 +11,7 @@ from latentrt.engines.errors import BundleError
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
 
-from .components import NAMES, STAGES, Component, load_component
+from .components import Component, load_component
 from .emulate import EmulatedEngine, widened_copy
 from .progress import Reporter, Silent
 from .source import Source
@@ -77,7 +77,7 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
     figures: dict[str, float] = {}
     components = bundle.manifest.components
     with tempfile.TemporaryDirectory(prefix="latentrt-verify-") as scratch:
-        for name in NAMES:
+        for name in source.family.components:
             if name not in components:
                 continue
             component = load_component(source, name)
@@ -89,7 +89,8 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
                 figures[graph.file] = graph_psnr(component, graph, bundle.path, Path(scratch))
                 reporter.result(f"{figures[graph.file]:.1f} dB")
             for form in components[f"{name}_step"].graphs if f"{name}_step" in components else ():
-                parts = [part for part in STAGES[name] if part in components and form in components[part].graphs]
+                there = [part for part in source.family.stages() if part in components]
+                parts = [part for part in there if form in components[part].graphs]
                 stages = {part: components[part].graphs[form] for part in parts}
                 precision = stages[f"{name}_step"].precision
                 reporter.stage(f"{name}: {form}, stages of the loop")

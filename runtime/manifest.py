@@ -13,13 +13,13 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NoReturn, TypeVar
 
 from latentrt.engines.base import DTYPES, TensorSpec
 from latentrt.engines.errors import BundleError, BundleVersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """The format of ``bundle.json`` that this version writes, and the newest that it reads."""
 
 MANIFEST_FILE = "bundle.json"
@@ -40,7 +40,11 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 MAX_JSON_BYTES = 4 << 20
 """Largest manifest that is read; a bundle of Stable Diffusion needs about 20 kB."""
 
+STAGES = ("prompt", "schedule", "step")
+"""What a denoiser is split into; each is a component named after the denoiser, such as ``unet_step``."""
+
 _MAX_NESTING = 16
+_MAX_SETTINGS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # Windows reserves these names with any ending; opening one there opens a device.
@@ -109,11 +113,19 @@ class Latent:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer: the directory of its ``tokenizer.json``, tokens a prompt is padded to, and the padding's id."""
+    """A tokenizer.
+
+    Attributes:
+        directory: Where its ``tokenizer.json`` is.
+        max_length: Tokens that a prompt is padded to.
+        pad_token_id: The padding's id.
+        kind: A key of :data:`latentrt.runtime.tokenizers.TOKENIZERS`.
+    """
 
     directory: str
     max_length: int
     pad_token_id: int
+    kind: str = "clip"
 
 
 @dataclass(frozen=True)
@@ -143,9 +155,9 @@ class Manifest:
 
     Attributes:
         format_version: :data:`FORMAT_VERSION` of the writer.
-        family: Architecture, e.g. ``stable-diffusion``.
+        family: Architecture, a key of :data:`latentrt.runtime.families.FAMILIES`.
         prediction_type: One of :data:`PREDICTION_TYPES`.
-        components: Parts of the model by name: ``text_encoder``, ``unet``, ``vae_decoder``, ``vae_encoder``.
+        components: Parts of the model by name, e.g. ``text_encoder``, ``unet``, ``unet_step``, ``vae_decoder``.
         files: Every file of the bundle by path, but for the manifest itself and compiled engines.
         latent: The latent space.
         tokenizers: Tokenizers by name.
@@ -154,6 +166,7 @@ class Manifest:
         source: Where the bundle comes from.
         tools: Versions of the tools that made it, by name.
         quality: What was measured when it was made, e.g. PSNR in decibels by graph.
+        settings: What the family must know of this very model; see :attr:`latentrt.runtime.families.Family.settings`.
     """
 
     format_version: int
@@ -168,6 +181,7 @@ class Manifest:
     source: Source
     tools: Mapping[str, str]
     quality: Mapping[str, float]
+    settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as JSON: the same text for the same content, keys sorted, a newline at the end.
@@ -241,7 +255,7 @@ def _path_fault(path: str) -> str | None:
 def _plain(value: object) -> object:
     """Dataclasses and mappings to dictionaries, tuples to lists, all the way down."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -471,11 +485,12 @@ def _latent(value: object, key: str) -> Latent:
 
 
 def _tokenizer(value: object, key: str) -> Tokenizer:
-    record = _keys(value, key, ("directory", "max_length", "pad_token_id"))
+    record = _keys(value, key, ("directory", "max_length", "pad_token_id", "kind"))
     return Tokenizer(
         check_path(record["directory"], f"{key}.directory"),
         _integer(record["max_length"], f"{key}.max_length", 2, 65536),
         _integer(record["pad_token_id"], f"{key}.pad_token_id", 0, 2**31 - 1),
+        _name(record["kind"], f"{key}.kind"),
     )
 
 
@@ -503,6 +518,22 @@ def _source(value: object, key: str) -> Source:
     )
 
 
+def _settings(value: object, key: str) -> dict[str, bool | int | float | str]:
+    """Plain values; which of them a family has is the family's to check."""
+    settings = _mapping(value, key, _setting)
+    if len(settings) > _MAX_SETTINGS:
+        raise BundleError(f"{key} has {len(settings)} entries, expected at most {_MAX_SETTINGS}")
+    return settings
+
+
+def _setting(value: object, key: str) -> bool | int | float | str:
+    if isinstance(value, str):
+        return _text(value, key, limit=200, empty=True)
+    if not isinstance(value, (bool, int, float)):
+        _wrong(key, value, "true, false, a number or a text")
+    return value
+
+
 def _manifest(record: dict[str, Any]) -> Manifest:
     # The version comes first: a newer format may have other keys, and the way out is an upgrade, not a repair.
     if "format_version" not in record:
@@ -513,7 +544,7 @@ def _manifest(record: dict[str, Any]) -> Manifest:
             f"format_version is {version}, but this version of latentrt reads format {FORMAT_VERSION}; "
             "upgrade latentrt (pip install --upgrade latentrt) or build the bundle again"
         )
-    _keys(record, "the manifest", (field.name for field in fields(Manifest)))
+    _keys(record, "the manifest", (each.name for each in fields(Manifest)))
     latent = _latent(record["latent"], "latent")
     manifest = Manifest(
         format_version=version,
@@ -534,6 +565,7 @@ def _manifest(record: dict[str, Any]) -> Manifest:
             _text(key, "a key in quality", limit=1024): _number(value, f"quality.{key}", -1e300, 1e300)
             for key, value in _object(record["quality"], "quality").items()
         },
+        settings=_settings(record["settings"], "settings"),
     )
     _check_references(manifest)
     return manifest

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import reprlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .families import family_of, refuse_foreign
 from .manifest import Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
+from .tiling import Tiling
 
 MAX_SIDE = 16384
 """Largest width or height in pixels."""
@@ -23,11 +26,32 @@ MAX_PIXELS = 2**28
 """Most pixels that the pictures of one request may have together (3 GiB as fp32)."""
 
 _MOST_STEPS = 10_000
+_LARGEST_ORIGINAL = 65_536  # pixels
+_OF_HALVES: Mapping[str, object] = {
+    "negative_prompt": "",
+    "negative_prompt_2": "",
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "guidance_rescale": 0.0,
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
 
 
-class RequestOptions(TypedDict, total=False):
+class FamilyOptions(TypedDict, total=False):
+    """Keywords of a request for models of some families alone: fields of :class:`Request`; ``None`` is not given."""
+
+    prompt_2: str | None
+    negative_prompt_2: str | None
+    original_size: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crop: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+
+
+class RequestOptions(FamilyOptions, total=False):
     """Keywords of a request besides the prompt: fields of :class:`Request`; ``None`` is the bundle's default."""
 
     negative_prompt: str
@@ -45,6 +69,7 @@ class RequestOptions(TypedDict, total=False):
     eta: float | None
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    vae_tiling: Tiling | int | bool | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,18 @@ class Request:
         eta: Amount of fresh noise, 0 to 1, for the samplers that have the choice; ``None`` is the sampler's own.
         timesteps: Timesteps to visit, descending, in place of those that the sampler would choose.
         sigmas: Noise levels to visit, descending, in the form that the sampler's diffusers class takes.
+        prompt_2: Prompt of the second text encoder; ``None`` or nothing is ``prompt``.
+        negative_prompt_2: Likewise what to steer away from.
+        original_size: Width and height in pixels of the picture that the model is to think this one was made from; a
+            small one gives a blurry picture. ``None`` is the picture's own, as for the next two.
+        crop: Left and top of the cut-out that it is to think the picture is; ``None`` is the corner.
+        target_size: Width and height that it is to think the picture has.
+        negative_original_size: What it is to be steered away from, likewise; ``None`` is as for the prompt.
+        negative_crop: Likewise; ``None`` is the corner.
+        negative_target_size: Likewise.
+        vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
+        classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
+            takes its scale in, or knows none.
     """
 
     prompt: str
@@ -88,6 +125,16 @@ class Request:
     eta: float | None = None
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    vae_tiling: Tiling | None = None
+    classifier_free: bool = True
 
     def compile_plan(self, scheduler: Mapping[str, Any]) -> Plan:
         """The sampler's plan for this request.
@@ -104,7 +151,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether the unconditional half is computed at all."""
-        return self.guidance > 1
+        return self.classifier_free and self.guidance > 1
 
     def guided_at(self, index: int, total: int) -> bool:
         """Whether the unconditional half is computed in call ``index`` of ``total`` of the denoiser."""
@@ -131,15 +178,26 @@ class Request:
         eta: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        vae_tiling: Tiling | int | bool | None = None,
+        **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
         ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``.
+        ``vae_tiling=True`` is a :class:`~latentrt.runtime.tiling.Tiling` as it comes, a number one with tiles of that
+        size, and ``False`` none.
 
         Raises:
-            InvalidRequestError: naming the first value that is wrong, what was received and what is expected.
+            InvalidRequestError: naming the first value that is wrong, what was received and what is expected, or the
+                first option that the bundle's family does not have.
+            BundleError: if the family is unknown.
         """
-        defaults, factor = manifest.defaults, manifest.latent.factor
+        if unknown := special.keys() - FAMILY_OPTIONS.keys():
+            known = ", ".join(
+                sorted(RequestOptions.__annotations__, key=FAMILY_OPTIONS.__contains__)
+            )  # the special last
+            raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
+        defaults, factor, family = manifest.defaults, manifest.latent.factor, family_of(manifest)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"{name} is a {type(text).__name__}, expected a string")
@@ -164,7 +222,11 @@ class Request:
             guidance_end=_number("guidance_end", guidance_end, 1),
             guidance_rescale=_number("guidance_rescale", guidance_rescale, 1),
             eta=None if eta is None else _number("eta", eta, 1),
-            **own,
+            classifier_free=family.guidance == "classifier-free",
+            timesteps=own["timesteps"],
+            sigmas=own["sigmas"],
+            vae_tiling=_tiling(vae_tiling, factor),
+            **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:
             raise InvalidRequestError(
@@ -180,7 +242,24 @@ class Request:
                 f"{request.images} pictures of {request.width}x{request.height} have {pixels:,} pixels, "
                 f"at most {MAX_PIXELS:,} fit one request; ask for fewer or smaller ones"
             )
+        given = [name for name in ("negative_prompt", "clip_skip", *FAMILY_OPTIONS) if getattr(request, name)]
+        refuse_foreign(family, given)
+        _check_guidance(request, family.guidance)
+        family.check(request)
         return request
+
+
+def _check_guidance(request: Request, kind: str) -> None:
+    """Refuse what needs two predictions where a model gives one, and a scale where it knows none."""
+    if kind == "none" and request.guidance > 1:
+        raise InvalidRequestError(
+            f"guidance is {request.guidance:g}, but this model was made to run without; leave it out or set it to 1"
+        )
+    given = [name for name, usual in _OF_HALVES.items() if getattr(request, name) not in (usual, None)]
+    if given and not request.classifier_free:
+        raise InvalidRequestError(
+            f"{given[0]} is for guidance from two predictions, which this model does not have; leave it out"
+        )
 
 
 def _show(value: object) -> str:
@@ -226,6 +305,45 @@ def _levels(name: str, values: Any) -> tuple[float, ...] | None:
     if not all(map(math.isfinite, levels)):
         raise InvalidRequestError(f"{name} is {_show(values)}, expected finite numbers")
     return levels
+
+
+def _tiling(value: Any, factor: int) -> Tiling | None:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, Tiling):
+        value = Tiling() if value is True else Tiling(value)
+    fitted: Tiling = value.fitted(factor)
+    return fitted
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{name} is a {type(value).__name__}, expected a string")
+    return value
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)) or len(value) != 2:
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected two whole numbers, across and down")
+    across, down = (_integer(name, each, least, _LARGEST_ORIGINAL) for each in value)
+    return across, down
+
+
+_size, _place = functools.partial(_pair, least=1), functools.partial(_pair, least=0)
+
+FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
+    "prompt_2": _text,
+    "negative_prompt_2": _text,
+    "original_size": _size,
+    "crop": _place,
+    "target_size": _size,
+    "negative_original_size": _size,
+    "negative_crop": _place,
+    "negative_target_size": _size,
+}
+"""The options of :class:`FamilyOptions`, and what checks the value of each."""
 
 
 def _side(name: str, value: Any, factor: int) -> int:

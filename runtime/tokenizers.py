@@ -8,10 +8,10 @@ section 2.4; file format: the ``tokenizers`` library).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,26 @@ MAX_FILE_BYTES = 64 * 2**20
 _LONG = 4096
 """Bytes from which a prompt takes a millisecond or more."""
 _PROBE = "a photo of 2 cat's 😀!"
+
+
+class PromptTokenizer(Protocol):
+    """A prompt to the token ids that a text encoder takes."""
+
+    max_length: int
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Token ids ``[max_length]``, cut off or padded to that length.
+
+        Raises:
+            InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+        """
+
+    def count(self, text: str) -> int:
+        """Number of tokens before truncation, special ones included.
+
+        Raises:
+            InvalidRequestError: as :meth:`encode`.
+        """
 
 
 class ClipTokenizer:
@@ -151,6 +171,27 @@ class ClipTokenizer:
             # only a prompt that would keep other threads waiting is worth.
             encoding = self._tokenizer.encode(text) if size < _LONG else self._tokenizer.encode_batch([text])[0]
             return list(encoding.ids)
+
+
+TOKENIZERS: Mapping[str, Callable[[Path, int, int], PromptTokenizer]] = {"clip": ClipTokenizer.load}
+"""By kind what loads a tokenizer, from a directory, the length of its rows and the id that pads them."""
+
+
+def load_tokenizer(directory: Path, kind: str, max_length: int, pad_token_id: int) -> PromptTokenizer:
+    """Read the ``tokenizer.json`` of a bundle.
+
+    Args:
+        directory: Where it lies.
+        kind: A key of :data:`TOKENIZERS`.
+        max_length: Number of ids that an encoded prompt has.
+        pad_token_id: Id to pad with.
+
+    Raises:
+        BundleError: if the kind is unknown, or the file is missing, damaged or of another kind.
+    """
+    if kind not in TOKENIZERS:
+        raise BundleError(f"{directory} holds a tokenizer of the kind {kind!r}, expected {' or '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind](directory, max_length, pad_token_id)
 
 
 def _read(path: Path) -> str:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
 
 
-@pytest.fixture(scope="session")
-def fake_gpu() -> Any:
-    """The module ``tests/fake_gpu.py``: a make-believe GPU."""
-    spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
+def _module(name: str) -> Any:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,84 +32,77 @@ def fake_gpu() -> Any:
 
 
 @pytest.fixture(scope="session")
+def fake_gpu() -> Any:
+    """The module ``tests/fake_gpu.py``: a make-believe GPU."""
+    return _module("fake_gpu")
+
+
+@pytest.fixture(scope="session")
 def emoji_source() -> Path:
     """The diffusers directory of the emoji model."""
     return EMOJI
 
 
-def write_tiny_source(path: Path, kind: str, seed: int = 0) -> Path:
-    """Write a diffusers directory of seeded random weights, with the layout of a Stable Diffusion checkpoint.
-
-    Args:
-        path: Where to.
-        kind: ``"sd1"``: epsilon prediction, heads of one number in all blocks, PNDM scheduler. ``"sd2"``: v prediction,
-            heads by block, linear projections, GELU text encoder, DDIM scheduler.
-        seed: Seed of the weights.
-    """
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    modern = kind == "sd2"
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            hidden_act="gelu" if modern else "quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=[2, 4] if modern else 4,
-        use_linear_projection=modern,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=32,
-    )
-    schedule: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    schedule |= {"set_alpha_to_one": False, "steps_offset": 1}
-    scheduler = (
-        DDIMScheduler(**schedule, clip_sample=False, prediction_type="v_prediction")
-        if modern
-        else PNDMScheduler(**schedule, skip_prk_steps=True)
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(path, safe_serialization=True)
-    return path
+@pytest.fixture(scope="session")
+def tiny_models() -> Any:
+    """The module ``tests/tiny_models.py``: random sources by kind."""
+    return _module("tiny_models")
 
 
 @pytest.fixture(scope="session")
-def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def original_layout() -> Any:
+    """The module ``tests/original_layout.py``: checkpoints in a single file."""
+    return _module("original_layout")
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The module ``tests/hub_server.py``: a hub of models on this machine."""
+    return _module("hub_server")
+
+
+@pytest.fixture(scope="session")
+def optimum_layout() -> Any:
+    """The module ``tests/optimum_layout.py``: directories of graphs as Optimum exports them."""
+    return _module("optimum_layout")
+
+
+class TinyModels:
+    """Random tiny sources and their bundles for ONNX Runtime, each made when it is first asked for; not to be changed.
+
+    Args:
+        module: ``tests/tiny_models.py``.
+        sources: Where to write sources.
+        bundles: Where to write bundles.
+    """
+
+    def __init__(self, module: Any, sources: Path, bundles: Path) -> None:
+        self._module, self._sources, self._bundles = module, sources, bundles
+        self._built: set[str] = set()
+
+    def source(self, kind: str) -> Path:
+        """The source of a kind in ``WRITERS``."""
+        path = self._sources / kind
+        return path if path.exists() else Path(self._module.write(path, kind))
+
+    def bundle(self, kind: str) -> Path:
+        """Its bundle."""
+        if kind not in self._built:
+            _build(self.source(kind), self._bundles / kind)
+            self._built.add(kind)
+        return self._bundles / kind
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory, bundle_cache: Path) -> TinyModels:
+    """Random tiny sources and bundles of every family."""
+    return TinyModels(tiny_models, tmp_path_factory.mktemp("sources"), bundle_cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(tiny: TinyModels) -> dict[str, Path]:
     """Random tiny sources ``sd1`` and ``sd2``; never to be changed, :func:`tiny_source` gives a copy."""
-    root = tmp_path_factory.mktemp("sources")
-    return {kind: write_tiny_source(root / kind, kind) for kind in ("sd1", "sd2")}
+    return {kind: tiny.source(kind) for kind in ("sd1", "sd2")}
 
 
 @pytest.fixture
@@ -122,7 +119,7 @@ def bundle_cache(pytestconfig: pytest.Config) -> Path:
     source. ``pytest --cache-clear`` starts afresh.
     """
     digest = hashlib.sha256()
-    for file in sorted((ROOT / "exporter").glob("*.py")):
+    for file in sorted((ROOT / "exporter").rglob("*.py")):
         digest.update(file.read_bytes())
     assert pytestconfig.cache is not None
     return pytestconfig.cache.mkdir("bundles") / digest.hexdigest()[:16]
@@ -132,14 +129,15 @@ def _build(source: Path, output: Path) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    build_bundle(BuildRequest(source, output))
+    with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
+        build_bundle(BuildRequest(source, output))
     return output
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles(tiny_sources: dict[str, Path], bundle_cache: Path) -> dict[str, Path]:
+def tiny_bundles(tiny: TinyModels) -> dict[str, Path]:
     """Bundles of the tiny sources for ONNX Runtime; never to be changed, :func:`tiny_bundle` gives a copy."""
-    return {kind: _build(source, bundle_cache / kind) for kind, source in tiny_sources.items()}
+    return {kind: tiny.bundle(kind) for kind in ("sd1", "sd2")}
 
 
 @pytest.fixture

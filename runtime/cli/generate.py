@@ -7,13 +7,17 @@ import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from latentrt.engines.errors import InvalidRequestError
 
 from ..engine_choice import CACHES, ENGINES
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
-from ..request import Request
+from ..request import FAMILY_OPTIONS, Request
 from ..samplers import SAMPLERS
+from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 
 
@@ -25,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet"
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--prompt-2", metavar="TEXT", help="prompt of a second text encoder; the prompt by default")
+    parser.add_argument("--negative-prompt-2", metavar="TEXT", help="likewise what to steer away from")
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
     parser.add_argument(
@@ -47,7 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigmas", type=_numbers, metavar="S,S,...", help="noise levels to visit, in place of --steps")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels")
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels")
+    for side, what in (("", "the model is told"), ("negative-", "to steer away from")):
+        parser.add_argument(
+            f"--{side}original-size", type=_size, metavar="WxH", help=f"size {what} that the picture was made from"
+        )
+        parser.add_argument(f"--{side}crop", type=_place, metavar="X,Y", help=f"corner {what} that it was cut out at")
+        parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
+    parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
+    parser.add_argument(
+        "--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles of this side, to save memory"
+    )
+    parser.add_argument(
+        "--vae-tile-overlap", type=int, metavar="PIXELS", help="what tiles have in common; a quarter of them by default"
+    )
+    parser.add_argument(
+        "--vae-tile-edges",
+        choices=EDGES,
+        help="move the last tile inwards, or make it smaller as diffusers does (default: shift)",
+    )
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument(
         "--engine", default="auto", metavar="NAME", help=f"one of {', '.join(ENGINES)}, or auto, the best that can run"
@@ -68,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fixed-size", action="store_true", help="compile for this size alone, at which OpenVINO is faster"
     )
+    parser.add_argument(
+        "--low-memory", action="store_true", help="open each component for its turn only, and close it again"
+    )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
@@ -75,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the picture, and say what was done."""
     check_target(arguments.output)
+    tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
     loaded = Pipeline.load(
         arguments.bundle,
         arguments.engine,
@@ -83,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         loop=arguments.loop,
         engine_cache=arguments.engine_cache,
         fixed_size=(arguments.width, arguments.height, arguments.images) if arguments.fixed_size else None,
+        max_batch=arguments.max_batch,
+        low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
     )
     with loaded as pipe:
@@ -103,11 +133,21 @@ def run(arguments: argparse.Namespace) -> int:
             height=arguments.height,
             images=arguments.images,
             clip_skip=arguments.clip_skip,
+            vae_tiling=tiling,
+            prompt_2=arguments.prompt_2,
+            negative_prompt_2=arguments.negative_prompt_2,
+            original_size=arguments.original_size,
+            crop=arguments.crop,
+            target_size=arguments.target_size,
+            negative_original_size=arguments.negative_original_size,
+            negative_crop=arguments.negative_crop,
+            negative_target_size=arguments.negative_target_size,
         )
         result = _draw(stream)
         choice = pipe.engine_choice
         model, loop = pipe.manifest.source.name, pipe.loop.name
-        engine = pipe.engines["unet_step" if loop == "fused" else "unet"]
+        denoiser = pipe.family.denoiser
+        engine = pipe.engines[f"{denoiser}_step" if loop == "fused" else denoiser]
     request, timings = result.request, result.timings
     parameters = GenerationParameters(
         prompt=request.prompt,
@@ -147,6 +187,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tiling(size: int | None, overlap: int | None, edges: str | None) -> Tiling | None:
+    """How to cut pictures into tiles, if that is asked for."""
+    if size is None:
+        if overlap is not None or edges is not None:
+            raise InvalidRequestError("tiles are described but not asked for; give their size with --vae-tile")
+        return None
+    return Tiling(size, overlap, edges or "shift")
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers between commas."""
     try:
@@ -155,15 +204,38 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected numbers between commas") from None
 
 
+def _size(text: str) -> tuple[int, int]:
+    """A width and a height as ``1024x768``."""
+    return _two(text, "x", "a width and a height as 1024x768")
+
+
+def _place(text: str) -> tuple[int, int]:
+    """Two coordinates as ``0,64``."""
+    return _two(text, ",", "pixels from the left and from the top as 0,64")
+
+
+def _two(text: str, between: str, expected: str) -> tuple[int, int]:
+    first, _, second = text.partition(between)
+    if not (first.isdecimal() and second.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected {expected}")
+    return int(first), int(second)
+
+
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= {"eta": None, "timesteps": None, "sigmas": None}
+    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
-    return {
-        name.replace("_", " ").capitalize(): " ".join(f"{each:g}" for each in value) if type(value) is tuple else value
-        for name, value in given.items()
-    }
+    return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+
+
+def _written(name: str, value: Any) -> Any:
+    """A value as a web UI's parameters have it: a size as ``1024x768``, other numbers between spaces."""
+    if isinstance(value, Tiling):
+        return f"{value.size} overlap {value.overlap} {value.edges}"
+    if not isinstance(value, tuple):
+        return value
+    return ("x" if name.endswith("size") else " ").join(f"{each:g}" for each in value)
 
 
 def _draw(stream: Generator[StepInfo, None, Result]) -> Result:

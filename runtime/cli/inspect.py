@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from latentrt.engines import TensorSpec
 from latentrt.engines.base import nbytes
 from latentrt.engines.store import EngineStore
 
+from ..abilities import abilities as abilities_of
 from ..bundle import Bundle
+from ..families import family_of
 from ..manifest import Manifest
 from ..onnx_guard import summarize
 from .console import print_json, size, table
@@ -31,9 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = Bundle.open(arguments.bundle, verify_hash=arguments.verify_hash)
     records = EngineStore(bundle.engines_directory).records(verify_hash=arguments.verify_hash)
     manifest = bundle.manifest
-    stages = _stages(bundle)
+    family = family_of(manifest)
+    abilities = abilities_of(bundle)
+    denoiser = (family.denoiser, *family.stages())
+    stages = _stages(bundle, denoiser)
     if arguments.json:
-        content = {"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}
+        content = {"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json()), "abilities": abilities}
         engines = [dataclasses.asdict(record) for record in records]
         print_json({**content, "stages": [dataclasses.asdict(stage) for stage in stages], "engines": engines})
         return 0
@@ -44,6 +50,17 @@ def run(arguments: argparse.Namespace) -> int:
         f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
         f"guidance {defaults.guidance:g}"
     )
+    print(f"abilities: {', '.join(_abilities(abilities))}")
+    sizes = abilities["sizes"]
+    print(f"tasks: {' '.join(abilities['tasks'])}; loops: {' '.join(abilities['loops'])}")
+    print(
+        f"sizes: any multiples of {sizes['multiple']} up to {sizes['longest']} pixels a side, "
+        f"{sizes['pixels']:,} pixels a request"
+    )
+    print(f"samplers: {' '.join(abilities['samplers'])}")
+    print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
+    if abilities["loops"] == ["plain"]:
+        print(f"the {family.denoiser} has no stages: every step computes all of it, and guidance twice")
     counted: set[str] = set()  # stages share a file of weights
     graphs = []
     for component in manifest.components.values():
@@ -58,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                     graph.precision,
                     size(sum(manifest.files[file].size for file in files)),
                     "not measured" if quality is None else f"{quality:.1f} dB",
-                    _inputs(manifest, component.name, form),
+                    _inputs(manifest, component.name, form, denoiser),
                 )
             )
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
@@ -96,12 +113,25 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
-def _inputs(manifest: Manifest, component: str, form: str) -> str:
+_OF_THEIR_OWN = ("guidance", "options", "tasks", "samplers", "sizes", "loops", "engines")
+
+
+def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:
+    """What a bundle can do, in words."""
+    yield f"guidance {abilities['guidance']}"
+    if options := abilities["options"]:
+        yield f"options {' '.join(options)}"
+    for name, value in abilities.items():
+        if name not in _OF_THEIR_OWN:
+            yield f"{name.replace('_', ' ')}: {json.dumps(value)}"
+
+
+def _inputs(manifest: Manifest, component: str, form: str, denoiser: Sequence[str]) -> str:
     """Inputs of a graph; those that a stage hands over are only counted."""
     inputs = manifest.components[component].graphs[form].inputs
     parts = []
-    if component == "unet_step":
-        for stage in ("unet_prompt", "unet_schedule"):
+    if component == denoiser[-1]:
+        for stage in denoiser[1:-1]:
             graphs = manifest.components[stage].graphs if stage in manifest.components else {}
             handed = {spec.name for spec in graphs[form].outputs} if form in graphs else set()
             if handed:
@@ -123,18 +153,18 @@ class _Stage:
     row_bytes: int | None
 
 
-def _stages(bundle: Bundle) -> list[_Stage]:
-    """The whole denoiser and its stages, for every form that has stages."""
+def _stages(bundle: Bundle, denoiser: Sequence[str]) -> list[_Stage]:
+    """The whole denoiser and its stages, which ``denoiser`` names, for every form that has stages."""
     components = bundle.manifest.components
-    if "unet_step" not in components:
+    if denoiser[-1] not in components:
         return []
     found = []
-    for form in components["unet_step"].graphs:
-        for name in ("unet", "unet_prompt", "unet_schedule", "unet_step"):
+    for form in components[denoiser[-1]].graphs:
+        for name in denoiser:
             if name not in components or form not in components[name].graphs:
                 continue
             summary = summarize(bundle.graph_path(name, form))
-            outputs = components[name].graphs[form].outputs if name in ("unet_prompt", "unet_schedule") else ()
+            outputs = components[name].graphs[form].outputs if name in denoiser[1:-1] else ()
             sizes = [_row_bytes(spec) for spec in outputs]
             row = sum(each for each in sizes if each is not None) if outputs and None not in sizes else None
             tensors = len(outputs) if outputs else None

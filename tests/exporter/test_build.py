@@ -28,8 +28,9 @@ from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.engines.trt import Range
 from latentrt.exporter import build, construction, onnx_export
 from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle
-from latentrt.exporter.components import ALL, NAMES, load_component
+from latentrt.exporter.components import load_component
 from latentrt.exporter.construction import Construction
+from latentrt.exporter.families.stable_diffusion import StableDiffusion
 from latentrt.exporter.onnx_export import export_component
 from latentrt.exporter.progress import Silent
 from latentrt.exporter.source import Source
@@ -74,11 +75,11 @@ def unverified(source: Path, output: Path) -> BuildReport:
 def test_bundle_is_whole_and_good(tiny_bundles: dict[str, Path], kind: str) -> None:
     """A bundle opens with every hash right, and each of its graphs has a figure above the gate."""
     bundle = Bundle.open(tiny_bundles[kind], verify_hash=True)
-    assert tuple(bundle.manifest.components) == ALL
+    assert tuple(bundle.manifest.components) == StableDiffusion().all_components()
     assert set(bundle.manifest.quality) == set(FILES)
     assert min(bundle.manifest.quality.values()) >= GATES["fp32"]
     assert bundle.manifest.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
-    for name in ALL:
+    for name in StableDiffusion().all_components():
         graph = onnx.load(bundle.graph_path(name, FORM))
         onnx.checker.check_model(graph, full_check=True)
         assert not any(node.metadata_props for node in graph.graph.node)
@@ -150,7 +151,7 @@ def test_large_weights_in_a_file_of_their_own(
 ) -> None:
     """Weights above the threshold go to a second file, which the manifest lists, and the bundle opens and runs."""
     monkeypatch.setattr(onnx_export, "EXTERNAL_THRESHOLD", 1000)
-    monkeypatch.setattr(build, "NAMES", ("text_encoder",))
+    monkeypatch.setattr(StableDiffusion, "components", ("text_encoder",))
     report = build_bundle(BuildRequest(tiny_source, tmp_path / "bundle"))
     bundle = Bundle.open(report.path, verify_hash=True)
     graph = bundle.graph("text_encoder", FORM)
@@ -200,7 +201,7 @@ def exported_in_fp16(
     told: list[str] = []
     reporter = Silent()
     monkeypatch.setattr(reporter, "result", told.append)
-    graphs: dict[str, dict[str, Graph]] = {part: {} for part in ALL}
+    graphs: dict[str, dict[str, Graph]] = {part: {} for part in StableDiffusion().all_components()}
     made = Construction(
         Source.open(source), directory, True, reporter, graphs, {}, lambda: pytest.fail("not asked for")
     )
@@ -373,7 +374,7 @@ def test_another_form_beside_the_first(tiny_source: Path, tmp_path: Path, copied
     before = snapshot(unverified(tiny_source, tmp_path / "bundle").path)
     copied_exports.clear()
     report = build_bundle(BuildRequest(tiny_source, tmp_path / "bundle", precision="fp16", verify=False))
-    assert copied_exports == [f"{name} opset20-fp16" for name in NAMES]
+    assert copied_exports == [f"{name} opset20-fp16" for name in StableDiffusion.components]
     bundle = Bundle.open(report.path, verify_hash=True)
     assert all(set(component.graphs) == {FORM, "opset20-fp16"} for component in bundle.manifest.components.values())
     after = snapshot(report.path)

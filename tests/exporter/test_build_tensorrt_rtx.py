@@ -13,17 +13,16 @@ from latentrt.engines.errors import EngineUnavailableError
 from latentrt.engines.store import EngineRecord, EngineStore
 from latentrt.engines.trt import Range
 from latentrt.engines.trt.cuda import cuda_devices
-from latentrt.exporter import build
 from latentrt.exporter.build import BuildReport, BuildRequest, build_bundle
-from latentrt.exporter.components import ALL
 from latentrt.exporter.construction import Construction
+from latentrt.exporter.families.stable_diffusion import StableDiffusion
 from latentrt.exporter.progress import Silent
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli import main
 from latentrt.runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.heavy
-COMPILED = tuple(name for name in ALL if name != "unet")  # its stages are
+COMPILED = tuple(name for name in StableDiffusion().all_components() if name != "unet")  # its stages are
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
 
 
@@ -81,7 +80,7 @@ def test_plans_and_records(built: Path) -> None:
 def test_graphs_of_both_engines(built: Path, tiny_bundles: dict[str, Path]) -> None:
     """fp16 graphs for TensorRT-RTX lie beside the fp32 ones for ONNX Runtime, which stayed as they were."""
     bundle = Bundle.open(built, verify_hash=True)
-    for name in ALL:
+    for name in StableDiffusion().all_components():
         assert set(bundle.manifest.components[name].graphs) == {"opset20-fp32", "opset23-fp16"}
         assert bundle.manifest.quality[bundle.graph(name, "opset23-fp16").file] >= 40
         before = (tiny_bundles["sd1"] / bundle.graph(name, "opset20-fp32").file).read_bytes()
@@ -121,7 +120,7 @@ def test_another_precision_and_other_weights(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Precision and weights each decide a plan's key; plans survive as long as their graph does."""
-    monkeypatch.setattr(build, "NAMES", ("text_encoder",))
+    monkeypatch.setattr(StableDiffusion, "components", ("text_encoder",))
     for name in ("widen_where_needed", "judge"):  # a text encoder alone draws nothing
         monkeypatch.setattr(Construction, name, lambda *_, **__: None)
     output = tmp_path / "bundle"

@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.store import EngineStore
-from latentrt.exporter import build, construction
-from latentrt.exporter.components import NAMES
+from latentrt.exporter import construction
+from latentrt.exporter.families.stable_diffusion import StableDiffusion
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli import main
 
@@ -211,7 +211,7 @@ def test_full_disk(
     left_over: int,
 ) -> None:
     """A disk that fills up, at whatever file, ends with status 1 and one line, and nothing is left on it."""
-    monkeypatch.setattr(build, "NAMES", ("text_encoder",))
+    monkeypatch.setattr(StableDiffusion, "components", ("text_encoder",))
     (small_disk / "rest").write_bytes(bytes(256 * 1024 - left_over))
     assert status_of("build-engine", tiny_source, "--output", small_disk / "bundle") == 1
     errors = capfd.readouterr().err
@@ -233,8 +233,10 @@ def test_build_and_verify(
     assert status_of("build-engine", tiny_source, "--output", bundle, *flags) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
-    assert len(copied_exports) == len(NAMES)
-    assert output.count("dB against torch") == len(NAMES) + 1, "the stages of the U-Net are compared too"
+    assert len(copied_exports) == len(StableDiffusion.components)
+    assert output.count("dB against torch") == len(StableDiffusion.components) + 1, (
+        "the stages of the U-Net are compared too"
+    )
     assert f"{bundle}: ready" in output.splitlines()[-1]
     defaults = Bundle.open(bundle, verify_hash=True).manifest.defaults
     assert (defaults.steps, defaults.guidance, defaults.sampler) == (7, 2.5, "ddim")
@@ -255,7 +257,7 @@ def test_build_and_verify(
     assert status_of("verify", bundle, "--source", tiny_source, "--json") == 0
     figures = json.loads(capfd.readouterr().out)["psnr_db"]
     stages = {f"unet/{stage}.onnx" for stage in ("prompt", "schedule", "step")}
-    assert set(figures) == {f"{name}/model.onnx" for name in NAMES} | stages
+    assert set(figures) == {f"{name}/model.onnx" for name in StableDiffusion.components} | stages
     assert min(figures.values()) > 80
 
     not_a_number(tiny_source, lambda *_: None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from latentrt.exporter.stages import export_stages
 from latentrt.exporter.targets import Form
 from latentrt.exporter.verify import check_stages
 from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.families import family_of
+from latentrt.runtime.manifest import Graph
 
 FORM = Form(20, "fp32")
 TEXT, POOLED = 32, 16
@@ -37,13 +39,6 @@ class Wrapper(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model: Any = model.eval().requires_grad_(requires_grad=False)
-
-
-class Sdxl(Wrapper):
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        prediction: Tensor = self.model(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
-        return prediction
 
 
 class Sd3(Wrapper):
@@ -72,36 +67,6 @@ class Flux(Wrapper):
 def component(model: nn.Module, example: dict[str, Tensor], dynamic: Any, roles: Roles) -> Component:
     dynamic = {name: dynamic.get(name, {0: "batch"}) for name in example}
     return Component("unet", model, example, dynamic, (roles.prediction,), frozenset({"timestep"}), roles)
-
-
-def sdxl() -> Component:
-    """A U-Net with pooled text, size and crop in its time embedding."""
-    model = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        cross_attention_dim=TEXT,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + POOLED,
-        norm_num_groups=8,
-    )
-
-    example = {
-        "sample": torch.randn(2, 4, 9, 11),
-        "timestep": torch.rand(2) * 999,
-        "text": torch.randn(2, 77, TEXT),
-        "pooled": torch.randn(2, POOLED),
-        "time_ids": torch.rand(2, 6) * 1024,
-    }
-    vectors = ("pooled", "time_ids")
-    roles = Roles("sample", "out_sample", ("text", *vectors), ("timestep",), vectors)
-    return component(Sdxl(model), example, {"sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}, roles)
 
 
 def sd3() -> Component:
@@ -175,21 +140,42 @@ def resized(inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str
     return found
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("make", [sdxl, sd3, flux])
-def test_a_step_in_stages_is_guidance_over_the_whole(make: Callable[[], Component], tmp_path: Path) -> None:
-    """At batches of 1 and 3 and at two sizes the staged, shared and fused step agrees to 1e-5."""
+@dataclass(frozen=True)
+class Staged:
+    """A denoiser with its graphs, which lie in a folder."""
+
+    part: Component
+    whole: Graph
+    stages: Mapping[str, Graph]
+    folder: Path
+
+
+@pytest.fixture(params=["sdxl", sd3, flux], ids=["sdxl", "sd3", "flux"])
+def staged(request: pytest.FixtureRequest, tiny: Any, tmp_path: Path) -> Staged:
+    """Those of a bundle, or of a model made here."""
+    if isinstance(request.param, str):
+        bundle, part = Bundle.open(tiny.bundle("sdxl")), load_component(Source.open(tiny.source("sdxl")), "unet")
+        graphs = {name: bundle.graph(name, FORM.name) for name in family_of(bundle.manifest).stages()}
+        return Staged(part, bundle.graph("unet", FORM.name), graphs, bundle.path)
     torch.manual_seed(0)
-    part = make()
+    part = request.param()
+    whole = export_component(part, FORM, tmp_path)
+    return Staged(part, whole, export_stages(part, whole, FORM, tmp_path), tmp_path)
+
+
+@pytest.mark.heavy
+def test_a_step_in_stages_is_guidance_over_the_whole(staged: Staged) -> None:
+    """At batches of 1 and 3 and at two sizes the staged, shared and fused step agrees to 1e-5."""
+    part, whole, graphs = staged.part, staged.whole, staged.stages
     roles = part.roles
     assert roles is not None
-    whole = export_component(part, FORM, tmp_path)
-    graphs = export_stages(part, whole, FORM, tmp_path)
     assert set(graphs) == {"unet_prompt", "unet_schedule", "unet_step"}
     assert "sample" not in {spec.name for spec in graphs["unet_step"].inputs}
     with ExitStack() as stack:
-        plain = stack.enter_context(OnnxRuntimeEngine(tmp_path / whole.file))
-        engines = {n: stack.enter_context(OnnxRuntimeEngine(tmp_path / g.file, label=n)) for n, g in graphs.items()}
+        plain = stack.enter_context(OnnxRuntimeEngine(staged.folder / whole.file))
+        engines = {
+            n: stack.enter_context(OnnxRuntimeEngine(staged.folder / g.file, label=n)) for n, g in graphs.items()
+        }
         assert check_stages(part, engines, "fp32").psnr >= 80
         for batch, factor in itertools.product((1, 3), (1.0, 1.5)):
             both = resized(part.example, part.dynamic, 2 * batch, factor)

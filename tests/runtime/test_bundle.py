@@ -39,7 +39,7 @@ from latentrt.runtime.manifest import (
 FORM = "opset18-fp32"
 GRAPH = Graph("unet/model.onnx", "fp32", 18, (), (), ("unet/model.onnx.data",))
 MANIFEST = Manifest(
-    format_version=1,
+    format_version=2,
     family="sd1",
     prediction_type="epsilon",
     components={"unet": Component("unet", {FORM: GRAPH})},
@@ -177,7 +177,7 @@ def test_broken_manifest(target: Path, content: bytes) -> None:
 def test_newer_bundle(target: Path) -> None:
     """A bundle of a newer format is not opened, and the way out is named."""
     path = target / "bundle.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(BundleVersionError, match="upgrade latentrt"):
         Bundle.open(target)
 

@@ -196,7 +196,7 @@ def test_the_process_returns_the_status(tiny_bundles: dict[str, Path], tmp_path:
     """0 with JSON on stdout, 1 for a bundle that is none, 2 for a wrong command line."""
     done = run("inspect", str(tiny_bundles["sd1"]), "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["manifest"]["format_version"] == 1
+    assert json.loads(done.stdout)["manifest"]["format_version"] == 2
     failed = run("inspect", str(tmp_path))
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (1, "", 1)
     assert run("inspect").returncode == 2

@@ -36,7 +36,7 @@ GRAPH = Graph(
     external=("unet/model.onnx.data",),
 )
 MANIFEST = Manifest(
-    format_version=1,
+    format_version=2,
     family="sd1",
     prediction_type="epsilon",
     components={"unet": Component("unet", {"opset20-fp16": GRAPH})},
@@ -52,6 +52,7 @@ MANIFEST = Manifest(
     source=Source("a model 🐈", "", "abc"),
     tools={"torch": "2.9.0+cpu"},
     quality={"unet/model.onnx": 81.25},
+    settings={"guidance": "embedded", "zeros": False, "length": 512, "scale": 0.5},
 )
 
 
@@ -94,11 +95,11 @@ def test_nan_is_not_written() -> None:
             replace(MANIFEST, quality={"psnr": value}).to_json()
 
 
-@pytest.mark.parametrize("version", [2, 99])
-def test_newer_format(version: int) -> None:
-    """A newer format is named together with the one that can be read, even if its other keys are unknown."""
+@pytest.mark.parametrize("version", [1, 3, 99])
+def test_another_format(version: int) -> None:
+    """Another format is named together with the one that can be read, even if its other keys are unknown."""
     text = json.dumps({"format_version": version, "surprise": []})
-    with pytest.raises(BundleVersionError, match=rf"format_version is {version}.*reads format 1; upgrade latentrt"):
+    with pytest.raises(BundleVersionError, match=rf"format_version is {version}.*reads format 2; upgrade latentrt"):
         Manifest.from_json(text)
 
 
@@ -153,6 +154,12 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("source", "fingerprint"), "\ud800"),
     (("tools", "torch"), 2),
     (("quality", "unet/model.onnx"), "good"),
+    (("tokenizers", "tokenizer", "kind"), "a b"),
+    (("settings",), []),
+    (("settings",), {f"setting{number}": 0 for number in range(65)}),
+    (("settings", "zeros"), None),
+    (("settings", "zeros"), [True]),
+    (("settings", "guidance"), "x" * 201),
 ]
 
 

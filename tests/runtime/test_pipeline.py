@@ -205,7 +205,9 @@ def test_with_guidance_the_unconditional_rows_come_first(pipe: Pipeline, engines
     """Both halves run in one call, on the same latents, each picture with its own prompt rows."""
     pipe("a red apple", negative_prompt="blurry", guidance=4, steps=2, images=3)
     ids = np.concatenate([call["input_ids"] for call in engines["text_encoder"].calls])
-    np.testing.assert_array_equal(ids, pipe.tokenizer.encode_batch(["blurry", "a red apple"]))
+    np.testing.assert_array_equal(
+        ids, [pipe.tokenizers["tokenizer"].encode(text) for text in ("blurry", "a red apple")]
+    )
     states = encode({"input_ids": ids})["last_hidden_state"]
     for call in engines["unet"].calls:
         np.testing.assert_array_equal(call["sample"][:3], call["sample"][3:])
@@ -236,7 +238,7 @@ def test_the_loop_is_the_plan_on_torchs_noise(
 
     def model(x: Any, t: float) -> Any:
         def half(text: str) -> Any:
-            states = encode({"input_ids": pipe.tokenizer.encode(text)[None]})["last_hidden_state"]
+            states = encode({"input_ids": pipe.tokenizers["tokenizer"].encode(text)[None]})["last_hidden_state"]
             timestep = np.full(images, t, np.float32)
             repeated = states.repeat(images, axis=0)
             return denoise({"sample": x, "timestep": timestep, "encoder_hidden_states": repeated})["out_sample"]
@@ -334,7 +336,7 @@ def test_a_long_prompt_is_cut_off_and_says_so(pipe: Pipeline) -> None:
     """100 kB draw; what did not fit is counted, for the negative prompt as well where it is used."""
     long = "a red apple, " * 8000
     result = pipe(long, steps=1, guidance=4)
-    excess = pipe.tokenizer.count(long) - 77
+    excess = pipe.tokenizers["tokenizer"].count(long) - 77
     assert excess > 30_000
     assert result.truncated == excess
     assert pipe(long, negative_prompt=long, steps=1, guidance=4).truncated == 2 * excess
@@ -529,7 +531,7 @@ def test_openvino_draws_what_onnx_runtime_draws(tiny_bundles: dict[str, Path], k
 
 
 def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
-    """It draws that size without being told, refuses others before anything runs, and takes one run at a time."""
+    """It draws that size without being told, refuses others before anything runs, and takes runs one after another."""
     with Pipeline.load(tiny_bundles["sd1"], "openvino", fixed_size=(48, None, 2)) as pipe:
         assert (pipe.fixed_size, pipe.engine_choice.name) == (FixedSize(48, 32, 2), "openvino")
         drawn = pipe("a red apple", steps=2, seed=7)
@@ -543,8 +545,9 @@ def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
             with pytest.raises(InvalidRequestError, match=message):
                 pipe("a red apple", **options)
         runs = [pipe.start("a red apple", steps=2), pipe.start("a leaf", steps=2)]
-        with pytest.raises(InvalidRequestError, match="a fixed size takes one run at a time"):
-            pipe.advance(runs)
+        pipe.advance(runs)
+        assert [run.index for run in runs] == [1, 1]
+        assert len(pipe.batch(["a red apple", "a leaf"], steps=1)) == 2
     with Pipeline.load(tiny_bundles["sd1"], "onnxruntime") as other:
         expected = other("a red apple", steps=2, seed=7, images=2, width=48)
     np.testing.assert_allclose(drawn.latents, expected.latents, atol=1e-3)

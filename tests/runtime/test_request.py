@@ -11,15 +11,17 @@ import pytest
 
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.manifest import Defaults, Latent, Manifest
-from latentrt.runtime.request import MAX_PIXELS, MAX_SIDE, Request, RequestOptions
+from latentrt.runtime.request import FAMILY_OPTIONS, MAX_PIXELS, MAX_SIDE, Request, RequestOptions
 from latentrt.runtime.samplers import SAMPLERS
 
-# Only the two parts that a request looks at; test_pipeline.py goes through whole manifests.
+# Only the parts that a request looks at; test_pipeline.py goes through whole manifests.
 MANIFEST = cast(
     Manifest,
     SimpleNamespace(
         latent=Latent(4, 8, 0.18215, 0.0),
         defaults=Defaults("dpmpp-2m", steps=20, guidance=7.5, width=512, height=768, clip_skip=0),
+        family="stable-diffusion",
+        settings={"guidance": "classifier-free"},
     ),
 )
 
@@ -55,7 +57,7 @@ def test_what_is_given_is_kept() -> None:
         "timesteps": (500.0,),
         "sigmas": None,
     }
-    assert options.keys() == RequestOptions.__annotations__.keys()
+    assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys()
     request = create(**options)
     assert {name: getattr(request, name) for name in options} == options
 

@@ -1,0 +1,15 @@
+"""The families of models that can be exported: one small module each, over what :mod:`.base` says a family is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import Family as Family
+from .sdxl import StableDiffusionXl
+from .stable_diffusion import StableDiffusion
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXl())}
+"""Families by the name that a manifest has."""
+
+PIPELINES: Mapping[str, Family] = {pipeline: family for family in FAMILIES.values() for pipeline in family.pipelines}
+"""Families by the class of diffusers' pipeline."""

@@ -1,0 +1,138 @@
+"""What a family of models is to the exporter: of what a source is made, and how each part becomes a component."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from latentrt.runtime.manifest import STAGES, Latent
+
+from ..components import Component
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+Config = Mapping[str, Any]
+"""A ``config.json``, bounded but otherwise not trusted."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a source with weights.
+
+    Attributes:
+        classes: What ``model_index.json`` may call its class. Only names are compared: no class is looked up by name.
+        stem: Name of its files of weights, without ending.
+        build: Makes the module from its configuration.
+        rename: Gives tensors the names that the module has for them.
+    """
+
+    classes: tuple[str, ...]
+    stem: str
+    build: Callable[[Config], nn.Module]
+    rename: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda tensors, module: tensors
+
+
+@dataclass(frozen=True)
+class TokenizerPart:
+    """A tokenizer of a source.
+
+    Attributes:
+        classes: What ``model_index.json`` may call its class.
+        encoder: The text encoder that takes its ids.
+        kind: A key of :data:`latentrt.runtime.tokenizers.TOKENIZERS`.
+    """
+
+    classes: tuple[str, ...]
+    encoder: str
+    kind: str = "clip"
+
+
+class Family(ABC):
+    """A family. It has no state: one object serves all sources."""
+
+    name: ClassVar[str]
+    """What a manifest calls it."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """The classes of diffusers' pipelines that belong to it."""
+    parts: ClassVar[Mapping[str, Part]]
+    """Parts with weights by name, which is that of their folder in a source."""
+    tokenizers: ClassVar[Mapping[str, TokenizerPart]]
+    """Tokenizers by name, likewise."""
+    components: ClassVar[tuple[str, ...]]
+    """Components that are exported, in the order in which a bundle has them."""
+    denoiser: ClassVar[str]
+    """The one among them that runs in a loop."""
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Inputs of the denoiser with one vector a row that stay the same throughout a request."""
+    optimum: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
+    """Text encoders, and the outputs that their graphs must have to be taken over from a directory that Optimum
+    exported; ``None`` if such directories are not supported."""
+    steps: ClassVar[int] = 20
+    """Sampler steps by default."""
+    guidance: ClassVar[float] = 7.5
+    """Guidance scale by default."""
+
+    def stages(self) -> tuple[str, ...]:
+        """Components that the denoiser is split into, see :mod:`latentrt.exporter.stages`."""
+        return tuple(f"{self.denoiser}_{stage}" for stage in STAGES)
+
+    def with_stages(self, name: str) -> tuple[str, ...]:
+        """A component, and its stages if it is the denoiser."""
+        return (name, *self.stages()) if name == self.denoiser else (name,)
+
+    def all_components(self) -> tuple[str, ...]:
+        """Every component of a bundle, in its order."""
+        return tuple(part for name in self.components for part in self.with_stages(name))
+
+    @abstractmethod
+    def check(self, configs: Mapping[str, Config]) -> None:
+        """Check the numbers that the exporter itself computes with, and those in which the parts must agree.
+
+        Args:
+            configs: Of every part.
+
+        Raises:
+            SourceError: naming the first that does not fit.
+        """
+
+    @abstractmethod
+    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+        """Build one of :attr:`components`, with example inputs drawn from ``generator``.
+
+        Sizes differ from each other and from what the model was trained on, so that no length is mistaken for another.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+
+    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+        """What the runtime must know of this very model, see :attr:`latentrt.runtime.families.Family.settings`."""
+        return {"guidance": "classifier-free"}
+
+    def size(self, source: Source) -> tuple[int, int]:
+        """Width and height in pixels that the model was trained on."""
+        side = source.configs[self.denoiser].get("sample_size") or 64
+        height, width = (side, side) if isinstance(side, int) else side
+        factor = latent_factor(source.configs["vae"])
+        return width * factor, height * factor
+
+    def latent(self, source: Source) -> Latent:
+        """The latent space."""
+        vae = source.configs["vae"]
+        return Latent(
+            channels=int(vae.get("latent_channels", 4)),
+            factor=latent_factor(vae),
+            scaling=float(vae.get("scaling_factor", 0.18215)),
+            shift=float(vae.get("shift_factor") or 0.0),
+        )
+
+
+def latent_factor(vae: Config) -> int:
+    """How many pixels a latent is wide: 8 in Stable Diffusion."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))

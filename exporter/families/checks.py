@@ -1,0 +1,92 @@
+"""Checks of configurations that families share; each raises a :class:`~latentrt.engines.errors.SourceError`."""
+
+from __future__ import annotations
+
+from latentrt.engines.errors import SourceError
+from latentrt.runtime.request import MAX_SIDE
+
+from .base import Config
+
+_MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
+
+
+def natural(where: str, config: Config, key: str, default: int) -> int:
+    """A whole number above zero from a configuration.
+
+    Raises:
+        SourceError: if it is anything else.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SourceError(f"{where}/config.json: {key!r} is {value!r}, expected a whole number above zero")
+    return value
+
+
+def check_blocks(where: str, config: Config) -> None:
+    """Check the widths of a U-Net's or a VAE's levels.
+
+    Raises:
+        SourceError: if there are none or too many.
+    """
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
+        raise SourceError(
+            f"{where}/config.json: 'block_out_channels' is {blocks!r}, expected a list of 1 to {_MAX_BLOCKS}"
+        )
+
+
+def check_clip(where: str, config: Config) -> int:
+    """Check a CLIP text encoder, and return the width of its states.
+
+    Raises:
+        SourceError: if a number is none.
+    """
+    for key, default in (("max_position_embeddings", 77), ("vocab_size", 49408), ("num_hidden_layers", 12)):
+        natural(where, config, key, default)
+    return natural(where, config, "hidden_size", 512)
+
+
+def check_vae(vae: Config, channels: int) -> None:
+    """Check a VAE whose blocks are sound.
+
+    Args:
+        vae: Its configuration.
+        channels: Of the latents that the denoiser takes.
+
+    Raises:
+        SourceError: if its latents have another number, or are scaled in a way that is not known.
+    """
+    latents = natural("vae", vae, "latent_channels", 4)
+    if latents != channels:
+        raise SourceError(
+            f"the VAE's latents have {latents} channels, but the U-Net takes {channels}; "
+            "U-Nets for inpainting or editing, which take more, are not supported"
+        )
+    if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")):
+        raise SourceError(
+            "vae/config.json has means or deviations of its latents; only a scaling and a shift are supported"
+        )
+    scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
+    if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
+        raise SourceError(
+            f"vae/config.json: 'scaling_factor' is {scaling!r} and 'shift_factor' {shift!r}, expected two numbers"
+        )
+
+
+def check_size(where: str, config: Config, factor: int) -> None:
+    """Check the size of latents that a denoiser was trained on.
+
+    Raises:
+        SourceError: if a picture of it would be too large.
+    """
+    side = config.get("sample_size") or 64
+    sides = side if isinstance(side, list) and len(side) == 2 else [side]
+    if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s * factor <= MAX_SIDE for s in sides):
+        raise SourceError(
+            f"{where}/config.json: 'sample_size' is {side!r}, "
+            f"expected one or two whole numbers up to {MAX_SIDE // factor}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

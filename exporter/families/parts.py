@@ -1,0 +1,127 @@
+"""Parts that families share: what a source loads, and the components that are made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..components import Component, Decoder, Encoder
+from .base import Config, Part, latent_factor
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+_LATENT = {0: "batch", 2: "latent_height", 3: "latent_width"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_PICTURE = {0: "batch", 2: "height", 3: "width"}
+
+
+def clip_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give CLIP's tensors the names of the installed transformers, which has them with or without ``text_model.``."""
+    expected = set(module.state_dict())
+    renamed = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix("text_model.")
+        if bare != "embeddings.position_ids":  # a constant that old checkpoints stored
+            renamed[next((known for known in (bare, f"text_model.{bare}") if known in expected), name)] = tensor
+    return renamed
+
+
+def vae_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give the attention of an autoencoder its present names; the first checkpoints of diffusers have older ones."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "attentions" in parts and len(parts) > 1:
+            parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
+CLIP_TEXT = Part(
+    ("CLIPTextModel",),
+    "model",
+    lambda config: CLIPTextModel(CLIPTextConfig(**known(config, CLIPTextConfig))),
+    clip_names,
+)
+UNET = Part(
+    ("UNet2DConditionModel",),
+    "diffusion_pytorch_model",
+    lambda config: UNet2DConditionModel(**known(config, UNet2DConditionModel)),
+)
+VAE = Part(
+    ("AutoencoderKL",),
+    "diffusion_pytorch_model",
+    lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
+    vae_names,
+)
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+_SWITCHES = {
+    *("torch_dtype", "dtype", "attn_implementation", "quantization_config", "auto_map", "use_safetensors"),
+    *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
+}
+
+
+def known(config: Config, factory: Any) -> dict[str, Any]:
+    """The entries of ``config`` that are constructor parameters, without private ones and library switches."""
+    names = {name for name, p in inspect.signature(factory).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    names |= set(getattr(factory, "__annotations__", {}))
+    return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
+
+
+def autoencoder(source: Source, name: str, generator: torch.Generator) -> Component:
+    """``vae_decoder`` or ``vae_encoder``."""
+    model, vae = source.load("vae"), source.configs["vae"]
+    if name == "vae_decoder":
+        latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
+        return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": _LATENT}, ("sample",))
+    factor = latent_factor(vae)
+    pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator) * 2 - 1
+    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _PICTURE}, ("latent_parameters",))
+
+
+def text_encoder(
+    source: Source,
+    name: str,
+    wrapper: Callable[[nn.Module], nn.Module],
+    outputs: Sequence[str],
+    generator: torch.Generator,
+) -> Component:
+    """A CLIP text encoder behind ``wrapper``."""
+    config = source.configs[name]
+    ids = torch.randint(
+        int(config.get("vocab_size", 49408)), (2, int(config.get("max_position_embeddings", 77))), generator=generator
+    )
+    return Component(name, wrapper(source.load(name)), {"input_ids": ids}, {"input_ids": {0: "batch"}}, tuple(outputs))
+
+
+def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Example inputs that every U-Net has.
+
+    Args:
+        source: Whose U-Net.
+        length: Tokens of a text.
+        generator: They are drawn from it.
+    """
+    unet = source.configs["unet"]
+    # Not divisible by what the U-Net halves: then it passes the size of each skip connection to the upsampling that
+    # meets it, and the graph serves every size rather than multiples of that factor alone.
+    side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
+    width = int(unet.get("cross_attention_dim", 1280))
+    return {
+        "sample": torch.randn(2, int(unet.get("in_channels", 4)), side, side + 2, generator=generator),
+        "timestep": torch.rand(2, generator=generator) * 999,
+        "encoder_hidden_states": torch.randn(2, length, width, generator=generator),
+    }
+
+
+def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
+    """The dimensions of variable length of a denoiser's inputs: all have rows, the latents a size as well."""
+    return {name: _LATENT if name == "sample" else {0: "batch"} for name in example}

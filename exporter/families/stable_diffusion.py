@@ -1,0 +1,61 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose states the U-Net attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from latentrt.engines.errors import SourceError
+
+from ..components import Component, Denoiser, Roles, TextEncoder
+from .base import Config, Family, Part, TokenizerPart, latent_factor
+from .checks import check_blocks, check_clip, check_size, check_vae, natural
+from .parts import CLIP_TEXT, CLIP_TOKENIZERS, UNET, VAE, autoencoder, denoiser_axes, text_encoder, unet_inputs
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+
+class StableDiffusion(Family):
+    """Rombach et al. 2022, arXiv 2112.10752."""
+
+    name = "stable-diffusion"
+    pipelines = ("StableDiffusionPipeline",)
+    parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": VAE}
+    tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {"tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder")}
+    components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    denoiser = "unet"
+    optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("last_hidden_state",)}
+
+    def check(self, configs: Mapping[str, Config]) -> None:
+        """Widths of text and latents agree."""
+        text, unet, vae = (configs[part] for part in self.parts)
+        for where, config in (("unet", unet), ("vae", vae)):
+            check_blocks(where, config)
+        width, expected = check_clip("text_encoder", text), natural("unet", unet, "cross_attention_dim", 1280)
+        if width != expected:
+            raise SourceError(f"the text encoder's states are {width} wide, but the U-Net takes {expected}")
+        check_vae(vae, natural("unet", unet, "in_channels", 4))
+        check_size("unet", unet, latent_factor(vae))
+
+    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+        """Text encoder, U-Net, and both halves of the VAE."""
+        if name == "text_encoder":
+            outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
+            return text_encoder(source, name, TextEncoder, outputs, generator)
+        if name != "unet":
+            return autoencoder(source, name, generator)
+        length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
+        example = unet_inputs(source, length, generator)
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
+        return Component(
+            name,
+            Denoiser(source.load(name)),
+            example,
+            denoiser_axes(example),
+            ("out_sample",),
+            frozenset({"timestep"}),
+            roles,
+        )

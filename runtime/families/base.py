@@ -1,0 +1,188 @@
+"""What a family of models is to the runtime: from the texts of a request to what its denoiser is conditioned on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.engines.errors import BundleError
+
+from ..manifest import STAGES, Manifest
+from ..tokenizers import PromptTokenizer
+
+if TYPE_CHECKING:
+    from ..loop import Conditioning, Floats
+    from ..request import Request
+
+GUIDANCE = ("classifier-free", "embedded", "none")
+"""How the scale of guidance acts: between two predictions, as an input of the denoiser, or not at all."""
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One side of guidance, tokenised.
+
+    Attributes:
+        tokens: Token ids by text encoder, int64 ``[1, length]``; empty where no encoder is needed.
+        outputs: By text encoder, names of the outputs that are taken of it.
+        truncated: Tokens that did not fit and were cut off.
+    """
+
+    tokens: Mapping[str, NDArray[np.int64]]
+    outputs: Mapping[str, Sequence[str]]
+    truncated: int = 0
+
+    @property
+    def key(self) -> Hashable:
+        """The same for texts that are encoded alike."""
+        return tuple((name, tuple(self.outputs[name]), ids.tobytes()) for name, ids in self.tokens.items())
+
+
+class Family(ABC):
+    """A family, for one bundle of it. Immutable, so one serves all threads.
+
+    Args:
+        manifest: The bundle's.
+
+    Raises:
+        BundleError: if its settings are not those of the family.
+
+    Attributes:
+        manifest: The bundle's.
+    """
+
+    name: ClassVar[str]
+    """What a manifest calls it."""
+    denoiser: ClassVar[str]
+    """The denoiser's component; its stages are named after it."""
+    encoders: ClassVar[Mapping[str, str]]
+    """Text encoders, and the tokenizer of each."""
+    tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
+    """What its models are for."""
+    options: frozenset[str] = frozenset()
+    """Options of a request that not every family has, and this one does: of
+    :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""
+    settings: ClassVar[Mapping[str, type]] = {}
+    """What its manifests must say under ``settings``, with types, besides ``guidance``."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        expected = {"guidance": str, **self.settings}
+        if set(manifest.settings) != set(expected):
+            raise BundleError(
+                f"the manifest's settings are {', '.join(sorted(manifest.settings)) or 'empty'}, expected "
+                f"{', '.join(sorted(expected))} for the family {self.name}; build the bundle again"
+            )
+        for name, kind in expected.items():
+            if type(manifest.settings[name]) is not kind:
+                raise BundleError(f"settings.{name} is {manifest.settings[name]!r}, expected {_KINDS[kind]}")
+        if self.guidance not in GUIDANCE:
+            raise BundleError(f"settings.guidance is {self.guidance!r}, expected one of {', '.join(GUIDANCE)}")
+
+    @property
+    def guidance(self) -> str:
+        """One of :data:`GUIDANCE`."""
+        return str(self.manifest.settings["guidance"])
+
+    @classmethod
+    def stages(cls) -> tuple[str, str, str]:
+        """Components that the denoiser is split into: prompt, schedule and step."""
+        prompt, schedule, step = (f"{cls.denoiser}_{stage}" for stage in STAGES)
+        return prompt, schedule, step
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Components that encode texts, in the order in which they run."""
+        return tuple(self.encoders)
+
+    def abilities(self) -> dict[str, Any]:
+        """What a request may ask of the bundle: kind of guidance, options of its own, and settings."""
+        return {**self.manifest.settings, "options": sorted(self.options)}
+
+    def check(self, request: Request) -> None:  # noqa: B027 - most families have nothing to add
+        """Refuse what the family cannot do, once every value is known to be one that some family takes.
+
+        Raises:
+            InvalidRequestError: naming the first option that does not fit.
+        """
+
+    @abstractmethod
+    def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
+        """The texts of a request, tokenised: the unconditional one first if the request is guided, the prompt last.
+
+        Args:
+            request: The request.
+            tokenizers: Those of the bundle, by name.
+
+        Raises:
+            InvalidRequestError: if a text cannot be tokenised.
+        """
+
+    @abstractmethod
+    def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
+        """The denoiser's inputs that follow from a text alone; they are kept for the text's next coming.
+
+        Args:
+            text: The text.
+            encoded: By text encoder the outputs that were asked for.
+        """
+
+    def vectors(self, request: Request, *, negative: bool) -> Conditioning:
+        """The denoiser's inputs that follow from the rest of the request, one row each.
+
+        Args:
+            request: The request.
+            negative: Whether they are for the unconditional half.
+        """
+        return {}
+
+    def gives(self, component: str, output: str) -> bool:
+        """Whether every graph of a component has an output. Graphs that others exported lack some of ours."""
+        graphs = self.manifest.components[component].graphs.values() if component in self.manifest.components else ()
+        return all(any(spec.name == output for spec in graph.outputs) for graph in graphs)
+
+    def zeros(self, name: str) -> Floats:
+        """What stands for no text at all: one row of zeros for an input of the denoiser.
+
+        A length that the graph leaves open is that of a text, in tokens.
+
+        Raises:
+            BundleError: if the denoiser has no such input.
+        """
+        for graph in self.manifest.components[self.denoiser].graphs.values():
+            for spec in graph.inputs:
+                if spec.name == name:
+                    lengths = [length if isinstance(length, int) else self._tokens() for length in spec.shape[1:]]
+                    return np.zeros([1, *lengths], np.float32)
+        raise BundleError(f"{self.denoiser} has no input {name!r}; build the bundle again")
+
+    def _tokens(self) -> int:
+        """Length of an encoded text."""
+        return max(tokenizer.max_length for tokenizer in self.manifest.tokenizers.values())
+
+    def tokenize(
+        self,
+        prompts: Mapping[str, str],
+        outputs: Mapping[str, Sequence[str]],
+        tokenizers: Mapping[str, PromptTokenizer],
+    ) -> Text:
+        """A text from what each encoder is to encode.
+
+        Args:
+            prompts: By text encoder its prompt.
+            outputs: By text encoder the outputs to take.
+            tokenizers: Those of the bundle, by name.
+        """
+        tokens, truncated = {}, 0
+        for encoder, prompt in prompts.items():
+            tokenizer = tokenizers[self.encoders[encoder]]
+            tokens[encoder] = tokenizer.encode(prompt)[None]
+            truncated = max(truncated, tokenizer.count(prompt) - tokenizer.max_length)
+        return Text(tokens, outputs, truncated)

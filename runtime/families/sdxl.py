@@ -1,0 +1,92 @@
+"""Stable Diffusion XL, base model: two CLIP text encoders, and a U-Net that is told sizes and crop as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from latentrt.engines.errors import InvalidRequestError
+
+from ..tokenizers import PromptTokenizer
+from .base import Family, Text
+
+if TYPE_CHECKING:
+    from ..loop import Conditioning, Floats
+    from ..request import Request
+
+_STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
+_NEGATIVE = ("negative_original_size", "negative_target_size")
+
+
+class StableDiffusionXl(Family):
+    """Podell et al. 2023, arXiv 2307.01952."""
+
+    name = "stable-diffusion-xl"
+    denoiser = "unet"
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    options = frozenset(
+        {"negative_prompt", "clip_skip", "prompt_2", "negative_prompt_2"}
+        | {"original_size", "crop", "target_size", "negative_crop", *_NEGATIVE}
+    )
+    settings: ClassVar[Mapping[str, type]] = {"force_zeros_for_empty_prompt": bool}
+
+    def check(self, request: Request) -> None:
+        """Sizes to steer away from are given together: diffusers takes no notice of one without the other."""
+        given = [name for name in (*_NEGATIVE, "negative_crop") if getattr(request, name) is not None]
+        for name in _NEGATIVE:
+            if given and name not in given:
+                raise InvalidRequestError(f"{given[0]} is given without {name}; give both or neither")
+
+    def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
+        """As in diffusers, ``clip_skip`` concerns the prompt.
+
+        No negative prompt at all is zeros instead of an encoded empty text, where the model was made for that.
+        """
+        found = [self._text(request.prompt, request.prompt_2, 1 if request.clip_skip else 0, tokenizers)]
+        if request.guided:
+            empty = not (request.negative_prompt or request.negative_prompt_2)
+            zeros = empty and self.manifest.settings["force_zeros_for_empty_prompt"]
+            negative = (request.negative_prompt, request.negative_prompt_2)
+            found.insert(0, Text({}, {}) if zeros else self._text(*negative, 0, tokenizers))
+        return found
+
+    def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+        prompts = {"text_encoder": first, "text_encoder_2": second or first}
+        outputs = {name: (self._state(name, skipped),) for name in prompts}
+        outputs["text_encoder_2"] += ("text_embeds",)
+        return self.tokenize(prompts, outputs, tokenizers)
+
+    def _state(self, encoder: str, skipped: int) -> str:
+        """The output with the states before the last layer, or ``skipped`` layers earlier."""
+        own = _STATES[skipped]
+        if self.gives(encoder, own):
+            return own
+        # Optimum's graphs have the states before and behind every layer.
+        graph = next(iter(self.manifest.components[encoder].graphs.values()))
+        count = sum(spec.name.startswith("hidden_states.") for spec in graph.outputs)
+        return f"hidden_states.{count - 2 - skipped}"
+
+    def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
+        """The states of both encoders side by side, and the pooled state of the second."""
+        if not encoded:
+            return {name: self.zeros(name) for name in ("encoder_hidden_states", "text_embeds")}
+        states = [values for outputs in encoded.values() for name, values in outputs.items() if name != "text_embeds"]
+        return {
+            "encoder_hidden_states": np.concatenate(states, axis=-1),
+            "text_embeds": encoded["text_encoder_2"]["text_embeds"],
+        }
+
+    def vectors(self, request: Request, *, negative: bool) -> Conditioning:
+        """Original size, crop and target size, each down before across."""
+        own = (request.width, request.height)
+        original, crop, target = request.original_size, request.crop, request.target_size
+        if negative and request.negative_original_size:
+            original, crop, target = (
+                request.negative_original_size,
+                request.negative_crop,
+                request.negative_target_size,
+            )
+        pairs = (original or own, crop or (0, 0), target or own)
+        return {"time_ids": np.array([[length for pair in pairs for length in reversed(pair)]], np.float32)}

@@ -1,0 +1,46 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose states the U-Net attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from ..manifest import Manifest
+from ..tokenizers import PromptTokenizer
+from .base import Family, Text
+
+if TYPE_CHECKING:
+    from ..loop import Conditioning, Floats
+    from ..request import Request
+
+_PENULTIMATE = "penultimate_hidden_state"
+
+
+class StableDiffusion(Family):
+    """Rombach et al. 2022, arXiv 2112.10752."""
+
+    name = "stable-diffusion"
+    denoiser = "unet"
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
+    options = frozenset({"negative_prompt", "clip_skip"})
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        if not self.gives("text_encoder", _PENULTIMATE):
+            self.options -= {"clip_skip"}
+
+    def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
+        """As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers."""
+        state = _PENULTIMATE if request.clip_skip else "last_hidden_state"
+        wanted = [(request.prompt, state)]
+        if request.guided:
+            wanted.insert(0, (request.negative_prompt, "last_hidden_state"))
+        return [
+            self.tokenize({"text_encoder": prompt}, {"text_encoder": (output,)}, tokenizers)
+            for prompt, output in wanted
+        ]
+
+    def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
+        """The encoder's states."""
+        (states,) = encoded["text_encoder"].values()
+        return {"encoder_hidden_states": states}

@@ -1,0 +1,223 @@
+"""Pictures of every family against its pipeline in diffusers, and the table of families in the manual.
+
+With LATENTRT_WRITE_DOCS=1 the rows of the table are written anew from what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from latentrt.runtime import Bundle, Pipeline
+from latentrt.runtime.families import FAMILIES
+
+GATE = 45.0
+"""Least PSNR in dB, on uint8 pictures."""
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+BEGIN, END = "<!-- families: written by tests/runtime/test_parity_families.py -->\n", "<!-- end of families -->\n"
+PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red apple", "a green leaf", 4, 4.0, 7
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something beyond prompt, size and number of pictures.
+
+    Attributes:
+        ours: Options of our request.
+        theirs: Arguments of diffusers' pipeline; one that is None is not the usual one.
+        scheduler: Changes to the scheduler's configuration, on both sides.
+    """
+
+    ours: Options
+    theirs: Options
+    scheduler: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        models: First column.
+        kind: The tiny source, a key of ``WRITERS`` in ``tests/tiny_models.py``.
+        pipeline: diffusers' class.
+        samplers: Our names, and diffusers' scheduler classes.
+        variants: By what the table calls them.
+        sizes: Widths and heights.
+    """
+
+    models: str
+    kind: str
+    pipeline: str
+    samplers: Mapping[str, str]
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 24))
+
+
+PLAIN = Variant({}, {})
+TURBO = Variant(
+    {"guidance": 1.0, "steps": 1, "sampler": "euler"},
+    {"guidance_scale": 0.0, "num_inference_steps": 1},
+    {"timestep_spacing": "trailing"},
+)
+EULER_AND_2M = {"euler": "EulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
+CASES = {
+    case.kind: case
+    for case in (
+        Case("Stable Diffusion 1.x", "sd1", "StableDiffusionPipeline", EULER_AND_2M, {"Turbo": TURBO}),
+        Case("Stable Diffusion 2.x", "sd2", "StableDiffusionPipeline", EULER_AND_2M, {"Turbo": TURBO}),
+        Case(
+            "Stable Diffusion XL base",
+            "sdxl",
+            "StableDiffusionXLPipeline",
+            EULER_AND_2M,
+            {
+                "Turbo": TURBO,
+                "no negative prompt": Variant({"negative_prompt": ""}, {"negative_prompt": None}),
+                "second prompts": Variant(
+                    {"prompt_2": "a rocket", "negative_prompt_2": "a cat!"},
+                    {"prompt_2": "a rocket", "negative_prompt_2": "a cat!"},
+                ),
+                "sizes and crop": Variant(
+                    {"original_size": (96, 64), "crop": (8, 0), "target_size": (48, 40)},
+                    {"original_size": (64, 96), "crops_coords_top_left": (0, 8), "target_size": (40, 48)},
+                ),
+                "negative sizes": Variant(
+                    {"negative_original_size": (16, 8), "negative_crop": (4, 2), "negative_target_size": (24, 16)},
+                    {
+                        "negative_original_size": (8, 16),
+                        "negative_crops_coords_top_left": (2, 4),
+                        "negative_target_size": (16, 24),
+                    },
+                ),
+                "clip skip": Variant({"clip_skip": 1}, {"clip_skip": 1}),
+            },
+        ),
+    )
+}
+
+
+def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
+    """PSNR in dB of the worst picture."""
+    errors = np.square(pictures.astype(np.float64) - expected).mean(axis=(1, 2, 3))
+    return float(10 * np.log10(255**2 / max(errors.max(), 1e-9)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One checkpoint, opened here, with both loops, and in diffusers."""
+
+    case: Case
+    ours: tuple[Pipeline, Pipeline]
+    theirs: Any
+    scheduler: Options
+
+    def compare(self, sampler: str, size: tuple[int, int], images: int, variant: Variant = PLAIN) -> float:
+        """PSNR in dB of the worst picture of both loops."""
+        options = {"width": size[0], "height": size[1], "negative_prompt": NEGATIVE}
+        asked = {"sampler": sampler, "steps": STEPS, "images": images, "seed": SEED, "guidance": GUIDANCE}
+        drawn = [_with(pipe, variant)(PROMPT, **{**options, **asked, **variant.ours}).images for pipe in self.ours]
+        expected = self.expect(sampler, options, images, variant)
+        assert {pictures.shape for pictures in drawn} == {expected.shape} == {(images, *size[::-1], 3)}
+        assert len(np.unique(expected)) > 16, "a flat picture would make the comparison easy"
+        if variant is not PLAIN:
+            plain = self.expect(sampler, options, images, PLAIN)
+            assert psnr(plain, expected) < GATE, f"{variant} makes no difference"
+        return min(psnr(pictures, expected) for pictures in drawn)
+
+    def expect(self, sampler: str, options: Options, images: int, variant: Variant) -> NDArray[np.uint8]:
+        """diffusers' pictures."""
+        config = {**self.scheduler, **variant.scheduler}
+        self.theirs.scheduler = getattr(diffusers, self.case.samplers[sampler]).from_config(config)
+        asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": GUIDANCE}
+        generator = torch.Generator().manual_seed(SEED)
+        pictures = self.theirs(
+            PROMPT, generator=generator, output_type="np", **{**options, **asked, **variant.theirs}
+        ).images
+        return np.round(pictures * 255).astype(np.uint8)
+
+
+def _with(pipe: Pipeline, variant: Variant) -> Pipeline:
+    """The pipeline with another scheduler configuration; the engines are shared."""
+    if not variant.scheduler:
+        return pipe
+    manifest = pipe.manifest
+    changed = dataclasses.replace(manifest, scheduler={**manifest.scheduler, **variant.scheduler})
+    return Pipeline(Bundle(pipe.bundle.path, changed), pipe.engines)
+
+
+@functools.cache
+def open_theirs(path: Path, pipeline: str) -> Any:
+    """diffusers' pipeline in fp32."""
+    pipe = getattr(diffusers, pipeline).from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tiny: Any) -> Iterator[Pair]:
+    """One for each row."""
+    case, path = CASES[request.param], tiny.bundle(request.param)
+    with Pipeline.load(path, "onnxruntime") as fused, Pipeline.load(path, "onnxruntime", loop="plain") as plain:
+        assert (fused.loop.name, plain.loop.name) == ("fused", "plain")
+        theirs = open_theirs(tiny.source(case.kind), case.pipeline)
+        yield Pair(case, (fused, plain), theirs, dict(theirs.scheduler.config))
+
+
+def row(case: Case, family: str, passed: bool) -> str:
+    """The table's row of a family."""
+    cells = (
+        case.models,
+        f"`{family}`",
+        f"`{case.pipeline}`",
+        ", ".join(f"`{sampler}`" for sampler in case.samplers),
+        ", ".join(f"{width}x{height}" for width, height in case.sizes),
+        ", ".join(case.variants) or "-",
+        f"{GATE:.0f} dB or more" if passed else "fails",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.heavy
+def test_the_pictures_are_diffusers(pair: Pair) -> None:
+    """Samplers, sizes, one and three pictures, both loops, and what a family has besides agree, as the manual says."""
+    figures = {
+        f"{sampler} {size} {images}": pair.compare(sampler, size, images)
+        for sampler, size, images in itertools.product(pair.case.samplers, pair.case.sizes, (1, 3))
+    }
+    figures |= {name: pair.compare("euler", pair.case.sizes[1], 1, each) for name, each in pair.case.variants.items()}
+    print(pair.case.models, {name: round(figure, 1) for name, figure in figures.items()})
+    measured = row(pair.case, pair.ours[0].manifest.family, min(figures.values()) >= GATE)
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    rows, _, after = rest.partition(END)
+    lines = rows.splitlines()
+    if os.environ.get("LATENTRT_WRITE_DOCS"):
+        kept = [line for line in lines if not line.startswith(f"| {pair.case.models} |")]
+        order = [case.models for case in CASES.values()]
+        table = sorted([*kept[2:], measured], key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
+        PAGE.write_text(f"{before}{BEGIN}" + "\n".join([*kept[:2], *table]) + f"\n{END}{after}", encoding="utf-8")
+    else:
+        assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
+    assert min(figures.values()) >= GATE, figures
+
+
+def test_the_manual_has_every_family() -> None:
+    """The table has a row for each case, and each family of the runtime has a case."""
+    rows = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == [case.models for case in CASES.values()]
+    assert {line.split(" | ")[1].strip("`") for line in rows} == set(FAMILIES)
