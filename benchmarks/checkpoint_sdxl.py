@@ -127,7 +127,8 @@ def _write_weights(folder: Path, stem: str, model: torch.nn.Module, generator: t
     from safetensors.torch import save_file
 
     shards = list(_shards({name: tensor.shape for name, tensor in model.state_dict().items()}))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         tensors = {name: _drawn(name, shape, generator) for name, shape in names.items()}

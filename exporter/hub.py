@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from latentrt.engines.errors import SourceError
 
@@ -80,16 +81,17 @@ def download(name: str, files: Files, *, variant: str | None = None, revision: s
             f"{name!r} does not exist here, and to fetch a model of that name huggingface_hub is missing; "
             'pip install "latentrt[hub]"'
         ) from error
-    quiet = not sys.stderr.isatty() and not huggingface_hub.utils.are_progress_bars_disabled()
+    utils: Any = huggingface_hub.utils  # these functions are documented, but not marked as exported
+    quiet = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     if quiet:
-        huggingface_hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files(variant)))
     except Exception as error:  # besides its own, the client lets exceptions of its HTTP library through
         raise SourceError(f"{name!r} does not exist here, and {_reason(error, revision)}") from error
     finally:
         if quiet:
-            huggingface_hub.utils.enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -279,8 +279,8 @@ def _open_file(path: Path, reading: Reading) -> Source:
         "configs": json.dumps([described.configs, described.scheduler, described.index], sort_keys=True).encode(),
         "padding": json.dumps({name: folder.padding for name, folder in described.tokenizers.items()}).encode(),
     }
-    for name, folder in described.tokenizers.items():
-        contents |= {f"{name}/{file.name}": file for file in folder.files()}
+    for part, tokenizer in described.tokenizers.items():
+        contents |= {f"{part}/{file.name}": file for file in tokenizer.files()}
     contents["weights"] = path
     name = os.fsencode(path.stem).decode(errors="replace") or "model"
     return _source(name, described, _fingerprint(contents), checkpoint, notes)

@@ -13,7 +13,7 @@ from latentrt.engines.errors import ExportError
 
 _LARGE = 4096  # bytes; what a shape is computed from is far smaller
 _PLACE = re.compile(r"op_type:\s*(\w+), node name: ([^)]*)\)")
-_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
 
 def check_graph(path: Path, label: str) -> None:
@@ -87,7 +87,7 @@ def _values(model: onnx.ModelProto) -> Iterator[ValueInfoProto]:
 
 
 def _name(kind: int) -> str:
-    return _NAMES.get(kind, TensorProto.DataType.Name(kind).lower())
+    return _NAMES.get(kind) or str(TensorProto.DataType.Name(kind)).lower()
 
 
 def _first_line(error: Exception) -> str:

@@ -540,8 +540,7 @@ def _open(
     """Opened engines by component; if one does not open, the others are closed."""
     engines = {component: make_engine(bundle, component, settings) for component in components}
     if turns is not None:
-        with engines[components[0]]:  # whether the engine starts here at all shows now
-            pass
+        engines[components[0]].open().close()  # whether the engine starts here at all shows now
         graphs = {component: graph_for(bundle, component, settings) for component in components}
         return {name: TurnEngine(engine, graphs[name], turns, name).open() for name, engine in engines.items()}
     share_arena(engines.values())  # one component runs at a time

@@ -54,7 +54,7 @@ class StableDiffusionXl(Family):
 
     def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
         prompts = {"text_encoder": first, "text_encoder_2": second or first}
-        outputs = {name: (self._state(name, skipped),) for name in prompts}
+        outputs: dict[str, tuple[str, ...]] = {name: (self._state(name, skipped),) for name in prompts}
         outputs["text_encoder_2"] += ("text_embeds",)
         return self.tokenize(prompts, outputs, tokenizers)
 
