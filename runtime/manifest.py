@@ -540,9 +540,10 @@ def _manifest(record: dict[str, Any]) -> Manifest:
         raise BundleError("the manifest lacks the key 'format_version'")
     version = _integer(record["format_version"], "format_version", 1, 2**31 - 1)
     if version != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
+        remedy = "upgrade latentrt (pip install --upgrade latentrt)" if newer else "build the bundle again"
         raise BundleVersionError(
-            f"format_version is {version}, but this version of latentrt reads format {FORMAT_VERSION}; "
-            "upgrade latentrt (pip install --upgrade latentrt) or build the bundle again"
+            f"format_version is {version}, but this version of latentrt reads format {FORMAT_VERSION}; {remedy}"
         )
     _keys(record, "the manifest", (each.name for each in fields(Manifest)))
     latent = _latent(record["latent"], "latent")
