@@ -164,7 +164,7 @@ def test_inspect(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(built)]) == 0
     text = capsys.readouterr().out
     assert all(key in text for key in keys)
-    assert text.count("tensorrt-rtx") == 7  # six plans, and how close their pictures are
+    assert sum("tensorrt-rtx" in line and any(key in line for key in keys) for line in text.splitlines()) == len(keys)
     assert "registers 1x1x4x16x16:1x2x4x16x16:1x8x4x16x16" in text
     assert main(["inspect", str(built), "--json"]) == 0
     engines = json.loads(capsys.readouterr().out)["engines"]

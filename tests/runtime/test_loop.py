@@ -324,7 +324,7 @@ def test_a_dropped_run_is_gone_at_once(pipe: Pipeline) -> None:
         assert [each() for each in watched] == [None, None]
     stream = pipe.stream("a red apple", steps=4, sampler="euler-a")
     next(stream)
-    run = stream.gi_frame.f_locals["run"]
+    run = stream.gi_yieldfrom.gi_frame.f_locals["runs"][0]
     watched = [weakref.ref(run)]
     del run
     stream.close()

@@ -13,6 +13,7 @@ from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.manifest import Defaults, Latent, Manifest
 from latentrt.runtime.request import FAMILY_OPTIONS, MAX_PIXELS, MAX_SIDE, Request, RequestOptions
 from latentrt.runtime.samplers import SAMPLERS
+from latentrt.runtime.tiling import Tiling
 
 # Only the parts that a request looks at; test_pipeline.py goes through whole manifests.
 MANIFEST = cast(
@@ -21,6 +22,7 @@ MANIFEST = cast(
         latent=Latent(4, 8, 0.18215, 0.0),
         defaults=Defaults("dpmpp-2m", steps=20, guidance=7.5, width=512, height=768, clip_skip=0),
         family="stable-diffusion",
+        components={},
         settings={"guidance": "classifier-free"},
     ),
 )
@@ -56,6 +58,7 @@ def test_what_is_given_is_kept() -> None:
         "eta": 0.0,
         "timesteps": (500.0,),
         "sigmas": None,
+        "vae_tiling": Tiling(64, 16),
     }
     assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys()
     request = create(**options)
