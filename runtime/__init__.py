@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .loop import Run
     from .pipeline import Pipeline, Result, StepInfo, Timings
+    from .previews import Preview
+    from .refine import hand_over_options
     from .request import Request, RequestOptions
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "LatentRTError",
     "OutputError",
     "Pipeline",
+    "Preview",
     "Request",
     "RequestOptions",
     "Result",
@@ -59,17 +62,20 @@ __all__ = [
     "TensorMismatchError",
     "Timings",
     "VerificationError",
+    "hand_over_options",
 ]
 
 _HOMES = {
     "Bundle": "bundle",
     "Pipeline": "pipeline",
+    "Preview": "previews",
     "Request": "request",
     "RequestOptions": "request",
     "Result": "pipeline",
     "Run": "loop",
     "StepInfo": "pipeline",
     "Timings": "pipeline",
+    "hand_over_options": "refine",
 }
 
 

@@ -25,9 +25,11 @@ from .bundle import Bundle
 from .cache import TensorCache
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, make_engine
 from .families import Family, Text, family_of
+from .latents import take_latents
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
-from .manifest import TOKENIZER_FILE
-from .request import Request, RequestOptions
+from .manifest import TINY_DECODER, TOKENIZER_FILE
+from .previews import PreviewOptions, take_previews
+from .request import Request, RequestOptions, check_decoder
 from .samplers import Plan
 from .tokenizers import PromptTokenizer, load_tokenizer
 
@@ -49,6 +51,7 @@ class StepInfo:
         elapsed: Seconds that this step took.
         registers: The sampler's state, float32 ``[images, R, channels, height / factor, width / factor]``, where the
             engine left it: on a GPU nothing is copied unless somebody looks.
+        scale: Factor that brings latents with noise to about the size of those without.
     """
 
     index: int
@@ -56,6 +59,7 @@ class StepInfo:
     timestep: float
     elapsed: float
     registers: Floats | DeviceArray = field(repr=False)
+    scale: float = 1.0
 
     @functools.cached_property
     def latents(self) -> Floats:
@@ -89,7 +93,7 @@ class Result:
     """What a request gave.
 
     Attributes:
-        images: uint8 ``[images, height, width, 3]``.
+        images: uint8 ``[images, height, width, 3]``; ``[0, height, width, 3]`` where ``output`` is ``"latent"``.
         latents: float32 ``[images, channels, height / factor, width / factor]``.
         timings: Seconds of each stage.
         request: The request with every default filled in, the seed among them.
@@ -111,6 +115,13 @@ class _Prepared:
     plan: Plan
     texts: list[Text]
     timings: Timings
+    latents: Floats | None
+
+
+class DrawOptions(RequestOptions, PreviewOptions, total=False):
+    """Keywords of a request, with those that :class:`Request` does not keep."""
+
+    latents: NDArray[Any] | None
 
 
 class Pipeline:
@@ -212,7 +223,7 @@ class Pipeline:
             stack.pop_all()
         return pipeline
 
-    def __call__(self, prompt: str, **options: Unpack[RequestOptions]) -> Result:
+    def __call__(self, prompt: str, **options: Unpack[DrawOptions]) -> Result:
         """Draw pictures of ``prompt``.
 
         Args:
@@ -220,6 +231,10 @@ class Pipeline:
             options: ``negative_prompt``, ``steps``, ``guidance``, ``seed``, ``sampler``, ``width``, ``height``,
                 ``images`` and so on: the fields of :class:`~latentrt.runtime.request.Request`. What is left out or
                 ``None`` is the bundle's default. Some are for models of some families alone.
+                ``latents``, ``[k, channels, h, w]``, take the place of the seed's noise; with ``denoising_start`` they
+                are those of a run that ended there with ``denoising_end``, of this model or of another.
+                ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
+                ``preview_every`` calls of the denoiser.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -234,7 +249,7 @@ class Pipeline:
                 result: Result = stop.value
                 return result
 
-    def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> Generator[StepInfo, None, Result]:
+    def stream(self, prompt: str, **options: Unpack[DrawOptions]) -> Generator[StepInfo, None, Result]:
         """Draw pictures, yielding after every call of the denoiser; the generator's return value is the result.
 
         The request is checked at once, before the first ``next``. Closing the generator (or dropping it) cancels
@@ -244,7 +259,9 @@ class Pipeline:
             >>> def draw(pipe):  # doctest: +SKIP
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
-        return self._stream(self._prepare(prompt, options))
+        rest, previews = take_previews(options)
+        steps = self._stream(self._prepare(prompt, rest))
+        return steps if previews is None else previews.of(steps, self.preview)
 
     def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, Result]:
         run, timings = self._start(prepared), prepared.timings
@@ -253,16 +270,19 @@ class Pipeline:
             index, begin = run.index, time.perf_counter()
             self.loop.advance([run])
             timings.step.append(time.perf_counter() - begin)
-            yield StepInfo(index, total, float(run.plan.timesteps[index]), timings.step[-1], run.registers)
+            scale = 1.0 if run.done else float(run.plan.input_scale[run.index])
+            yield StepInfo(index, total, float(run.plan.timesteps[index]), timings.step[-1], run.registers, scale)
         begin = time.perf_counter()
         latents = run.latents.copy()
-        images = self.decode(latents)
+        request = run.request
+        nothing = np.empty((0, request.height, request.width, 3), np.uint8)
+        images = self.decode(latents, request.decoder) if request.output == "image" else nothing
         timings.vae_decoder = time.perf_counter() - begin
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
         timings.total += timings.vae_decoder
-        return Result(images, latents, timings, run.request, sum(text.truncated for text in prepared.texts))
+        return Result(images, latents, timings, request, sum(text.truncated for text in prepared.texts))
 
-    def start(self, prompt: str, **options: Unpack[RequestOptions]) -> Run:
+    def start(self, prompt: str, **options: Unpack[DrawOptions]) -> Run:
         """Begin a request that :meth:`advance` takes further, together with others.
 
         Takes what :meth:`__call__` takes, and encodes the texts at once. Dropping the run cancels the request.
@@ -299,7 +319,7 @@ class Pipeline:
         """
         if not run.done:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
-        return self.decode(run.latents)
+        return self.decode(run.latents, run.request.decoder)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -308,13 +328,14 @@ class Pipeline:
     def _prepare(self, prompt: str, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
         self._require_open()
-        request = Request.create(self.manifest, prompt, **self._sized(options))
+        checked, latents = take_latents(self._sized(options), self.manifest.latent)
+        request = Request.create(self.manifest, prompt, **checked)
         start = time.perf_counter()
         plan = request.compile_plan(self.manifest.scheduler)
         planned = time.perf_counter()
         texts = self.family.texts(request, self.tokenizers)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
-        return _Prepared(request, plan, texts, timings)
+        return _Prepared(request, plan, texts, timings, latents)
 
     def _sized(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options of a request, with the fixed size where there is one."""
@@ -341,7 +362,7 @@ class Pipeline:
         timings.text_encoder += encoded - begin - timings.prompt
         latent = self.manifest.latent
         shape = (request.images, latent.channels, request.height // latent.factor, request.width // latent.factor)
-        run = start_run(request, prepared.plan, conditioning, shape)
+        run = start_run(request, prepared.plan, conditioning, shape, prepared.latents)
         self.loop.begin(run)
         timings.schedule += time.perf_counter() - encoded
         return run
@@ -363,11 +384,30 @@ class Pipeline:
             self._texts.put(key, found)
         return {**found, **{name: values for name, values in vectors.items() if name in found}}
 
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
-        latent = self.manifest.latent
-        sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        pixels = output_of(self.engines["vae_decoder"], "vae_decoder", "sample", {"latent_sample": sample})
+    def preview(self, step: StepInfo) -> NDArray[np.uint8]:
+        """The pictures as they stand after a step, uint8 ``[images, height, width, 3]``, with the noise that is left.
+
+        A tiny decoder draws them where the bundle has one.
+        """
+        tiny = TINY_DECODER in self.manifest.components
+        return self.decode(step.latents * np.float32(step.scale), "tiny" if tiny else "full")
+
+    def decode(self, latents: Floats, decoder: str | None = None) -> NDArray[np.uint8]:
+        """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``.
+
+        Args:
+            latents: What to decode.
+            decoder: ``"full"``, the model's own, or ``"tiny"``, where the bundle has one.
+
+        Raises:
+            InvalidRequestError: if there is no such decoder.
+        """
+        latent, name, sample = self.manifest.latent, "vae_decoder", latents
+        if check_decoder(self.manifest, decoder) == "tiny":
+            name = TINY_DECODER  # takes the denoiser's latents as they are
+        else:
+            sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
+        pixels = output_of(self.engines[name], name, "sample", {"latent_sample": sample})
         scaled = np.clip(pixels / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
         return np.rint(scaled).astype(np.uint8, order="C")
 
@@ -412,7 +452,8 @@ def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
         raise BundleError(f"{bundle.path} holds no stages of its denoiser; build it again, or run the loop plain")
     whole = loop == "plain" or stages[-1] not in there
     denoiser = [family.denoiser] if whole else [stage for stage in stages if stage in there]
-    return (*family.text_encoders, *denoiser, "vae_decoder")
+    decoders = ["vae_decoder", *([TINY_DECODER] if TINY_DECODER in there else [])]
+    return (*family.text_encoders, *denoiser, *decoders)
 
 
 def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenizer]:

@@ -75,6 +75,10 @@ class Family(ABC):
     guidance: ClassVar[float] = 7.5
     """Guidance scale by default."""
 
+    def usual(self, source: Source) -> tuple[int, float]:
+        """Steps and guidance scale by default."""
+        return self.steps, self.guidance
+
     def stages(self) -> tuple[str, ...]:
         """Components that the denoiser is split into, see :mod:`latentrt.exporter.stages`."""
         return tuple(f"{self.denoiser}_{stage}" for stage in STAGES)

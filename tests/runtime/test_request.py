@@ -56,6 +56,10 @@ def test_what_is_given_is_kept() -> None:
         "eta": 0.0,
         "timesteps": (500.0,),
         "sigmas": None,
+        "denoising_start": 0.25,
+        "denoising_end": 0.75,
+        "output": "image",
+        "decoder": "full",
     }
     assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys()
     request = create(**options)
