@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.runtime.manifest import PREDICTION_TYPES
+from latentrt.runtime.manifest import PREDICTION_TYPES, TINY_DECODER
 from latentrt.runtime.samplers import compile_plan, default_sampler
 
 from .families import PIPELINES, Family
+
+if TYPE_CHECKING:
+    from .lora import Lora
+    from .tiny_vae import TinyVae
 
 _PICKLED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 _MAX_JSON = 16 * 2**20
@@ -53,6 +57,8 @@ class Source:
         scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
         licence: What the model card says of the licence, or ``"unknown"``.
         fingerprint: SHA-256 over every file that decides the export.
+        loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.lora`.
+        tiny_vae: A decoder beside the model's own.
     """
 
     path: Path
@@ -62,11 +68,23 @@ class Source:
     scheduler: Mapping[str, Any]
     licence: str
     fingerprint: str
+    loras: tuple[Lora, ...] = ()
+    tiny_vae: TinyVae | None = None
 
     @property
     def name(self) -> str:
         """The directory's own name."""
         return os.fsencode(self.path.resolve().name).decode(errors="replace") or "model"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Components that are exported, in the order in which a bundle has them."""
+        return (*self.family.components, *([] if self.tiny_vae is None else [TINY_DECODER]))
+
+    @property
+    def all_components(self) -> tuple[str, ...]:
+        """Every component of a bundle, the denoiser's stages too."""
+        return tuple(part for name in self.components for part in self.family.with_stages(name))
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -93,12 +111,12 @@ class Source:
                 raise SourceError(f"{name} of {path.name} has the class {found!r}, expected {' or '.join(expected)}")
         configs = {name: read_json(path / name / "config.json", f"{name} is incomplete") for name in family.parts}
         for name, config in configs.items():
-            _check_bounds(config, f"{name}/config.json")
+            check_bounds(config, f"{name}/config.json")
         family.check(configs)
         scheduler = _scheduler(path)
         weights = [file for name, part in family.parts.items() for file in weight_files(path / name, part.stem)]
         for file in weights:
-            with _opened(file):
+            with opened_weights(file):
                 pass  # the lengths in its header fit the file
         files = [path / name / "config.json" for name in family.parts] + weights
         for name in family.tokenizers:
@@ -120,10 +138,12 @@ class Source:
         except Exception as error:  # the libraries raise whatever their constructors run into
             raise SourceError(f"{name}/config.json does not describe a model: {_first_line(error)}") from error
         tensors = part.rename(tensors, module)
-        _assign(module, tensors, name)
+        assign_weights(module, tensors, name)
         if any(buffer.is_meta for buffer in module.buffers()):  # tables that are not stored, such as position ids
             module = part.build(config)
-            _assign(module, tensors, name)
+            assign_weights(module, tensors, name)
+        for lora in self.loras:
+            lora.fuse(name, module)
         return module.eval().requires_grad_(False)
 
     def load_tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
@@ -221,7 +241,7 @@ def read_weights(directory: Path, stem: str) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory, stem):
-        with _opened(file) as opened:
+        with opened_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 if name in tensors:
                     raise SourceError(f"{directory.name}: the tensor {name!r} stands in two files")
@@ -235,8 +255,12 @@ def read_weights(directory: Path, stem: str) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file, and translate what goes wrong while it is open."""
+def opened_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file, and translate what goes wrong while it is open.
+
+    Raises:
+        SourceError: if it is damaged.
+    """
     try:
         _check_header(file)
         with safe_open(file, framework="pt") as opened:
@@ -247,7 +271,12 @@ def _opened(file: Path) -> Iterator[Any]:
         raise SourceError(f"{file.parent.name}/{file.name} is damaged: {_first_line(error)}") from error
 
 
-def _assign(module: nn.Module, tensors: dict[str, Tensor], component: str) -> None:
+def assign_weights(module: nn.Module, tensors: dict[str, Tensor], component: str) -> None:
+    """Give a module its weights.
+
+    Raises:
+        SourceError: if they do not fit it.
+    """
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
@@ -268,18 +297,22 @@ def _check_header(file: Path) -> None:
         )
 
 
-def _check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
-    """Refuse numbers that no model has, before a constructor loops over them."""
+def check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
+    """Refuse numbers that no model has, before a constructor loops over them.
+
+    Raises:
+        SourceError: naming the first.
+    """
     if depth > _MAX_NESTING:
         raise SourceError(f"{where} is nested more than {_MAX_NESTING} levels deep, which no configuration is")
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_bounds(item, where, str(name), depth + 1)
+            check_bounds(item, where, str(name), depth + 1)
     elif isinstance(value, list):
         if len(value) > _MAX_LIST:
             raise SourceError(f"{where}: {key!r} has {len(value)} entries, at most {_MAX_LIST} are plausible")
         for item in value:
-            _check_bounds(item, where, key, depth + 1)
+            check_bounds(item, where, key, depth + 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         limit = _MAX_LAYERS if "layers" in key else _MAX_INTEGER
         limit = _MAX_LAYERS_PER_BLOCK if "layers_per_block" in key else limit
