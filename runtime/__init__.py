@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .previews import Preview
     from .refine import hand_over_options
     from .request import Request, RequestOptions
+    from .tiling import Tiling
 
 __all__ = [
     "Bundle",
@@ -60,6 +61,7 @@ __all__ = [
     "SourceError",
     "StepInfo",
     "TensorMismatchError",
+    "Tiling",
     "Timings",
     "VerificationError",
     "hand_over_options",
@@ -74,6 +76,7 @@ _HOMES = {
     "Result": "pipeline",
     "Run": "loop",
     "StepInfo": "pipeline",
+    "Tiling": "tiling",
     "Timings": "pipeline",
     "hand_over_options": "refine",
 }

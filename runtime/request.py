@@ -19,6 +19,7 @@ from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
 from .samplers.cut import check_part
+from .tiling import Tiling
 
 MAX_SIDE = 16384
 """Largest width or height in pixels."""
@@ -86,6 +87,7 @@ class RequestOptions(FamilyOptions, total=False):
     denoising_end: float | None
     output: str | None
     decoder: str | None
+    vae_tiling: Tiling | int | bool | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Request:
         denoising_end: Fraction at which it ends, with noise left for another model to take away; ``None`` is the end.
         output: One of :data:`OUTPUTS`: pictures, or latents alone.
         decoder: One of :data:`DECODERS`: the model's own, or a tiny one, where the bundle has one.
+        vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -161,6 +164,7 @@ class Request:
     denoising_end: float | None = None
     output: str = "image"
     decoder: str = "full"
+    vae_tiling: Tiling | None = None
     classifier_free: bool = True
 
     def compile_plan(self, scheduler: Mapping[str, Any]) -> Plan:
@@ -218,12 +222,15 @@ class Request:
         denoising_end: float | None = None,
         output: str | None = None,
         decoder: str | None = None,
+        vae_tiling: Tiling | int | bool | None = None,
         **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
         ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``. Without
         ``output`` there are pictures, or latents alone where ``denoising_end`` leaves noise in them.
+        ``vae_tiling=True`` is a :class:`~latentrt.runtime.tiling.Tiling` as it comes, a number one with tiles of that
+        size, and ``False`` none.
 
         Raises:
             InvalidRequestError: naming the first value that is wrong, what was received and what is expected, or the
@@ -270,6 +277,7 @@ class Request:
             denoising_end=end,
             output=output or ("image" if end is None else "latent"),
             decoder=check_decoder(manifest, decoder),
+            vae_tiling=_tiling(vae_tiling, factor),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:
@@ -365,6 +373,15 @@ def _levels(name: str, values: Any) -> tuple[float, ...] | None:
     if not all(map(math.isfinite, levels)):
         raise InvalidRequestError(f"{name} is {_show(values)}, expected finite numbers")
     return levels
+
+
+def _tiling(value: Any, factor: int) -> Tiling | None:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, Tiling):
+        value = Tiling() if value is True else Tiling(value)
+    fitted: Tiling = value.fitted(factor)
+    return fitted
 
 
 def _text(name: str, value: Any) -> str | None:

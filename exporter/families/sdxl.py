@@ -112,7 +112,7 @@ class StableDiffusionXl(Family):
         "tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder"),
         "tokenizer_2": TokenizerPart(CLIP_TOKENIZERS, "text_encoder_2"),
     }
-    components = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     denoiser = "unet"
     vectors = ("text_embeds", "time_ids")
     guidance = 5.0

@@ -24,7 +24,7 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {
         "tokenizer_2": TokenizerPart(CLIP_TOKENIZERS, "text_encoder_2")
     }
-    components = ("text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+    components: ClassVar[tuple[str, ...]] = ("text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     time_ids = 5  # height and width of the original, top and left of the crop, the score
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:

@@ -20,6 +20,7 @@ from ..previews import PREVIEW_EVERY, Preview
 from ..refine import HAND_OVER, hand_over_options
 from ..request import DECODERS, FAMILY_OPTIONS, Request, RequestOptions
 from ..samplers import SAMPLERS
+from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 
 
@@ -73,6 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview-every", type=int, metavar="N", help=f"steps between two previews; default {PREVIEW_EVERY}"
     )
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
+    parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
+    parser.add_argument(
+        "--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles of this side, to save memory"
+    )
+    parser.add_argument(
+        "--vae-tile-overlap", type=int, metavar="PIXELS", help="what tiles have in common; a quarter of them by default"
+    )
+    parser.add_argument(
+        "--vae-tile-edges",
+        choices=EDGES,
+        help="move the last tile inwards, or make it smaller as diffusers does (default: shift)",
+    )
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument(
         "--engine", default="auto", metavar="NAME", help=f"one of {', '.join(ENGINES)}, or auto, the best that can run"
@@ -92,6 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fixed-size", action="store_true", help="compile for this size alone, at which OpenVINO is faster"
+    )
+    parser.add_argument(
+        "--low-memory", action="store_true", help="open each component for its turn only, and close it again"
     )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
@@ -189,6 +205,8 @@ def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
         loop=arguments.loop,
         engine_cache=arguments.engine_cache,
         fixed_size=(arguments.width, arguments.height, arguments.images) if arguments.fixed_size else None,
+        max_batch=arguments.max_batch,
+        low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
     )
 
@@ -196,7 +214,9 @@ def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of a request that were given, or have a default of their own here."""
     names = {*RequestOptions.__annotations__, *FAMILY_OPTIONS} & vars(arguments).keys() - {"output"}  # that is the file
-    return {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
+    options = {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
+    tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
+    return options if tiling is None else {**options, "vae_tiling": tiling}
 
 
 def _previews(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -212,6 +232,15 @@ def _previews(arguments: argparse.Namespace) -> dict[str, Any]:
         write_png(arguments.preview, sheet(images, columns=min(4, len(images))) if len(images) > 1 else images[0])
 
     return {"on_preview": write, "preview_every": arguments.preview_every}
+
+
+def _tiling(size: int | None, overlap: int | None, edges: str | None) -> Tiling | None:
+    """How to cut pictures into tiles, if that is asked for."""
+    if size is None:
+        if overlap is not None or edges is not None:
+            raise InvalidRequestError("tiles are described but not asked for; give their size with --vae-tile")
+        return None
+    return Tiling(size, overlap, edges or "shift")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -242,13 +271,15 @@ def _two(text: str, between: str, expected: str) -> tuple[int, int]:
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", *FAMILY_OPTIONS))
+    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
 
 
 def _written(name: str, value: Any) -> Any:
     """A value as a web UI's parameters have it: a size as ``1024x768``, other numbers between spaces."""
+    if isinstance(value, Tiling):
+        return f"{value.size} overlap {value.overlap} {value.edges}"
     if not isinstance(value, tuple):
         return value
     return ("x" if name.endswith("size") else " ").join(f"{each:g}" for each in value)
