@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
@@ -124,7 +129,8 @@ def _build(source: Path, output: Path) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    build_bundle(BuildRequest(source, output))
+    with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
+        build_bundle(BuildRequest(source, output))
     return output
 
 

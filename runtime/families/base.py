@@ -64,6 +64,8 @@ class Family(ABC):
     """The denoiser's component; its stages are named after it."""
     encoders: ClassVar[Mapping[str, str]]
     """Text encoders, and the tokenizer of each."""
+    tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
+    """What its models are for."""
     options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
     :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""

@@ -131,8 +131,12 @@ def test_files_are_those_of_the_export(exports: Exports, capsys: pytest.CaptureF
     assert "diffusers" in manifest.tools
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "loop: plain, since the unet has no stages" in shown
+    assert "loops: plain\n" in shown
+    assert "the unet has no stages: every step computes all of it" in shown
     assert "options negative_prompt\n" in shown
+    samplers = shown.partition("samplers: ")[2].splitlines()[0].split()
+    assert "ddim" in samplers
+    assert "dpm2" not in samplers, "it visits timesteps between those that the graph takes"
     assert main(["build-engine", str(source), "--output", str(path)]) == 0
     told = capsys.readouterr()
     assert WARNING in told.out + told.err
