@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import Adapter
 
+from .graph_folders import GraphFolders
 from .lora_names import ALPHA, DOWN, UP, Layers, other_kind, split_name, split_part
-from .source import Source, opened_weights
+from .source import Source
+from .weights import empty_module, opened
 
 _MOST_TENSORS = 100_000
 _LARGEST_SCALE = 100.0
@@ -112,9 +114,12 @@ def with_loras(source: Source, files: Sequence[LoraFile]) -> Source:
 
     Raises:
         SourceError: if a file is missing, damaged, no LoRA, or one for another model.
+        InvalidRequestError: if the source holds graphs that others exported.
     """
     if not files:
         return source
+    if isinstance(source.weights, GraphFolders):
+        raise InvalidRequestError(f"{source.name} holds graphs that are run as they are; a LoRA is fused into weights")
     loras = tuple(_read(source, file) for file in files)
     digest = hashlib.sha256(source.fingerprint.encode())
     for lora in loras:
@@ -131,11 +136,11 @@ def _read(source: Source, file: LoraFile) -> Lora:
     with file.path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     tensors: dict[str, dict[str, Tensor]] = {}
-    with opened_weights(file.path) as opened:
-        names = list(opened.keys())
+    with opened(file.path, name) as content:
+        names = list(content.keys())
         if len(names) > _MOST_TENSORS:
             raise SourceError(f"{name} has {len(names)} tensors, at most {_MOST_TENSORS} are plausible")
-        alphas = _Alphas.of(opened.metadata() or {}, name)
+        alphas = _Alphas.of(content.metadata() or {}, name)
         for each in names:
             if kind := other_kind(each):
                 raise SourceError(f"{name} has {kind} ({each}), and only plain LoRA can be fused")
@@ -143,7 +148,7 @@ def _read(source: Source, file: LoraFile) -> Lora:
             if split is None:
                 raise SourceError(f"{name} is no LoRA that is known: {each!r} is none of its tensors")
             layer, role = split
-            tensor = opened.get_tensor(each)
+            tensor = content.get_tensor(each)
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
                 raise SourceError(f"{name}: the tensor {each!r} holds NaN or infinity, or no floating-point numbers")
             if role in tensors.setdefault(layer, {}):
@@ -217,11 +222,7 @@ def _hint(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 def _shapes(source: Source, part: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that a LoRA may change, by path; nothing is allocated."""
-    try:
-        with torch.device("meta"):
-            module = source.family.parts[part].build(source.configs[part])
-    except Exception as error:  # the libraries raise whatever their constructors run into
-        raise SourceError(f"{part}/config.json does not describe a model: {error}") from error
+    module = empty_module(source.family.parts[part].build, source.configs[part], part)
     return {
         path: tuple(layer.weight.shape)
         for path, layer in module.named_modules()

@@ -16,13 +16,16 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from latentrt.engines.errors import SourceError
+from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import TINY_DECODER, Latent
 
 from .components import Component
+from .description import check_bounds
 from .families.checks import natural
 from .families.parts import LATENT_AXES, known
-from .source import Source, assign_weights, check_bounds, read_json, read_weights, weight_files
+from .graph_folders import GraphFolders
+from .source import Source
+from .weights import assign, empty_module, read_json, read_weights, weight_files
 
 _CLASS = "AutoencoderTiny"
 _STEM = "diffusion_pytorch_model"
@@ -111,19 +114,16 @@ class TinyVae:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return cls(path, config, latent, digest.hexdigest())
 
-    def load(self) -> AutoencoderTiny:
+    def load(self) -> nn.Module:
         """Build it in fp32, on the CPU, in evaluation mode.
 
         Raises:
             SourceError: if configuration and weights do not fit each other, or a weight is not finite.
         """
         tensors = read_weights(self.path, _STEM)
-        try:
-            with torch.device("meta"):
-                model = AutoencoderTiny(**known(self.config, AutoencoderTiny))
-        except Exception as error:  # the library raises whatever its constructor runs into
-            raise SourceError(f"{self.path.name}/config.json does not describe a model: {error}") from error
-        assign_weights(model, tensors, self.path.name)
+        name = self.path.name
+        model = empty_module(lambda config: AutoencoderTiny(**known(config, AutoencoderTiny)), self.config, name)
+        assign(model, tensors, name)
         return model.eval().requires_grad_(False)
 
     def component(self, generator: torch.Generator) -> Component:
@@ -143,9 +143,12 @@ def with_tiny_vae(source: Source, path: Path | None) -> Source:
 
     Raises:
         SourceError: if it is none for this source.
+        InvalidRequestError: if the source holds graphs that others exported.
     """
     if path is None:
         return source
+    if isinstance(source.weights, GraphFolders):
+        raise InvalidRequestError(f"{source.name} holds graphs that are run as they are; a tiny VAE goes with weights")
     tiny = TinyVae.open(path, source.family.latent(source))
     digest = hashlib.sha256(f"{source.fingerprint}\0{tiny.fingerprint}".encode())
     return dataclasses.replace(source, tiny_vae=tiny, fingerprint=digest.hexdigest())

@@ -11,7 +11,8 @@ from latentrt.engines.trt import SDK_MODULES
 from .bundle import Bundle
 from .engine_choice import ENGINES, EngineSettings, graph_for
 from .engine_probe import SUPPORTED
-from .families import family_of
+from .families import Family, family_of
+from .loop import between_whole
 from .manifest import Manifest
 from .pipeline import components_for
 from .plans import planned
@@ -35,22 +36,29 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
     return {
         **family.abilities(),
         "tasks": list(family.tasks),
-        "samplers": _samplers(manifest),
+        "samplers": _samplers(manifest, whole=_takes_whole_timesteps(manifest, family)),
         "sizes": {"multiple": manifest.latent.factor, "longest": MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],
         "engines": _engines(bundle),
     }
 
 
-def _samplers(manifest: Manifest) -> list[str]:
-    """Samplers that understand the model's scheduler and what it predicts."""
+def _takes_whole_timesteps(manifest: Manifest, family: Family) -> bool:
+    """Whether the denoiser's graphs, which others exported, take timesteps as whole numbers."""
+    graphs = manifest.components[family.denoiser].graphs.values() if family.denoiser in manifest.components else ()
+    return any(spec.name == "timestep" and spec.dtype.startswith("int") for graph in graphs for spec in graph.inputs)
+
+
+def _samplers(manifest: Manifest, *, whole: bool) -> list[str]:
+    """Samplers that understand the model's scheduler and what it predicts, and visit whole timesteps where need be."""
     found = []
     for name in SAMPLERS:
         try:
-            compile_plan(name, manifest.scheduler, manifest.defaults.steps)
+            plan = compile_plan(name, manifest.scheduler, manifest.defaults.steps)
         except InvalidRequestError:
             continue
-        found.append(name)
+        if not whole or between_whole(plan) is None:
+            found.append(name)
     return found
 
 

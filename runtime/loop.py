@@ -20,10 +20,12 @@ from .run import Floats as Floats
 from .run import Run as Run
 from .run import Share, shared_out
 from .run import start_run as start_run
-from .samplers.plan import step
+from .samplers.plan import Plan, step
 
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
+
+_WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
 
 FINITE_CHECK_EVERY = 8
 """Steps between checks for NaN and infinity of a state that stays on a device."""
@@ -54,6 +56,13 @@ class Loop(ABC):
         Raises:
             BundleError: if the steps need more than that.
             EngineError: if an engine fails.
+        """
+
+    def check(self, plan: Plan) -> None:  # noqa: B027 - most loops take every plan
+        """Refuse a plan that the denoiser cannot follow.
+
+        Raises:
+            InvalidRequestError: saying why.
         """
 
     @abstractmethod
@@ -100,6 +109,18 @@ class PlainLoop(Loop):
     def __init__(self, engine: Engine, denoiser: str = "unet", max_batch: int | None = None) -> None:
         super().__init__(max_batch)
         self._engine, self._denoiser = engine, denoiser
+        # Graphs that others exported may take one timestep for all rows, and that as a whole number.
+        timestep = engine.inputs.get("timestep")
+        self._one_timestep = timestep is not None and not timestep.shape
+        self._whole = timestep is not None and timestep.dtype.startswith("int")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse timesteps between two whole ones where the denoiser's graph takes whole ones."""
+        if self._whole and (between := between_whole(plan)) is not None:
+            raise InvalidRequestError(
+                f"the sampler visits the timestep {between:.2f}, but the {self._denoiser} of this bundle takes "
+                "whole ones alone; take another sampler, or give timesteps"
+            )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """Nothing is computed ahead."""
@@ -109,9 +130,19 @@ class PlainLoop(Loop):
         """Nothing is computed ahead."""
 
     def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further."""
+        """Take every run a step further, with one call for each timestep where the graph takes but one."""
         check_together(runs)
-        self._advance(shared_out(runs, self.max_batch))
+        calls = shared_out(runs, self.max_batch)
+        self._advance([part for call in calls for part in self._apart(call)])
+
+    def _apart(self, shares: Sequence[Share]) -> list[list[Share]]:
+        """What one call takes, as many calls where its rows must have the same timestep."""
+        if not self._one_timestep:
+            return [list(shares)]
+        found: dict[float, list[Share]] = {}
+        for share in shares:
+            found.setdefault(float(share.run.plan.timesteps[share.run.index]), []).append(share)
+        return list(found.values())
 
     def _computed(self, shares: Sequence[Share]) -> list[Floats]:
         samples, timesteps = [], []
@@ -121,7 +152,9 @@ class PlainLoop(Loop):
             halves = 2 if run.guided else 1
             samples += [scaled] * halves
             timesteps.append(np.full(halves * len(scaled), run.plan.timesteps[run.index], np.float32))
-        feeds = {"sample": np.concatenate(samples), "timestep": np.concatenate(timesteps)}
+        times = np.concatenate(timesteps)
+        times = np.rint(times) if self._whole else times
+        feeds = {"sample": np.concatenate(samples), "timestep": times[:1].reshape(()) if self._one_timestep else times}
         feeds |= _concatenated(share.conditioning_rows() for share in shares)
         predictions = output_of(self._engine, self._denoiser, "out_sample", feeds)
         new, first = [], 0
@@ -142,6 +175,11 @@ class PlainLoop(Loop):
         if run.request.guidance_rescale:
             combined *= _contrast_factor(combined, conditional, run.request.guidance_rescale)
         return combined
+
+
+def between_whole(plan: Plan) -> float | None:
+    """The first timestep of a plan that is no whole number; ``None`` if all are, to rounding."""
+    return next((float(t) for t in plan.timesteps if abs(t - round(t)) > _WHOLE), None)
 
 
 class FusedLoop(Loop):

@@ -421,6 +421,7 @@ class Pipeline:
             )
         start = time.perf_counter()
         plan = batch.requests[0].compile_plan(self.manifest.scheduler)
+        self.loop.check(plan)
         planned = time.perf_counter()
         texts = [self.family.texts(request, self.tokenizers) for request in batch.requests]
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)

@@ -49,6 +49,24 @@ def tiny_models() -> Any:
     return _module("tiny_models")
 
 
+@pytest.fixture(scope="session")
+def original_layout() -> Any:
+    """The module ``tests/original_layout.py``: checkpoints in a single file."""
+    return _module("original_layout")
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The module ``tests/hub_server.py``: a hub of models on this machine."""
+    return _module("hub_server")
+
+
+@pytest.fixture(scope="session")
+def optimum_layout() -> Any:
+    """The module ``tests/optimum_layout.py``: directories of graphs as Optimum exports them."""
+    return _module("optimum_layout")
+
+
 class TinyModels:
     """Random tiny sources and their bundles for ONNX Runtime, each made when it is first asked for; not to be changed.
 

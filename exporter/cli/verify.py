@@ -18,6 +18,7 @@ from ..targets import PRECISIONS
 from ..tiny_vae import with_tiny_vae
 from ..verification import verify_bundle
 from ..verify import GATES
+from .reading import add_reading, reading
 
 _SHOWN = 8
 _EXACT = 200.0  # dB
@@ -26,7 +27,7 @@ _EXACT = 200.0  # dB
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("--source", type=Path, metavar="SOURCE", help="the diffusers directory it comes from")
+    parser.add_argument("--source", type=Path, metavar="SOURCE", help="the model it comes from")
     parser.add_argument(
         "--lora",
         action="append",
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runner", choices=RUNNERS, default="emulated", help="with --bisect: what runs it; by default its roundings"
     )
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _bisect(bundle, arguments)
     engines = EngineStore(bundle.engines_directory).records(verify_hash=True)
     loras = [LoraFile.parse(text) for text in arguments.lora]
-    source = with_tiny_vae(with_loras(Source.open(arguments.source), loras), arguments.tiny_vae)
+    source = with_loras(Source.open(arguments.source, reading(arguments)), loras)
+    source = with_tiny_vae(source, arguments.tiny_vae)
     figures = verify_bundle(bundle, source, BuildConsole(quiet=arguments.json))
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})

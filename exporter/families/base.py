@@ -70,6 +70,9 @@ class Family(ABC):
     """The one among them that runs in a loop."""
     vectors: ClassVar[tuple[str, ...]] = ()
     """Inputs of the denoiser with one vector a row that stay the same throughout a request."""
+    optimum: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
+    """Text encoders, and the outputs that their graphs must have to be taken over from a directory that Optimum
+    exported; ``None`` if such directories are not supported."""
     steps: ClassVar[int] = 20
     """Sampler steps by default."""
     guidance: ClassVar[float] = 7.5
@@ -86,10 +89,6 @@ class Family(ABC):
     def with_stages(self, name: str) -> tuple[str, ...]:
         """A component, and its stages if it is the denoiser."""
         return (name, *self.stages()) if name == self.denoiser else (name,)
-
-    def all_components(self) -> tuple[str, ...]:
-        """Every component of a bundle, in its order."""
-        return tuple(part for name in self.components for part in self.with_stages(name))
 
     @abstractmethod
     def check(self, configs: Mapping[str, Config]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PICTURE = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -33,6 +34,17 @@ def clip_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tenso
     return renamed
 
 
+def vae_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give the attention of an autoencoder its present names; the first checkpoints of diffusers have older ones."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "attentions" in parts and len(parts) > 1:
+            parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
 CLIP_TEXT = Part(
     ("CLIPTextModel",),
     "model",
@@ -44,7 +56,12 @@ UNET = Part(
     "diffusion_pytorch_model",
     lambda config: UNet2DConditionModel(**known(config, UNet2DConditionModel)),
 )
-VAE = Part(("AutoencoderKL",), "diffusion_pytorch_model", lambda config: AutoencoderKL(**known(config, AutoencoderKL)))
+VAE = Part(
+    ("AutoencoderKL",),
+    "diffusion_pytorch_model",
+    lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
+    vae_names,
+)
 LCM_USUAL = (4, 8.5)
 """Steps and guidance scale of latent consistency models, as in diffusers."""
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")

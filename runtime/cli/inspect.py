@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"samplers: {' '.join(abilities['samplers'])}")
     print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
+    if abilities["loops"] == ["plain"]:
+        print(f"the {family.denoiser} has no stages: every step computes all of it, and guidance twice")
     counted: set[str] = set()  # stages share a file of weights
     graphs = []
     for component in manifest.components.values():

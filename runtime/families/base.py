@@ -66,7 +66,7 @@ class Family(ABC):
     """Text encoders, and the tokenizer of each."""
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
     """What its models are for."""
-    options: ClassVar[frozenset[str]] = frozenset()
+    options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
     :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""
     settings: ClassVar[Mapping[str, type]] = {}
@@ -158,8 +158,15 @@ class Family(ABC):
         embedding = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2, np.float32)])
         return {"timestep_cond": embedding[None]}
 
+    def gives(self, component: str, output: str) -> bool:
+        """Whether every graph of a component has an output. Graphs that others exported lack some of ours."""
+        graphs = self.manifest.components[component].graphs.values() if component in self.manifest.components else ()
+        return all(any(spec.name == output for spec in graph.outputs) for graph in graphs)
+
     def zeros(self, name: str) -> Floats:
-        """What stands for no text at all: one row of zeros for an input of the denoiser whose lengths are fixed.
+        """What stands for no text at all: one row of zeros for an input of the denoiser.
+
+        A length that the graph leaves open is that of a text, in tokens.
 
         Raises:
             BundleError: if the denoiser has no such input.
@@ -167,8 +174,13 @@ class Family(ABC):
         for graph in self.manifest.components[self.denoiser].graphs.values():
             for spec in graph.inputs:
                 if spec.name == name:
-                    return np.zeros([length if isinstance(length, int) else 1 for length in spec.shape], np.float32)
+                    lengths = [length if isinstance(length, int) else self._tokens() for length in spec.shape[1:]]
+                    return np.zeros([1, *lengths], np.float32)
         raise BundleError(f"{self.denoiser} has no input {name!r}; build the bundle again")
+
+    def _tokens(self) -> int:
+        """Length of an encoded text."""
+        return max(tokenizer.max_length for tokenizer in self.manifest.tokenizers.values())
 
     def tokenize(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -15,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
+from latentrt.exporter.graph_folders import GraphFolders
 from latentrt.exporter.lora import LoraFile, with_loras
 from latentrt.exporter.source import Source
+from latentrt.exporter.tiny_vae import with_tiny_vae
 
 RANK = 3
 LAYERS = {
@@ -256,6 +259,15 @@ def test_a_file_that_is_none(tiny: Any, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(SourceError, match=message):
             with_loras(source, [LoraFile(tmp_path / name)])
+
+
+def test_graphs_of_others_have_no_weights_to_fuse_into(tiny: Any, tmp_path: Path) -> None:
+    """A source that is run as it is takes neither a LoRA nor a tiny decoder."""
+    graphs = dataclasses.replace(Source.open(tiny.source("sd1")), weights=object.__new__(GraphFolders))
+    with pytest.raises(InvalidRequestError, match="sd1 holds graphs that are run as they are; a LoRA is fused"):
+        with_loras(graphs, [LoraFile(tmp_path / "style.safetensors")])
+    with pytest.raises(InvalidRequestError, match="sd1 holds graphs that are run as they are; a tiny VAE goes"):
+        with_tiny_vae(graphs, tmp_path)
 
 
 def test_a_file_with_its_scale() -> None:
