@@ -26,10 +26,12 @@ from .adoption import adopt
 from .calibration import Calibration
 from .construction import Construction, picture_key
 from .graph_folders import GraphFolders
+from .lora import LoraFile, with_loras
 from .progress import Reporter, Silent
 from .reduce import Quantization
 from .source import Reading, Source
 from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
+from .tiny_vae import with_tiny_vae
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 _LONGEST = {"batch": 4096, "height": MAX_SIDE, "width": MAX_SIDE}
@@ -58,6 +60,8 @@ class BuildRequest:
         calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
         quantization: How the layers are chosen that are computed in 8 bits.
         accept_quality: Keep a reduced precision whose pictures are below the gate.
+        loras: LoRAs to fuse into the weights, one after the other.
+        tiny_vae: A directory of diffusers' AutoencoderTiny, whose decoder the bundle gets beside the model's own.
         reading: What the source does not say itself.
     """
 
@@ -74,6 +78,8 @@ class BuildRequest:
     calibration: Calibration = field(default_factory=Calibration)
     quantization: Quantization = field(default_factory=Quantization)
     accept_quality: bool = False
+    loras: Sequence[LoraFile] = ()
+    tiny_vae: Path | None = None
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -141,7 +147,8 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     """
     start = time.perf_counter()
     reporter = reporter or Silent()
-    source = Source.open(request.source, request.reading)
+    source = with_loras(Source.open(request.source, request.reading), request.loras)
+    source = with_tiny_vae(source, request.tiny_vae)
     if source.notes:
         reporter.stage(source.name)
         reporter.result("; ".join(source.notes))
@@ -210,7 +217,7 @@ def _export(
     """Bring the bundle at ``request.output`` to hold all ``forms``; graphs that it has already are kept."""
     older, family = _same_source(request, source), source.family
     found = older.manifest.components if older else {}
-    kept = {part: dict(found[part].graphs) if part in found else {} for part in family.all_components()}
+    kept = {part: dict(found[part].graphs) if part in found else {} for part in source.all_components}
     quality = dict(older.manifest.quality) if older else {}
     unjudged = [
         engine
@@ -227,12 +234,13 @@ def _export(
 
     missing = [
         (name, form)
-        for name in family.components
+        for name in source.components
         for form in exports
         if lacks(name, form) or lacks(family.with_stages(name)[-1], form)
     ]
     defaults = _defaults(request, source, older.manifest.defaults if older else None)
-    origin, settings = m.Source(source.name, source.licence, source.fingerprint), family.settings(source)
+    origin = m.Source(source.name, source.licence, source.fingerprint, tuple(lora.adapter for lora in source.loras))
+    settings = family.settings(source)
     if (
         older
         and not (missing or unquantized or unjudged)
@@ -279,7 +287,7 @@ def _export(
             return writer.preview(manifest())
 
         new = Construction(source, writer.directory, request.verify, reporter, kept, quality, preview)
-        for name in family.components:
+        for name in source.components:
             new.export(name, [form for each, form in missing if each == name])
         size, calibration = _picture_size(request), request.calibration
         for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
@@ -306,7 +314,7 @@ def _same_source(request: BuildRequest, source: Source) -> Bundle | None:
     except (BundleError, OSError):
         return None
     known = older.manifest.source.fingerprint == source.fingerprint and older.manifest.tools == tool_versions()
-    complete = set(source.family.components) <= set(older.manifest.components)
+    complete = set(source.components) <= set(older.manifest.components)
     return older if known and complete else None
 
 
@@ -338,9 +346,8 @@ def _defaults(request: BuildRequest, source: Source, older: m.Defaults | None = 
     """What a request that names nothing gets: as asked for, else as ``older`` has it, else as is usual."""
     family = source.family
     width, height = family.size(source)
-    usual = older or m.Defaults(
-        default_sampler(source.scheduler), family.steps, family.guidance, width, height, clip_skip=0
-    )
+    steps, guidance = family.usual(source)
+    usual = older or m.Defaults(default_sampler(source.scheduler), steps, guidance, width, height, clip_skip=0)
     return dataclasses.replace(
         usual,
         sampler=request.sampler or usual.sampler,
@@ -376,6 +383,7 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         schedule: {"batch": Range(1, timesteps, TIMESTEPS_AT_ONCE)},
         step: {"batch": pictures, "rows": both_halves, **registers, **latents},
         "vae_decoder": {"batch": pictures, **latents},
+        m.TINY_DECODER: {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
     }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
+from latentrt.runtime.manifest import TINY_DECODER
 
 if TYPE_CHECKING:
     from .source import Source
@@ -43,9 +44,13 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet: Any = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Predict noise, velocity or sample, as the model was trained."""
-        prediction: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> Tensor:
+        """Predict noise, velocity or sample, as the model was trained; one that was distilled is told the guidance."""
+        prediction: Tensor = self.unet(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+        )[0]
         return prediction
 
 
@@ -123,6 +128,9 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     Raises:
         SourceError: if the component cannot be built, or none has that name.
     """
-    if name not in source.family.components:
-        raise SourceError(f"{source.name} has no component {name!r}; it has {', '.join(source.family.components)}")
-    return source.family.component(source, name, torch.Generator().manual_seed(seed))
+    if name not in source.components:
+        raise SourceError(f"{source.name} has no component {name!r}; it has {', '.join(source.components)}")
+    generator = torch.Generator().manual_seed(seed)
+    if source.tiny_vae is not None and name == TINY_DECODER:
+        return source.tiny_vae.component(generator)
+    return source.family.component(source, name, generator)

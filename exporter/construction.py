@@ -117,7 +117,7 @@ class Construction:
         self.reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(calibration.prompts)} pictures")
         found = ranges_of_pictures(self.preview(), form, calibration, **size)
         told = []
-        for name in self.source.family.components:
+        for name in self.source.components:
             parts = [found.get(part, {}) for part in self.source.family.with_stages(name)]
             values = {value: reached for part in parts for value, reached in part.items()}
             if not values:

@@ -110,23 +110,27 @@ class Description:
             SourceError: naming the first that does not.
         """
         for name, config in configs.items():
-            _check_bounds(config, f"{name}/config.json")
+            check_bounds(config, f"{name}/config.json")
         family.check(configs)
         return cls(index, family, configs, _scheduler(dict(scheduler)), tokenizers, licence)
 
 
-def _check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
-    """Refuse numbers that no model has, before a constructor loops over them."""
+def check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
+    """Refuse numbers that no model has, before a constructor loops over them.
+
+    Raises:
+        SourceError: naming the first.
+    """
     if depth > _MAX_NESTING:
         raise SourceError(f"{where} is nested more than {_MAX_NESTING} levels deep, which no configuration is")
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_bounds(item, where, str(name), depth + 1)
+            check_bounds(item, where, str(name), depth + 1)
     elif isinstance(value, list):
         if len(value) > _MAX_LIST:
             raise SourceError(f"{where}: {key!r} has {len(value)} entries, at most {_MAX_LIST} are plausible")
         for item in value:
-            _check_bounds(item, where, key, depth + 1)
+            check_bounds(item, where, key, depth + 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         limit = _MAX_LAYERS if "layers" in key else _MAX_INTEGER
         limit = _MAX_LAYERS_PER_BLOCK if "layers_per_block" in key else limit

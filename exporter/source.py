@@ -14,18 +14,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
+from latentrt.runtime.manifest import TINY_DECODER
 
 from . import hub, single_file
 from .description import SCHEDULER, Description, TokenizerFolder, family_of
 from .families import Family
 from .graph_folders import describe, has_graphs
 from .weights import PICKLED, assign, empty_module, first_line, opened, read_weights, weight_files
+
+if TYPE_CHECKING:
+    from .lora import Lora
+    from .tiny_vae import TinyVae
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Source:
         weights: Where its weights come from.
         tokenizers: Where its tokenizers are.
         notes: What was assumed, a sentence each.
+        loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.lora`.
+        tiny_vae: A decoder beside the model's own.
     """
 
     name: str
@@ -105,6 +112,18 @@ class Source:
     weights: Weights
     tokenizers: Mapping[str, TokenizerFolder]
     notes: tuple[str, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    tiny_vae: TinyVae | None = None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Components that are exported, in the order in which a bundle has them."""
+        return (*self.family.components, *([] if self.tiny_vae is None else [TINY_DECODER]))
+
+    @property
+    def all_components(self) -> tuple[str, ...]:
+        """Every component of a bundle, the denoiser's stages too."""
+        return tuple(part for name in self.components for part in self.family.with_stages(name))
 
     @classmethod
     def open(cls, path: Path, reading: Reading | None = None) -> Source:
@@ -150,6 +169,8 @@ class Source:
         if any(buffer.is_meta for buffer in module.buffers()):  # tables that are not stored, such as position ids
             module = part.build(config)
             assign(module, tensors, name)
+        for lora in self.loras:
+            lora.fuse(name, module)
         return module.eval().requires_grad_(False)
 
     def load_tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:

@@ -77,7 +77,7 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
     figures: dict[str, float] = {}
     components = bundle.manifest.components
     with tempfile.TemporaryDirectory(prefix="latentrt-verify-") as scratch:
-        for name in source.family.components:
+        for name in source.components:
             if name not in components:
                 continue
             component = load_component(source, name)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .loop import Run
     from .pipeline import Pipeline, Result, StepInfo, Timings
+    from .previews import Preview
+    from .refine import hand_over_options
     from .request import Request, RequestOptions
     from .tiling import Tiling
 
@@ -51,6 +53,7 @@ __all__ = [
     "LatentRTError",
     "OutputError",
     "Pipeline",
+    "Preview",
     "Request",
     "RequestOptions",
     "Result",
@@ -61,11 +64,13 @@ __all__ = [
     "Tiling",
     "Timings",
     "VerificationError",
+    "hand_over_options",
 ]
 
 _HOMES = {
     "Bundle": "bundle",
     "Pipeline": "pipeline",
+    "Preview": "previews",
     "Request": "request",
     "RequestOptions": "request",
     "Result": "pipeline",
@@ -73,6 +78,7 @@ _HOMES = {
     "StepInfo": "pipeline",
     "Tiling": "tiling",
     "Timings": "pipeline",
+    "hand_over_options": "refine",
 }
 
 

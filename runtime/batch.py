@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .latents import take_latents
 from .manifest import Manifest
 from .request import MAX_PIXELS, Request
 
@@ -23,10 +27,12 @@ class Batch:
     Attributes:
         requests: One for each prompt.
         one_stream: Whether all their noise comes from one stream.
+        latents: What the one request begins with, float32 ``[images, channels, h, w]``; ``None`` is the seed's noise.
     """
 
     requests: tuple[Request, ...]
     one_stream: bool = False
+    latents: NDArray[np.float32] | None = field(default=None, repr=False)
 
     @classmethod
     def single(cls, manifest: Manifest, prompt: str, options: Mapping[str, Any]) -> Batch:
@@ -35,7 +41,8 @@ class Batch:
         Raises:
             InvalidRequestError: see :meth:`latentrt.runtime.request.Request.create`.
         """
-        return cls((Request.create(manifest, prompt, **options),))
+        rest, latents = take_latents(options, manifest.latent)
+        return cls((Request.create(manifest, prompt, **rest),), latents=latents)
 
     @classmethod
     def create(cls, manifest: Manifest, prompts: Sequence[str], options: Mapping[str, Any]) -> Batch:
@@ -53,6 +60,10 @@ class Batch:
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list of strings")
+        for name in ("latents", "denoising_start"):
+            if options.get(name) is not None:
+                raise InvalidRequestError(f"{name} is for one prompt at a time; leave it out")
+        options = {name: value for name, value in options.items() if name != "latents"}
         count = len(prompts)
         if not 1 <= count <= MOST_PROMPTS:
             raise InvalidRequestError(f"{count} prompts are given, expected 1 to {MOST_PROMPTS}")

@@ -24,7 +24,7 @@ from latentrt.engines.trt.cuda import cuda_devices
 
 from .bundle import Bundle
 from .engine_probe import SUPPORTED, check_engine, check_precision
-from .manifest import PRECISIONS, Component, Graph
+from .manifest import PRECISIONS, TINY_DECODER, Component, Graph
 from .plans import find_plan
 
 CACHES = ("read", "write", "off")
@@ -292,7 +292,7 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
     known = {"latent_height": size.height // factor, "latent_width": size.width // factor}
     if component.startswith("text_encoder") or component.endswith("_prompt"):
         known["batch"] = 1  # texts come one by one
-    elif component.endswith("_step") or component == "vae_decoder":
+    elif component.endswith("_step") or component in ("vae_decoder", TINY_DECODER):
         known["batch"] = size.images
     symbols = {length for spec in graph.inputs for length in spec.shape}
     return {symbol: length for symbol, length in known.items() if symbol in symbols}

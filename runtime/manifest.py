@@ -40,6 +40,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 MAX_JSON_BYTES = 4 << 20
 """Largest manifest that is read; a bundle of Stable Diffusion needs about 20 kB."""
 
+TINY_DECODER = "vae_decoder_tiny"
+"""The component of a tiny autoencoder's decoder, which takes latents as the denoiser has them."""
+
 STAGES = ("prompt", "schedule", "step")
 """What a denoiser is split into; each is a component named after the denoiser, such as ``unet_step``."""
 
@@ -141,12 +144,22 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA that was fused into the weights: the file's name, its SHA-256, and its scale."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where the bundle comes from: the model's name, its licence, and a fingerprint of its weights."""
+    """Where the bundle comes from: the model's name, its licence, a fingerprint of its weights, and what was fused."""
 
     name: str
     licence: str
     fingerprint: str
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -441,10 +454,7 @@ def _component(value: object, key: str) -> Component:
 
 def _file_entry(value: object, key: str) -> FileEntry:
     record = _keys(value, key, ("size", "sha256"))
-    digest = record["sha256"]
-    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        _wrong(f"{key}.sha256", digest, "64 hexadecimal digits in lower case")
-    return FileEntry(_integer(record["size"], f"{key}.size", 0, 2**50), digest)
+    return FileEntry(_integer(record["size"], f"{key}.size", 0, 2**50), _digest(record["sha256"], f"{key}.sha256"))
 
 
 def _files(value: object, key: str) -> dict[str, FileEntry]:
@@ -510,12 +520,28 @@ def _defaults(value: object, key: str, factor: int) -> Defaults:
 
 
 def _source(value: object, key: str) -> Source:
-    record = _keys(value, key, ("name", "licence", "fingerprint"))
+    record = _keys(value, key, ("name", "licence", "fingerprint", "adapters"))
     return Source(
         _text(record["name"], f"{key}.name"),
         _text(record["licence"], f"{key}.licence", empty=True),
         _text(record["fingerprint"], f"{key}.fingerprint"),
+        _items(record["adapters"], f"{key}.adapters", _adapter),
     )
+
+
+def _adapter(value: object, key: str) -> Adapter:
+    record = _keys(value, key, ("name", "sha256", "scale"))
+    return Adapter(
+        _text(record["name"], f"{key}.name"),
+        _digest(record["sha256"], f"{key}.sha256"),
+        _number(record["scale"], f"{key}.scale", -1e6, 1e6),
+    )
+
+
+def _digest(value: object, key: str) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        _wrong(key, value, "64 hexadecimal digits in lower case")
+    return value
 
 
 def _settings(value: object, key: str) -> dict[str, bool | int | float | str]:

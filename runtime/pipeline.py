@@ -27,9 +27,10 @@ from .cache import TensorCache
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
-from .manifest import TOKENIZER_FILE
+from .manifest import TINY_DECODER, TOKENIZER_FILE
 from .noise import Noise, SharedNoise, TorchGenerator
-from .request import Request, RequestOptions
+from .previews import PreviewOptions, Previews, take_previews
+from .request import Request, RequestOptions, check_decoder
 from .samplers import Plan
 from .tiling import Tiling, decode_tiles
 from .tokenizers import PromptTokenizer, load_tokenizer
@@ -55,6 +56,7 @@ class StepInfo:
         elapsed: Seconds that this step took.
         registers: The sampler's state, float32 ``[images, R, channels, height / factor, width / factor]``, where the
             engine left it: on a GPU nothing is copied unless somebody looks.
+        scale: Factor that brings latents with noise to about the size of those without.
     """
 
     index: int
@@ -62,6 +64,7 @@ class StepInfo:
     timestep: float
     elapsed: float
     registers: Floats | DeviceArray = field(repr=False)
+    scale: float = 1.0
 
     @functools.cached_property
     def latents(self) -> Floats:
@@ -95,7 +98,7 @@ class Result:
     """What a request gave.
 
     Attributes:
-        images: uint8 ``[images, height, width, 3]``.
+        images: uint8 ``[images, height, width, 3]``; ``[0, height, width, 3]`` where ``output`` is ``"latent"``.
         latents: float32 ``[images, channels, height / factor, width / factor]``.
         timings: Seconds of each stage.
         request: The request with every default filled in, the seed among them.
@@ -117,6 +120,12 @@ class _Prepared:
     plan: Plan
     texts: list[list[Text]]
     timings: Timings
+
+
+class DrawOptions(RequestOptions, PreviewOptions, total=False):
+    """Keywords of a request, with those that :class:`Request` does not keep."""
+
+    latents: NDArray[Any] | None
 
 
 class Pipeline:
@@ -249,7 +258,7 @@ class Pipeline:
             stack.pop_all()
         return pipeline
 
-    def __call__(self, prompt: str, **options: Unpack[RequestOptions]) -> Result:
+    def __call__(self, prompt: str, **options: Unpack[DrawOptions]) -> Result:
         """Draw pictures of ``prompt``.
 
         Args:
@@ -257,6 +266,10 @@ class Pipeline:
             options: ``negative_prompt``, ``steps``, ``guidance``, ``seed``, ``sampler``, ``width``, ``height``,
                 ``images`` and so on: the fields of :class:`~latentrt.runtime.request.Request`. What is left out or
                 ``None`` is the bundle's default. Some are for models of some families alone.
+                ``latents``, ``[k, channels, h, w]``, take the place of the seed's noise; with ``denoising_start`` they
+                are those of a run that ended there with ``denoising_end``, of this model or of another.
+                ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
+                ``preview_every`` calls of the denoiser.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -265,7 +278,7 @@ class Pipeline:
         """
         return _last(self.stream(prompt, **options))
 
-    def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> Generator[StepInfo, None, Result]:
+    def stream(self, prompt: str, **options: Unpack[DrawOptions]) -> Generator[StepInfo, None, Result]:
         """Draw pictures, yielding after every call of the denoiser; the generator's return value is the result.
 
         The request is checked at once, before the first ``next``. Closing the generator (or dropping it) cancels
@@ -275,7 +288,8 @@ class Pipeline:
             >>> def draw(pipe):  # doctest: +SKIP
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
-        return self._single(self._prepare(Batch.single, prompt, options))
+        rest, previews = take_previews(options)
+        return self._single(self._prepare(Batch.single, prompt, rest), previews)
 
     def batch(self, prompts: Sequence[str], **options: Any) -> list[Result]:
         """Draw pictures of several prompts together, each step with one call of the denoiser for all.
@@ -298,11 +312,18 @@ class Pipeline:
 
     def stream_batch(self, prompts: Sequence[str], **options: Any) -> Generator[StepInfo, None, list[Result]]:
         """As :meth:`batch`, yielding after every step, with the latents of all pictures one prompt after the other."""
-        return self._stream(self._prepare(Batch.create, prompts, options))
+        rest, previews = take_previews(options)
+        return self._previewed(self._prepare(Batch.create, prompts, rest), previews)
 
-    def _single(self, prepared: _Prepared) -> Generator[StepInfo, None, Result]:
-        (result,) = yield from self._stream(prepared)
+    def _single(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, Result]:
+        (result,) = yield from self._previewed(prepared, previews)
         return result
+
+    def _previewed(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, list[Result]]:
+        if previews is None:
+            return self._stream(prepared)
+        draw = functools.partial(self.preview, vae_tiling=prepared.batch.requests[0].vae_tiling)
+        return previews.of(self._stream(prepared), draw)
 
     def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, list[Result]]:
         try:
@@ -313,10 +334,15 @@ class Pipeline:
                 index, begin = first.index, time.perf_counter()
                 self.loop.advance(runs)
                 timings.step.append(time.perf_counter() - begin)
-                yield StepInfo(index, total, float(first.plan.timesteps[index]), timings.step[-1], _registers(runs))
+                scale = 1.0 if first.done else float(first.plan.input_scale[first.index])
+                timestep, registers = float(first.plan.timesteps[index]), _registers(runs)
+                yield StepInfo(index, total, timestep, timings.step[-1], registers, scale)
             begin = time.perf_counter()
             latents = np.concatenate([run.latents for run in runs])
-            images = self.decode(latents, first.request.vae_tiling)
+            request = first.request
+            images = np.empty((0, request.height, request.width, 3), np.uint8)
+            if request.output == "image":
+                images = self.decode(latents, request.vae_tiling, request.decoder)
             timings.vae_decoder = time.perf_counter() - begin
         finally:
             self._rest()
@@ -329,7 +355,7 @@ class Pipeline:
             found.append(Result(images[own], latents[own], spent, run.request, sum(text.truncated for text in texts)))
         return found
 
-    def start(self, prompt: str, **options: Unpack[RequestOptions]) -> Run:
+    def start(self, prompt: str, **options: Unpack[DrawOptions]) -> Run:
         """Begin a request that :meth:`advance` takes further, together with others.
 
         Takes what :meth:`__call__` takes, and encodes the texts at once. Dropping the run cancels the request.
@@ -372,7 +398,7 @@ class Pipeline:
         """
         if not run.done:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
-        return self.decode(run.latents, run.request.vae_tiling)
+        return self.decode(run.latents, run.request.vae_tiling, run.request.decoder)
 
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
@@ -432,7 +458,7 @@ class Pipeline:
         if prepared.batch.one_stream:
             noise = [*SharedNoise(TorchGenerator(first.seed), [first.images] * len(requests)).members()]
         runs = [
-            start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own)
+            start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own, prepared.batch.latents)
             for request, texts, own in zip(requests, prepared.texts, noise, strict=True)
         ]
         for run in runs:
@@ -471,15 +497,33 @@ class Pipeline:
             if (known := found[key]) is not None
         ]
 
-    def decode(self, latents: Floats, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
+    def preview(self, step: StepInfo, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
+        """The pictures as they stand after a step, uint8 ``[images, height, width, 3]``, with the noise that is left.
+
+        A tiny decoder draws them where the bundle has one.
+        """
+        tiny = TINY_DECODER in self.manifest.components
+        return self.decode(step.latents * np.float32(step.scale), vae_tiling, "tiny" if tiny else "full")
+
+    def decode(
+        self, latents: Floats, vae_tiling: Tiling | None = None, decoder: str | None = None
+    ) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``.
 
         Args:
             latents: What to decode.
             vae_tiling: How to cut large pictures into tiles; ``None`` decodes them whole.
+            decoder: ``"full"``, the model's own, or ``"tiny"``, where the bundle has one.
+
+        Raises:
+            InvalidRequestError: if there is no such decoder.
         """
-        latent = self.manifest.latent
-        sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
+        latent, component, sample = self.manifest.latent, "vae_decoder", latents
+        if check_decoder(self.manifest, decoder) == "tiny":
+            component = TINY_DECODER  # takes the denoiser's latents as they are
+        else:
+            sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
+        decoded = functools.partial(self._decoded, component)
         height, width = (latent.factor * length for length in latents.shape[2:])
         tiling = vae_tiling if vae_tiling is not None and vae_tiling.splits(width, height) else None
         most = self.max_batch or max(len(sample), 1)
@@ -487,16 +531,16 @@ class Pipeline:
         try:
             for part in np.split(sample, range(most, len(sample), most)):
                 if tiling is None:
-                    parts.append(_pixels(self._decoded(part)))
+                    parts.append(_pixels(decoded(part)))
                 else:
-                    lines = decode_tiles(self._decoded, part, tiling, latent.factor)
+                    lines = decode_tiles(decoded, part, tiling, latent.factor)
                     parts.append(np.concatenate([_pixels(each) for each in lines], axis=1))
         finally:
             self._rest()
         return np.concatenate(parts)
 
-    def _decoded(self, sample: Floats) -> Floats:
-        return output_of(self.engines["vae_decoder"], "vae_decoder", "sample", {"latent_sample": sample})
+    def _decoded(self, component: str, sample: Floats) -> Floats:
+        return output_of(self.engines[component], component, "sample", {"latent_sample": sample})
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
@@ -565,7 +609,8 @@ def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
         raise BundleError(f"{bundle.path} holds no stages of its denoiser; build it again, or run the loop plain")
     whole = loop == "plain" or stages[-1] not in there
     denoiser = [family.denoiser] if whole else [stage for stage in stages if stage in there]
-    return (*family.text_encoders, *denoiser, "vae_decoder")
+    decoders = ["vae_decoder", *([TINY_DECODER] if TINY_DECODER in there else [])]
+    return (*family.text_encoders, *denoiser, *decoders)
 
 
 def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenizer]:

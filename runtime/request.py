@@ -16,8 +16,9 @@ import numpy as np
 from latentrt.engines.errors import InvalidRequestError
 
 from .families import family_of, refuse_foreign
-from .manifest import Manifest
+from .manifest import TINY_DECODER, Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
+from .samplers.cut import check_part
 from .tiling import Tiling
 
 MAX_SIDE = 16384
@@ -25,15 +26,26 @@ MAX_SIDE = 16384
 MAX_PIXELS = 2**28
 """Most pixels that the pictures of one request may have together (3 GiB as fp32)."""
 
+OUTPUTS = ("image", "latent")
+"""What a request may be answered with."""
+
+DECODERS = ("full", "tiny")
+"""What may turn latents into pictures."""
+
 _MOST_STEPS = 10_000
 _LARGEST_ORIGINAL = 65_536  # pixels
 _OF_HALVES: Mapping[str, object] = {
     "negative_prompt": "",
     "negative_prompt_2": "",
+    "negative_original_size": None,
+    "negative_crop": None,
+    "negative_target_size": None,
+    "negative_aesthetic_score": None,
     "guidance_start": 0.0,
     "guidance_end": 1.0,
     "guidance_rescale": 0.0,
 }
+_UNUSED: Mapping[str, object] = {"clip_skip": 0}  # no text is used for none at all, elsewhere
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
 
@@ -49,6 +61,8 @@ class FamilyOptions(TypedDict, total=False):
     negative_original_size: tuple[int, int] | None
     negative_crop: tuple[int, int] | None
     negative_target_size: tuple[int, int] | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
 
 
 class RequestOptions(FamilyOptions, total=False):
@@ -69,6 +83,10 @@ class RequestOptions(FamilyOptions, total=False):
     eta: float | None
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    denoising_start: float | None
+    denoising_end: float | None
+    output: str | None
+    decoder: str | None
     vae_tiling: Tiling | int | bool | None
 
 
@@ -104,6 +122,13 @@ class Request:
         negative_original_size: What it is to be steered away from, likewise; ``None`` is as for the prompt.
         negative_crop: Likewise; ``None`` is the corner.
         negative_target_size: Likewise.
+        aesthetic_score: Score, 0 to 10, that the model is to think the picture has; ``None`` is 6.
+        negative_aesthetic_score: What it is to be steered away from, likewise; ``None`` is 2.5.
+        denoising_start: Fraction of the trained timesteps, counted from pure noise, at which the request goes on from
+            latents that are given; ``None`` is the start.
+        denoising_end: Fraction at which it ends, with noise left for another model to take away; ``None`` is the end.
+        output: One of :data:`OUTPUTS`: pictures, or latents alone.
+        decoder: One of :data:`DECODERS`: the model's own, or a tiny one, where the bundle has one.
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
@@ -133,6 +158,12 @@ class Request:
     negative_original_size: tuple[int, int] | None = None
     negative_crop: tuple[int, int] | None = None
     negative_target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    output: str = "image"
+    decoder: str = "full"
     vae_tiling: Tiling | None = None
     classifier_free: bool = True
 
@@ -146,7 +177,16 @@ class Request:
             InvalidRequestError: if the sampler cannot do what is asked.
         """
         steps = self.steps if self.timesteps is None and self.sigmas is None else None
-        return compile_plan(self.sampler, scheduler, steps, timesteps=self.timesteps, sigmas=self.sigmas, eta=self.eta)
+        return compile_plan(
+            self.sampler,
+            scheduler,
+            steps,
+            timesteps=self.timesteps,
+            sigmas=self.sigmas,
+            eta=self.eta,
+            denoising_start=self.denoising_start,
+            denoising_end=self.denoising_end,
+        )
 
     @property
     def guided(self) -> bool:
@@ -178,12 +218,17 @@ class Request:
         eta: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        output: str | None = None,
+        decoder: str | None = None,
         vae_tiling: Tiling | int | bool | None = None,
         **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
-        ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``.
+        ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``. Without
+        ``output`` there are pictures, or latents alone where ``denoising_end`` leaves noise in them.
         ``vae_tiling=True`` is a :class:`~latentrt.runtime.tiling.Tiling` as it comes, a number one with tiles of that
         size, and ``False`` none.
 
@@ -205,6 +250,9 @@ class Request:
         count = next((len(levels) for levels in own.values() if levels is not None), defaults.steps)
         if steps is not None and steps != count and any(levels is not None for levels in own.values()):
             raise InvalidRequestError(f"steps is {_show(steps)}, but {count} of one's own are given; leave steps out")
+        start, end = check_part(denoising_start, denoising_end)
+        if output not in (None, *OUTPUTS):
+            raise InvalidRequestError(f"output is {_show(output)}, expected {' or '.join(OUTPUTS)}")
         request = cls(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -225,6 +273,10 @@ class Request:
             classifier_free=family.guidance == "classifier-free",
             timesteps=own["timesteps"],
             sigmas=own["sigmas"],
+            denoising_start=start,
+            denoising_end=end,
+            output=output or ("image" if end is None else "latent"),
+            decoder=check_decoder(manifest, decoder),
             vae_tiling=_tiling(vae_tiling, factor),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
@@ -242,11 +294,27 @@ class Request:
                 f"{request.images} pictures of {request.width}x{request.height} have {pixels:,} pixels, "
                 f"at most {MAX_PIXELS:,} fit one request; ask for fewer or smaller ones"
             )
-        given = [name for name in ("negative_prompt", "clip_skip", *FAMILY_OPTIONS) if getattr(request, name)]
+        values = {name: getattr(request, name) for name in ("negative_prompt", "clip_skip", *FAMILY_OPTIONS)}
+        given = [name for name, value in values.items() if value is not None and value != _UNUSED.get(name, "")]
         refuse_foreign(family, given)
         _check_guidance(request, family.guidance)
         family.check(request)
         return request
+
+
+def check_decoder(manifest: Manifest, decoder: str | None) -> str:
+    """Which decoder to use, by default the model's own.
+
+    Raises:
+        InvalidRequestError: if there is no such decoder, or the bundle lacks it.
+    """
+    if decoder not in (None, *DECODERS):
+        raise InvalidRequestError(f"decoder is {_show(decoder)}, expected {' or '.join(DECODERS)}")
+    if decoder == "tiny" and TINY_DECODER not in manifest.components:
+        raise InvalidRequestError(
+            "decoder is 'tiny', but the bundle has no tiny decoder; build it again with --tiny-vae DIR"
+        )
+    return decoder or "full"
 
 
 def _check_guidance(request: Request, kind: str) -> None:
@@ -331,6 +399,10 @@ def _pair(name: str, value: Any, least: int) -> tuple[int, int] | None:
     return across, down
 
 
+def _score(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value, 10)
+
+
 _size, _place = functools.partial(_pair, least=1), functools.partial(_pair, least=0)
 
 FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -342,6 +414,8 @@ FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "negative_original_size": _size,
     "negative_crop": _place,
     "negative_target_size": _size,
+    "aesthetic_score": _score,
+    "negative_aesthetic_score": _score,
 }
 """The options of :class:`FamilyOptions`, and what checks the value of each."""
 

@@ -143,8 +143,9 @@ def start_run(
     conditioning: Sequence[Conditioning],
     shape: tuple[int, int, int, int],
     generator: Noise | None = None,
+    latents: Floats | None = None,
 ) -> Run:
-    """A run before its first step, with noise from the request's seed.
+    """A run before its first step, with noise from the request's seed or from latents that are there.
 
     Args:
         request: The request.
@@ -152,10 +153,15 @@ def start_run(
         conditioning: Its texts, the unconditional one first if the request is guided.
         shape: Of the latents: images, channels, height, width.
         generator: Source of all its noise; ``None`` is one of its own, of the request's seed.
+        latents: Unit normal noise in place of the seed's; or, with ``denoising_start``, what the run goes on from.
     """
     generator = generator or TorchGenerator(request.seed)
     registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)
-    np.multiply(generator.randn(shape), np.float32(plan.init_scale), out=registers[:, 0])
+    if latents is not None and request.denoising_start is not None:
+        registers[:, 0] = latents
+    else:
+        noise = generator.randn(shape) if latents is None else latents
+        np.multiply(noise, np.float32(plan.init_scale), out=registers[:, 0])
     rows = {
         name: np.concatenate([text[name].repeat(request.images, axis=0) for text in conditioning])
         for name in conditioning[-1]

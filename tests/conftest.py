@@ -85,10 +85,16 @@ class TinyModels:
         path = self._sources / kind
         return path if path.exists() else Path(self._module.write(path, kind))
 
+    def tiny_vae(self) -> Path:
+        """An AutoencoderTiny for their latents."""
+        path = self._sources / "taesd"
+        return path if path.exists() else Path(self._module.tiny_vae(path))
+
     def bundle(self, kind: str) -> Path:
         """Its bundle."""
         if kind not in self._built:
-            _build(self.source(kind), self._bundles / kind)
+            tiny_vae = self.tiny_vae() if kind in self._module.WITH_TINY_VAE else None
+            _build(self.source(kind), self._bundles / kind, tiny_vae)
             self._built.add(kind)
         return self._bundles / kind
 
@@ -125,12 +131,12 @@ def bundle_cache(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.cache.mkdir("bundles") / digest.hexdigest()[:16]
 
 
-def _build(source: Path, output: Path) -> Path:
+def _build(source: Path, output: Path, tiny_vae: Path | None = None) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
-        build_bundle(BuildRequest(source, output))
+        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae))
     return output
 
 

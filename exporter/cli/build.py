@@ -17,6 +17,7 @@ from latentrt.runtime.engine_probe import check_engine
 
 from ..build import BuildReport, BuildRequest, BuiltEngine, build_bundle
 from ..calibration import PROMPTS, Calibration, read_prompts
+from ..lora import LoraFile
 from ..reduce import Quantization
 from ..targets import PRECISIONS, TARGETS
 from .reading import add_reading, reading
@@ -57,6 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance that the bundle uses by default; the family's at first",
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA in safetensors to fuse into the weights; may be repeated",
+    )
+    parser.add_argument(
+        "--tiny-vae",
+        type=Path,
+        metavar="DIR",
+        help="AutoencoderTiny, whose decoder draws previews or, if asked, pictures",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument(
         "--calibration",
@@ -104,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
+        tiny_vae=arguments.tiny_vae,
+        loras=tuple(map(LoraFile.parse, arguments.lora)),
         reading=reading(arguments),
     )
     console = BuildConsole(quiet=arguments.json)

@@ -12,8 +12,10 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json
 
 from ..bisect import RUNNERS, find_drift
+from ..lora import LoraFile, with_loras
 from ..source import Source
 from ..targets import PRECISIONS
+from ..tiny_vae import with_tiny_vae
 from ..verification import verify_bundle
 from ..verify import GATES
 from .reading import add_reading, reading
@@ -26,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
     parser.add_argument("--source", type=Path, metavar="SOURCE", help="the model it comes from")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA that was fused into its weights; may be repeated",
+    )
+    parser.add_argument("--tiny-vae", type=Path, metavar="DIR", help="AutoencoderTiny that it was built with")
     parser.add_argument(
         "--bisect", metavar="COMPONENT", help="name the operators where a component drifts from fp32, e.g. unet_step"
     )
@@ -47,9 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bisect is not None:
         return _bisect(bundle, arguments)
     engines = EngineStore(bundle.engines_directory).records(verify_hash=True)
-    figures = verify_bundle(
-        bundle, Source.open(arguments.source, reading(arguments)), BuildConsole(quiet=arguments.json)
-    )
+    loras = [LoraFile.parse(text) for text in arguments.lora]
+    source = with_loras(Source.open(arguments.source, reading(arguments)), loras)
+    source = with_tiny_vae(source, arguments.tiny_vae)
+    figures = verify_bundle(bundle, source, BuildConsole(quiet=arguments.json))
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})
     else:

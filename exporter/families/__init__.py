@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 from .base import Family as Family
 from .sdxl import StableDiffusionXl
+from .sdxl_refiner import StableDiffusionXlRefiner
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXl())}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (StableDiffusion(), StableDiffusionXl(), StableDiffusionXlRefiner())
+}
 """Families by the name that a manifest has."""
 
 PIPELINES: Mapping[str, Family] = {pipeline: family for family in FAMILIES.values() for pipeline in family.pipelines}

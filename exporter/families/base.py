@@ -78,6 +78,10 @@ class Family(ABC):
     guidance: ClassVar[float] = 7.5
     """Guidance scale by default."""
 
+    def usual(self, source: Source) -> tuple[int, float]:
+        """Steps and guidance scale by default."""
+        return self.steps, self.guidance
+
     def stages(self) -> tuple[str, ...]:
         """Components that the denoiser is split into, see :mod:`latentrt.exporter.stages`."""
         return tuple(f"{self.denoiser}_{stage}" for stage in STAGES)
@@ -85,10 +89,6 @@ class Family(ABC):
     def with_stages(self, name: str) -> tuple[str, ...]:
         """A component, and its stages if it is the denoiser."""
         return (name, *self.stages()) if name == self.denoiser else (name,)
-
-    def all_components(self) -> tuple[str, ...]:
-        """Every component of a bundle, in its order."""
-        return tuple(part for name in self.components for part in self.with_stages(name))
 
     @abstractmethod
     def check(self, configs: Mapping[str, Config]) -> None:

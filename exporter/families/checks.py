@@ -7,6 +7,7 @@ from latentrt.runtime.request import MAX_SIDE
 
 from .base import Config
 
+_LEAST_EMBEDDING = 4  # two frequencies, whose ratio divides by one less than their number
 _MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
 
 
@@ -33,6 +34,18 @@ def check_blocks(where: str, config: Config) -> None:
         raise SourceError(
             f"{where}/config.json: 'block_out_channels' is {blocks!r}, expected a list of 1 to {_MAX_BLOCKS}"
         )
+
+
+def check_guidance(unet: Config) -> None:
+    """Check the input of a U-Net that takes the scale of guidance in, as latent consistency models do.
+
+    Raises:
+        SourceError: if it has a wrong number for that.
+    """
+    if unet.get("time_cond_proj_dim") is not None:
+        width = natural("unet", unet, "time_cond_proj_dim", 256)
+        if width < _LEAST_EMBEDDING:
+            raise SourceError(f"unet/config.json: 'time_cond_proj_dim' is {width}, expected {_LEAST_EMBEDDING} or more")
 
 
 def check_clip(where: str, config: Config) -> int:

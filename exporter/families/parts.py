@@ -17,7 +17,8 @@ from .base import Config, Part, latent_factor
 if TYPE_CHECKING:
     from ..source import Source
 
-_LATENT = {0: "batch", 2: "latent_height", 3: "latent_width"}
+LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
+"""Dimensions of latents that vary."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PICTURE = {0: "batch", 2: "height", 3: "width"}
 
@@ -61,6 +62,8 @@ VAE = Part(
     lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
     vae_names,
 )
+LCM_USUAL = (4, 8.5)
+"""Steps and guidance scale of latent consistency models, as in diffusers."""
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 _SWITCHES = {
@@ -81,7 +84,7 @@ def autoencoder(source: Source, name: str, generator: torch.Generator) -> Compon
     model, vae = source.load("vae"), source.configs["vae"]
     if name == "vae_decoder":
         latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
-        return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": _LATENT}, ("sample",))
+        return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": LATENT_AXES}, ("sample",))
     factor = latent_factor(vae)
     pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator) * 2 - 1
     return Component(name, Encoder(model), {"sample": pixels}, {"sample": _PICTURE}, ("latent_parameters",))
@@ -122,6 +125,17 @@ def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict
     }
 
 
+def guidance_input(source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+    """Example of the embedded guidance scale, for a U-Net that takes it; a U-Net's last input."""
+    width = source.configs["unet"].get("time_cond_proj_dim")
+    return {} if width is None else {"timestep_cond": torch.rand(2, int(width), generator=generator) * 2 - 1}
+
+
+def guidance_kind(source: Source) -> str:
+    """One of :data:`latentrt.runtime.families.base.GUIDANCE`."""
+    return "classifier-free" if source.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
+
+
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
     """The dimensions of variable length of a denoiser's inputs: all have rows, the latents a size as well."""
-    return {name: _LATENT if name == "sample" else {0: "batch"} for name in example}
+    return {name: LATENT_AXES if name == "sample" else {0: "batch"} for name in example}

@@ -13,15 +13,18 @@ from latentrt.engines.errors import SourceError
 
 from ..components import Component, Roles
 from .base import Config, Family, Part, TokenizerPart, latent_factor
-from .checks import check_blocks, check_clip, check_size, check_vae, natural
+from .checks import check_blocks, check_clip, check_guidance, check_size, check_vae, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
+    LCM_USUAL,
     UNET,
     VAE,
     autoencoder,
     clip_names,
     denoiser_axes,
+    guidance_input,
+    guidance_kind,
     known,
     text_encoder,
     unet_inputs,
@@ -71,14 +74,25 @@ class SizedDenoiser(nn.Module):
         self.unet: Any = unet
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        """Predict noise, velocity or sample, as the model was trained."""
+        """Predict noise, velocity or sample, as the model was trained; one that was distilled is told the guidance."""
         # The sinusoids of the sizes are fp32 at any precision. The U-Net joins the pooled text to them, and then casts:
         # in half precision that would be a Concat of two types, which ONNX does not have.
         added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
         prediction: Tensor = self.unet(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return prediction
 
@@ -98,7 +112,7 @@ class StableDiffusionXl(Family):
         "tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder"),
         "tokenizer_2": TokenizerPart(CLIP_TOKENIZERS, "text_encoder_2"),
     }
-    components = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     denoiser = "unet"
     # Two layers at least: then there are states before the last layer, and before the last but one.
     optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -138,6 +152,7 @@ class StableDiffusionXl(Family):
             raise SourceError(f"pooled text and {self.time_ids} sizes are {added} wide, but the U-Net takes {taken}")
         check_vae(vae, natural("unet", unet, "in_channels", 4))
         check_size("unet", unet, latent_factor(vae))
+        check_guidance(unet)
 
     def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
         """Two text encoders, U-Net, and both halves of the VAE."""
@@ -150,13 +165,19 @@ class StableDiffusionXl(Family):
         example = unet_inputs(source, int(text.get("max_position_embeddings", 77)), generator)
         example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
         example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
-        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *self.vectors), ("timestep",), self.vectors)
+        example |= guidance_input(source, generator)
+        vectors = tuple(name for name in (*self.vectors, "timestep_cond") if name in example)
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors)
         module, keep = SizedDenoiser(source.load(name)), frozenset({"timestep", "time_ids"})
         return Component(name, module, example, denoiser_axes(example), ("out_sample",), keep, roles)
+
+    def usual(self, source: Source) -> tuple[int, float]:
+        """Those of latent consistency models for one that takes the scale in."""
+        return LCM_USUAL if guidance_kind(source) == "embedded" else super().usual(source)
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Whether an empty negative prompt is not encoded, but all zeros."""
         zeros = source.index.get("force_zeros_for_empty_prompt", True)
         if not isinstance(zeros, bool):
             raise SourceError(f"model_index.json: 'force_zeros_for_empty_prompt' is {zeros!r}, expected true or false")
-        return {**super().settings(source), "force_zeros_for_empty_prompt": zeros}
+        return {"guidance": guidance_kind(source), "force_zeros_for_empty_prompt": zeros}

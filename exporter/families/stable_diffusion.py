@@ -11,18 +11,30 @@ from latentrt.engines.errors import SourceError
 
 from ..components import Component, Denoiser, Roles, TextEncoder
 from .base import Config, Family, Part, TokenizerPart, latent_factor
-from .checks import check_blocks, check_clip, check_size, check_vae, natural
-from .parts import CLIP_TEXT, CLIP_TOKENIZERS, UNET, VAE, autoencoder, denoiser_axes, text_encoder, unet_inputs
+from .checks import check_blocks, check_clip, check_guidance, check_size, check_vae, natural
+from .parts import (
+    CLIP_TEXT,
+    CLIP_TOKENIZERS,
+    LCM_USUAL,
+    UNET,
+    VAE,
+    autoencoder,
+    denoiser_axes,
+    guidance_input,
+    guidance_kind,
+    text_encoder,
+    unet_inputs,
+)
 
 if TYPE_CHECKING:
     from ..source import Source
 
 
 class StableDiffusion(Family):
-    """Rombach et al. 2022, arXiv 2112.10752."""
+    """Rombach et al. 2022, arXiv 2112.10752; latent consistency models (Luo et al. 2023, arXiv 2310.04378) too."""
 
     name = "stable-diffusion"
-    pipelines = ("StableDiffusionPipeline",)
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": VAE}
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {"tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder")}
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -39,6 +51,7 @@ class StableDiffusion(Family):
             raise SourceError(f"the text encoder's states are {width} wide, but the U-Net takes {expected}")
         check_vae(vae, natural("unet", unet, "in_channels", 4))
         check_size("unet", unet, latent_factor(vae))
+        check_guidance(unet)
 
     def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
         """Text encoder, U-Net, and both halves of the VAE."""
@@ -49,7 +62,10 @@ class StableDiffusion(Family):
             return autoencoder(source, name, generator)
         length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
         example = unet_inputs(source, length, generator)
-        roles = Roles("sample", "out_sample", ("encoder_hidden_states",), ("timestep",))
+        guidance = guidance_input(source, generator)
+        vectors = tuple(guidance)
+        example |= guidance
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors)
         return Component(
             name,
             Denoiser(source.load(name)),
@@ -59,3 +75,11 @@ class StableDiffusion(Family):
             frozenset({"timestep"}),
             roles,
         )
+
+    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+        """Kind of guidance alone."""
+        return {"guidance": guidance_kind(source)}
+
+    def usual(self, source: Source) -> tuple[int, float]:
+        """Those of latent consistency models for one that takes the scale in."""
+        return LCM_USUAL if guidance_kind(source) == "embedded" else super().usual(source)

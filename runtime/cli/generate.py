@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from latentrt.engines.errors import InvalidRequestError
 
-from ..engine_choice import CACHES, ENGINES
+from ..bundle import Bundle
+from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
-from ..request import FAMILY_OPTIONS, Request
+from ..previews import PREVIEW_EVERY, Preview
+from ..refine import HAND_OVER, hand_over_options
+from ..request import DECODERS, FAMILY_OPTIONS, Request, RequestOptions
 from ..samplers import SAMPLERS
 from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
@@ -59,6 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         parser.add_argument(f"--{side}crop", type=_place, metavar="X,Y", help=f"corner {what} that it was cut out at")
         parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
+    parser.add_argument("--aesthetic-score", type=float, metavar="A", help="score, 0 to 10, that a refiner is told")
+    parser.add_argument("--negative-aesthetic-score", type=float, metavar="A", help="score to steer away from")
+    parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
+    parser.add_argument(
+        "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
+    )
+    parser.add_argument("--decoder", choices=DECODERS, help="what draws pixels: the model's own decoder, or a tiny one")
+    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="file to write previews to while drawing")
+    parser.add_argument(
+        "--preview-every", type=int, metavar="N", help=f"steps between two previews; default {PREVIEW_EVERY}"
+    )
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
     parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
     parser.add_argument(
@@ -102,9 +116,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the picture, and say what was done."""
     check_target(arguments.output)
-    tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
-    loaded = Pipeline.load(
-        arguments.bundle,
+    if arguments.refiner is None and arguments.hand_over is not None:
+        raise InvalidRequestError("--hand-over is for two models; give the second as --refiner BUNDLE")
+    options, previews = _options(arguments), _previews(arguments)
+    with _loaded(arguments, arguments.bundle) as pipe:
+        if arguments.refiner is None:
+            part = _Part.drawn(pipe, arguments.prompt, {**options, **previews})
+        else:
+            refiner = Bundle.open(arguments.refiner).manifest
+            share = HAND_OVER if arguments.hand_over is None else arguments.hand_over
+            options, rest = hand_over_options(pipe.manifest, refiner, arguments.prompt, options, share)
+            part = _Part.drawn(pipe, arguments.prompt, {**options, **previews})
+    parts = [part]
+    if arguments.refiner is not None:  # opened once the base is closed: neither needs the other's memory
+        with _loaded(arguments, arguments.refiner) as pipe:
+            parts.append(_Part.drawn(pipe, arguments.prompt, {**rest, **previews, "latents": part.result.latents}))
+    request, images = part.result.request, parts[-1].result.images
+    extra = _extra(request)
+    if len(parts) > 1:
+        extra = {**_extra(parts[1].result.request), **extra, "Refiner": parts[1].model, "Hand over": f"{share:g}"}
+    parameters = GenerationParameters(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        steps=request.steps,
+        sampler=request.sampler,
+        guidance=request.guidance,
+        seed=request.seed,
+        width=request.width,
+        height=request.height,
+        model=part.model,
+        clip_skip=request.clip_skip,
+        extra=extra,
+    )
+    pixels = sheet(images, columns=min(4, request.images)) if request.images > 1 else images[0]
+    write_png(arguments.output, pixels, parameters.to_text())
+    if arguments.json:
+        told = [each.told() for each in parts]
+        print_json({"output": str(arguments.output), **told[0], **({"refiner": told[1]} if len(told) > 1 else {})})
+        return 0
+    if truncated := max(each.result.truncated for each in parts):
+        print(f"note: {truncated} tokens did not fit the text encoder and were cut off")
+    steps = [second for each in parts for second in each.result.timings.step]
+    print(
+        f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
+        f"{request.steps} steps of {seconds(median(steps))}, "
+        f"total {seconds(sum(each.result.timings.total for each in parts))}"
+    )
+    print(f"engine: {part.choice.name} ({part.choice.reason})")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one model drew: the picture, or one of two models' share in it."""
+
+    result: Result
+    model: str
+    loop: str
+    choice: EngineChoice
+    engine: str
+
+    @classmethod
+    def drawn(cls, pipe: Pipeline, prompt: str, options: Mapping[str, Any]) -> _Part:
+        """Draw, behind a progress bar."""
+        result, denoiser = _draw(pipe.stream(prompt, **options)), pipe.family.denoiser
+        engine = pipe.engines[f"{denoiser}_step" if pipe.loop.name == "fused" else denoiser]
+        label = str(getattr(engine, "label", type(engine).__name__))
+        return cls(result, pipe.manifest.source.name, pipe.loop.name, pipe.engine_choice, label)
+
+    def told(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "request": dataclasses.asdict(self.result.request),
+            "truncated_tokens": self.result.truncated,
+            "engine": self.engine,
+            "engine_choice": dataclasses.asdict(self.choice),
+            "loop": self.loop,
+            "seconds": dataclasses.asdict(self.result.timings),
+        }
+
+
+def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
+    return Pipeline.load(
+        bundle,
         arguments.engine,
         precision=arguments.precision,
         threads=arguments.threads,
@@ -115,76 +209,29 @@ def run(arguments: argparse.Namespace) -> int:
         low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
     )
-    with loaded as pipe:
-        stream = pipe.stream(
-            arguments.prompt,
-            negative_prompt=arguments.negative_prompt,
-            steps=arguments.steps,
-            guidance=arguments.guidance,
-            guidance_start=arguments.guidance_start,
-            guidance_end=arguments.guidance_end,
-            guidance_rescale=arguments.guidance_rescale,
-            seed=arguments.seed,
-            sampler=arguments.sampler,
-            eta=arguments.eta,
-            timesteps=arguments.timesteps,
-            sigmas=arguments.sigmas,
-            width=arguments.width,
-            height=arguments.height,
-            images=arguments.images,
-            clip_skip=arguments.clip_skip,
-            vae_tiling=tiling,
-            prompt_2=arguments.prompt_2,
-            negative_prompt_2=arguments.negative_prompt_2,
-            original_size=arguments.original_size,
-            crop=arguments.crop,
-            target_size=arguments.target_size,
-            negative_original_size=arguments.negative_original_size,
-            negative_crop=arguments.negative_crop,
-            negative_target_size=arguments.negative_target_size,
-        )
-        result = _draw(stream)
-        choice = pipe.engine_choice
-        model, loop = pipe.manifest.source.name, pipe.loop.name
-        denoiser = pipe.family.denoiser
-        engine = pipe.engines[f"{denoiser}_step" if loop == "fused" else denoiser]
-    request, timings = result.request, result.timings
-    parameters = GenerationParameters(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        steps=request.steps,
-        sampler=request.sampler,
-        guidance=request.guidance,
-        seed=request.seed,
-        width=request.width,
-        height=request.height,
-        model=model,
-        clip_skip=request.clip_skip,
-        extra=_extra(request),
-    )
-    pixels = sheet(result.images, columns=min(4, request.images)) if request.images > 1 else result.images[0]
-    write_png(arguments.output, pixels, parameters.to_text())
-    if arguments.json:
-        print_json(
-            {
-                "output": str(arguments.output),
-                "request": dataclasses.asdict(request),
-                "truncated_tokens": result.truncated,
-                "engine": getattr(engine, "label", type(engine).__name__),
-                "engine_choice": dataclasses.asdict(choice),
-                "loop": loop,
-                "seconds": dataclasses.asdict(timings),
-            }
-        )
-        return 0
-    if result.truncated:
-        print(f"note: {result.truncated} tokens did not fit the text encoder and were cut off")
-    print(
-        f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
-        f"{request.steps} steps of {seconds(median(timings.step))}, total {seconds(timings.total)}"
-    )
-    print(f"engine: {choice.name} ({choice.reason})")
-    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a request that were given, or have a default of their own here."""
+    names = {*RequestOptions.__annotations__, *FAMILY_OPTIONS} & vars(arguments).keys() - {"output"}  # that is the file
+    options = {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
+    tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
+    return options if tiling is None else {**options, "vae_tiling": tiling}
+
+
+def _previews(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options that write previews to a file, each in place of the one before."""
+    if arguments.preview is None:
+        if arguments.preview_every is not None:
+            raise InvalidRequestError("--preview-every needs --preview FILE.png, the file to write to")
+        return {}
+    check_target(arguments.preview)
+
+    def write(preview: Preview) -> None:
+        images = preview.images
+        write_png(arguments.preview, sheet(images, columns=min(4, len(images))) if len(images) > 1 else images[0])
+
+    return {"on_preview": write, "preview_every": arguments.preview_every}
 
 
 def _tiling(size: int | None, overlap: int | None, edges: str | None) -> Tiling | None:

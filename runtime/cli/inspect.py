@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
         f"guidance {defaults.guidance:g}"
     )
+    if adapters := manifest.source.adapters:
+        print(f"fused: {', '.join(f'{each.name} times {each.scale:g}' for each in adapters)}")
     print(f"abilities: {', '.join(_abilities(abilities))}")
     sizes = abilities["sizes"]
     print(f"tasks: {' '.join(abilities['tasks'])}; loops: {' '.join(abilities['loops'])}")

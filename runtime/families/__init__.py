@@ -10,9 +10,12 @@ from ..manifest import Manifest
 from .base import Family as Family
 from .base import Text as Text
 from .sdxl import StableDiffusionXl
+from .sdxl_refiner import StableDiffusionXlRefiner
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (StableDiffusion, StableDiffusionXl)}
+FAMILIES: Mapping[str, type[Family]] = {
+    family.name: family for family in (StableDiffusion, StableDiffusionXl, StableDiffusionXlRefiner)
+}
 """Families by the name that a manifest has."""
 
 

@@ -143,6 +143,21 @@ class Family(ABC):
         """
         return {}
 
+    def embedded_guidance(self, request: Request) -> Conditioning:
+        """The scale of guidance for a U-Net that takes it in as ``timestep_cond``; nothing for any other.
+
+        Sines and cosines of 1000 times the scale above 1, at falling frequencies, in float32 as diffusers computes them
+        (Meng et al. 2023, arXiv 2210.03142; Luo et al. 2023, arXiv 2310.04378).
+        """
+        if self.guidance != "embedded":
+            return {}
+        width = self.zeros("timestep_cond").shape[-1]
+        half = width // 2
+        exponents = np.arange(half, dtype=np.float32) * -(np.log(np.float32(10000)) / np.float32(half - 1))
+        angles = np.float32(request.guidance - 1) * np.float32(1000) * np.exp(exponents)
+        embedding = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2, np.float32)])
+        return {"timestep_cond": embedding[None]}
+
     def gives(self, component: str, output: str) -> bool:
         """Whether every graph of a component has an output. Graphs that others exported lack some of ours."""
         graphs = self.manifest.components[component].graphs.values() if component in self.manifest.components else ()

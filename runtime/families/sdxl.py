@@ -79,7 +79,7 @@ class StableDiffusionXl(Family):
         }
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
-        """Original size, crop and target size, each down before across."""
+        """Original size, crop and target size, each down before across; the guidance of a latent consistency model."""
         own = (request.width, request.height)
         original, crop, target = request.original_size, request.crop, request.target_size
         if negative and request.negative_original_size:
@@ -89,4 +89,5 @@ class StableDiffusionXl(Family):
                 request.negative_target_size,
             )
         pairs = (original or own, crop or (0, 0), target or own)
-        return {"time_ids": np.array([[length for pair in pairs for length in reversed(pair)]], np.float32)}
+        ids = np.array([[length for pair in pairs for length in reversed(pair)]], np.float32)
+        return {"time_ids": ids, **self.embedded_guidance(request)}

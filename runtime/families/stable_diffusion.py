@@ -40,6 +40,10 @@ class StableDiffusion(Family):
             for prompt, output in wanted
         ]
 
+    def vectors(self, request: Request, *, negative: bool) -> Conditioning:
+        """The guidance of a latent consistency model."""
+        return self.embedded_guidance(request)
+
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
         """The encoder's states."""
         (states,) = encoded["text_encoder"].values()

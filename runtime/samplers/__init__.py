@@ -6,6 +6,7 @@ Parity is with the diffusers scheduler classes, except where a sampler's own doc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request, parse_request
 from .consistency import lcm, tcd
+from .cut import check_part, rows_of_part, steps_before
 from .ddim import ddim
 from .ddpm import ddpm
 from .deis import deis
@@ -24,29 +26,31 @@ from .flow import flow_euler, flow_heun, flow_shift_mu
 from .lms import lms
 from .plan import Plan, run_plan, step
 from .pndm import pndm
+from .schedule import MAX_TRAIN_TIMESTEPS
 from .second_order import dpm2, dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, heun
 from .unipc import unipc
 
 __all__ = ["SAMPLERS", "Plan", "compile_plan", "default_sampler", "flow_shift_mu", "run_plan", "step"]
 
-# Each sampler with the arguments of compile_plan, besides steps, that it takes.
+# Each sampler with the arguments of compile_plan, besides steps, that it takes. Those that keep a history take "begin":
+# a plan of theirs cannot be cut, since its rows read what the rows before them kept.
 _COMPILERS: dict[str, tuple[Callable[[Config, Request], Plan], tuple[str, ...]]] = {
     "ddim": (ddim, ("eta",)),
     "ddpm": (ddpm, ("timesteps",)),
-    "pndm": (pndm, ()),
-    "lms": (lms, ()),
+    "pndm": (pndm, ("begin",)),
+    "lms": (lms, ("begin",)),
     "euler": (euler, ("timesteps", "sigmas")),
     "euler-a": (euler_ancestral, ()),
     "heun": (heun, ("timesteps",)),
     "dpm2": (dpm2, ()),
     "dpm2-a": (dpm2_ancestral, ()),
     "dpmpp-2s-a": (dpmpp_2s_ancestral, ("timesteps", "sigmas")),
-    "dpmpp-2m": (dpmpp_2m, ("timesteps", "mu")),
-    "dpmpp-2m-sde": (dpmpp_2m_sde, ("timesteps", "mu")),
+    "dpmpp-2m": (dpmpp_2m, ("timesteps", "mu", "begin")),
+    "dpmpp-2m-sde": (dpmpp_2m_sde, ("timesteps", "mu", "begin")),
     "dpmpp-sde": (dpmpp_sde, ()),
-    "dpmpp-3m-sde": (dpmpp_3m_sde, ("timesteps", "mu")),
-    "unipc": (unipc, ("sigmas", "mu")),
-    "deis": (deis, ("mu",)),
+    "dpmpp-3m-sde": (dpmpp_3m_sde, ("timesteps", "mu", "begin")),
+    "unipc": (unipc, ("sigmas", "mu", "begin")),
+    "deis": (deis, ("mu", "begin")),
     "lcm": (lcm, ("timesteps",)),
     "tcd": (tcd, ("timesteps", "eta")),
     "edm-euler": (edm_euler, ()),
@@ -107,6 +111,8 @@ def compile_plan(
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
     mu: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
 ) -> Plan:
     """Compile a sampler, a noise schedule and a number of steps into a plan.
 
@@ -122,6 +128,9 @@ def compile_plan(
         sigmas: Custom noise levels, descending, in the form that the sampler's diffusers class takes.
         eta: From 0 to 1, amount of fresh noise, for the samplers that have the choice.
         mu: Dynamic shift of a flow schedule.
+        denoising_start: Fraction of the trained timesteps, counted from pure noise, at which the plan begins: with the
+            latent of a run that ended there. A sampler that keeps a history begins with none. ``None`` is the start.
+        denoising_end: Fraction at which it ends: the steps that begin after it are left out.
 
     Raises:
         InvalidRequestError: if the sampler is unknown, a value of the config is wrong or contradicts another, or the
@@ -138,6 +147,7 @@ def compile_plan(
     _check_kind(sampler, config)
     compiler, accepts = _COMPILERS[sampler]
     request = parse_request(steps, timesteps, sigmas, eta, mu)
+    start, end = check_part(denoising_start, denoising_end)
     for name in ("timesteps", "sigmas", "eta", "mu"):
         if getattr(request, name) is not None and name not in accepts:
             raise InvalidRequestError(
@@ -146,12 +156,30 @@ def compile_plan(
             )
     try:
         with np.errstate(all="ignore"):
-            return compiler(config, request)
+            plan = compiler(config, request)
+            if start is None and end is None:
+                return plan
+            first, last = rows_of_part(plan, start, end, _train_timesteps(sampler, config), sampler)
+            if first and "begin" in accepts:
+                left_out, request = len(plan) - last, replace(request, begin=steps_before(plan, first))
+                plan = compiler(config, request)
+                first, last = 0, len(plan) - left_out
+            return plan.part(first, last)
     except (ZeroDivisionError, OverflowError, np.linalg.LinAlgError) as error:
         raise InvalidRequestError(
             f"{sampler!r} with this scheduler config and {request.steps} steps visits a noise level twice or leaves "
             "the range of numbers: use fewer steps or another timestep_spacing"
         ) from error
+
+
+def _train_timesteps(sampler: str, config: Config) -> int:
+    """Timesteps that a model was trained with, by which a run is cut; some are told something else."""
+    if sampler == "edm-euler" or (sampler == "euler" and config.values.get("timestep_type") == "continuous"):
+        raise InvalidRequestError(
+            "denoising_start and denoising_end are fractions of the timesteps that a model was trained with, and this "
+            "one is told logarithms of noise levels; leave them out"
+        )
+    return config.integer("num_train_timesteps", 1000, 1, MAX_TRAIN_TIMESTEPS)
 
 
 def _check_kind(sampler: str, config: Config) -> None:

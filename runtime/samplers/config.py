@@ -125,6 +125,8 @@ class Request:
         sigmas: Custom noise levels, in the form that the sampler's diffusers class takes, or None.
         eta: Amount of noise for the samplers that have a choice, or None for the sampler's own default.
         mu: Dynamic shift of a flow schedule, read where the config says ``use_dynamic_shifting``, or None.
+        begin: Steps to leave out at the start: the plan then goes on from the latent that they leave, but knows no
+            more of them. Only samplers that keep a history read it; the plans of others are cut afterwards.
     """
 
     steps: int | None
@@ -132,6 +134,7 @@ class Request:
     sigmas: tuple[float, ...] | None = None
     eta: float | None = None
     mu: float | None = None
+    begin: int = 0
 
     def custom_timesteps(self, train_timesteps: int) -> tuple[float, ...] | None:
         """The custom timesteps, checked to descend within the trained range.

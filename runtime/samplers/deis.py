@@ -31,9 +31,9 @@ def deis(config: Config, request: Request) -> Plan:
     x, *history = builder.basis[:order]
     output = builder.basis[order]
     rho = levels.levels / (1 - levels.levels) if levels.flow else levels.levels
-    for i in range(steps):
+    for i in range(request.begin, steps):
         noise = (x - levels.alpha(i) * levels.denoised(i, x, output)) / levels.sigma(i)
-        use = min(order, i + 1, steps - i if short else order)
+        use = min(order, i + 1 - request.begin, steps - i if short else order)
         weights = _weights(rho[i - use + 1 : i + 1][::-1].tolist(), float(rho[i + 1]))
         noises = [noise, *history]
         latent = x / levels.alpha(i) + sum(weight * each for weight, each in zip(weights, noises, strict=False))

@@ -45,10 +45,10 @@ def dpmpp_3m_sde(config: Config, request: Request) -> Plan:
     """
     final = config.choice("final_sigmas_type", ("zero", "sigma_min"), "zero")
     levels = _levels(config, request, final)
-    orders = [min(i + 1, 3) for i in range(len(levels.timesteps))]
+    orders = [min(i + 1, 3) for i in range(len(levels.timesteps) - request.begin)]
     if final == "zero":
         orders[-1] = 1
-    return _build(levels, "sde-dpmsolver++", True, orders)
+    return _build(levels, "sde-dpmsolver++", True, orders, request.begin)
 
 
 def _multistep(config: Config, request: Request, algorithm: str) -> Plan:
@@ -76,12 +76,12 @@ def _multistep(config: Config, request: Request, algorithm: str) -> Plan:
         )
     steps = len(levels.timesteps)
     short = config.flag("lower_order_final", True) and steps < 15
-    orders = [min(order, i + 1) for i in range(steps)]
+    orders = [min(order, i + 1) for i in range(steps - request.begin)]
     if short:
         orders[-2:-1] = [min(value, 2) for value in orders[-2:-1]]
     if short or config.flag("euler_at_final") or final == "zero":
         orders[-1] = 1
-    return _build(levels, algorithm, heun, orders)
+    return _build(levels, algorithm, heun, orders, request.begin)
 
 
 def _levels(config: Config, request: Request, final: str) -> VpSchedule:
@@ -98,12 +98,12 @@ def _levels(config: Config, request: Request, final: str) -> VpSchedule:
     )
 
 
-def _build(levels: VpSchedule, algorithm: str, heun: bool, orders: Sequence[int]) -> Plan:
+def _build(levels: VpSchedule, algorithm: str, heun: bool, orders: Sequence[int], begin: int) -> Plan:
     most = max(orders)
     builder = PlanBuilder(most)
     x, *history = builder.basis[:most]
     output, noise = builder.basis[most:]
-    for i, order in enumerate(orders):
+    for i, order in enumerate(orders, begin):
         model = levels.denoised(i, x, output)
         if not algorithm.endswith("++"):
             model = (x - levels.alpha(i) * model) / levels.sigma(i)

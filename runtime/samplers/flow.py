@@ -133,5 +133,5 @@ def flow_heun(config: Config, request: Request) -> Plan:
         width = following - sigma
         builder.append(sigma * train, [x + width * velocity, x + width / 2 * velocity])
         if following > 0:
-            builder.append(following * train, [kept + width / 2 * velocity])
+            builder.append(following * train, [kept + width / 2 * velocity], within=True)
     return builder.build()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from .config import Config, Request
 from .lagrange import lagrange_basis
 from .plan import Plan, PlanBuilder
@@ -12,14 +14,18 @@ ORDER = 4
 
 
 def lms(config: Config, request: Request) -> Plan:
-    """The last four derivatives, extrapolated by the polynomial through them. As diffusers' LMSDiscreteScheduler."""
+    """The last four derivatives, extrapolated by the polynomial through them. As diffusers' LMSDiscreteScheduler.
+
+    A run that begins further on (:attr:`Request.begin`) begins with one derivative. That class then weighs it as if
+    there were those of the steps before, too, which do not add up to the length of the step.
+    """
     levels = ve_schedule(config, request, noise_schedule(config, zero_snr=False), karras_bounds=False)
     builder = PlanBuilder(ORDER)
     x, *history = builder.basis[:ORDER]
     output = builder.basis[ORDER]
-    for i, (t, sigma, _) in enumerate(levels.steps()):
+    for i, (t, sigma, _) in islice(enumerate(levels.steps()), request.begin, None):
         derivatives = [levels.derivative(x, output, sigma), *history]
-        order = min(i + 1, ORDER)
+        order = min(i + 1 - request.begin, ORDER)
         weights = _weights(levels.sigmas[i + 1 - order : i + 1][::-1].tolist(), float(levels.sigmas[i + 1]))
         latent = x + sum(weight * derivative for weight, derivative in zip(weights, derivatives, strict=False))
         builder.append(t, [latent, *derivatives[: ORDER - 1]], input_scale=input_scale_ve(sigma))

@@ -35,6 +35,7 @@ class Plan:
         update: float64 [N, R, R + 2]; columns are the R registers, the model's output, the noise.
         uses_noise: bool [N], where a unit normal tensor is drawn.
         init_scale: The first latent is this times unit normal noise.
+        within: Rows that go on with the step of the row before, as the second call of a sampler of second order does.
     """
 
     timesteps: Floats
@@ -42,6 +43,7 @@ class Plan:
     update: Floats
     uses_noise: NDArray[np.bool_]
     init_scale: float
+    within: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         rows = len(self.timesteps)
@@ -76,6 +78,29 @@ class Plan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def part(self, first: int, last: int) -> Plan:
+        """The rows from ``first`` to before ``last``, which go on from the latent that the rows before them leave.
+
+        Args:
+            first: A row that begins a step, and reads no history.
+            last: A row, or their number.
+
+        Raises:
+            InvalidRequestError: if there is no such row, or the first needs what rows before it keep.
+        """
+        if not 0 <= first < last <= len(self):
+            raise InvalidRequestError(f"rows {first} to {last} were asked for of a plan of {len(self)}")
+        if first and (first in self.within or self.update[first, :, 1 : self.registers].any()):
+            raise InvalidRequestError(f"row {first} of the plan goes on from rows before it, and cannot be the first")
+        return Plan(
+            timesteps=self.timesteps[first:last],
+            input_scale=self.input_scale[first:last],
+            update=self.update[first:last],
+            uses_noise=self.uses_noise[first:last],
+            init_scale=self.init_scale,
+            within=frozenset(row - first for row in self.within if first < row < last),
+        )
+
     def start(self, noise: Latents) -> Latents:
         """Registers before the first row.
 
@@ -107,9 +132,16 @@ class PlanBuilder:
         self._input_scale: list[float] = []
         self._update: list[Sequence[Floats]] = []
         self._draws: list[bool] = []
+        self._within: set[int] = set()
 
     def append(
-        self, timestep: float, registers: Sequence[Floats], *, input_scale: float = 1.0, draws: bool = False
+        self,
+        timestep: float,
+        registers: Sequence[Floats],
+        *,
+        input_scale: float = 1.0,
+        draws: bool = False,
+        within: bool = False,
     ) -> None:
         """Add a row.
 
@@ -118,7 +150,10 @@ class PlanBuilder:
             registers: New value of each register, as a combination of ``basis``; those left out become zero.
             input_scale: Factor on register 0 before the model.
             draws: Whether the reference implementation draws noise here, even if its factor is zero.
+            within: Whether the row goes on with the step of the row before.
         """
+        if within:
+            self._within.add(len(self._timesteps))
         padding = [np.zeros(self._registers + 2)] * (self._registers - len(registers))
         self._timesteps.append(timestep)
         self._input_scale.append(input_scale)
@@ -144,6 +179,7 @@ class PlanBuilder:
             update=update,
             uses_noise=draws,
             init_scale=float(init_scale),
+            within=frozenset(self._within),
         )
 
 

@@ -18,6 +18,9 @@ def pndm(config: Config, request: Request) -> Plan:
 
     As diffusers' ``PNDMScheduler``, which has no sample prediction: here such outputs are turned into noise
     predictions first. Its v prediction is combined over the steps before it is turned into noise, as there.
+
+    A run that begins further on (:attr:`Request.begin`) starts as any run does, with a repeated step, which that class
+    takes for the one after it: from the third call on its latents are a step behind its timesteps.
     """
     schedule = noise_schedule(config, zero_snr=False)
     train = len(schedule)
@@ -48,9 +51,14 @@ def pndm(config: Config, request: Request) -> Plan:
         bar = schedule.alpha_bar(t)
         return (x - math.sqrt(bar) * output) / math.sqrt(1 - bar)
 
+    if request.begin and not skip:
+        raise InvalidRequestError(
+            "pndm's Runge-Kutta steps begin a whole run and no part of one: "
+            'set "skip_prk_steps": true in the scheduler config, or use another sampler'
+        )
     builder = PlanBuilder(4 if skip else 6)
     if skip:
-        _repeated_start(builder, timesteps.tolist(), stride, transfer, noise_of)
+        _repeated_start(builder, timesteps[request.begin :].tolist(), stride, transfer, noise_of)
     else:
         _runge_kutta_start(builder, timesteps.tolist(), stride, transfer, noise_of)
     return builder.build()
@@ -83,7 +91,7 @@ def _repeated_start(
             # The second timestep again from the first latent, with the mean of both outputs.
             t = timesteps[1]
             mean = (noise_of(x, output, t) + history[0]) / 2
-            builder.append(t, [transfer(kept, mean, t + stride, t), history[0]])
+            builder.append(t, [transfer(kept, mean, t + stride, t), history[0]], within=True)
 
 
 def _runge_kutta_start(
@@ -96,10 +104,10 @@ def _runge_kutta_start(
         e = noise_of(x, output, start)
         builder.append(start, [transfer(x, e, start, start - half), e, h1, h2, x, e / 6])
         e = noise_of(x, output, end + half)
-        builder.append(end + half, [transfer(kept, e, start, end + half), h1, h2, h3, kept, total + e / 3])
-        builder.append(end + half, [transfer(kept, e, start, end), h1, h2, h3, kept, total + e / 3])
+        builder.append(end + half, [transfer(kept, e, start, end + half), h1, h2, h3, kept, total + e / 3], within=True)
+        builder.append(end + half, [transfer(kept, e, start, end), h1, h2, h3, kept, total + e / 3], within=True)
         e = noise_of(x, output, end)
-        builder.append(end, [transfer(kept, total + e / 6, start, end), h1, h2, h3])
+        builder.append(end, [transfer(kept, total + e / 6, start, end), h1, h2, h3], within=True)
     for t in timesteps[3:]:
         e = noise_of(x, output, t)
         builder.append(t, [transfer(x, _multistep([e, h1, h2, h3], 4), t, t - stride), e, h1, h2])

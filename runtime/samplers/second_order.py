@@ -35,7 +35,7 @@ def heun(config: Config, request: Request) -> Plan:
         builder.append(t, [x + slope * width, x + slope * width / 2], input_scale=input_scale_ve(sigma))
         if following > 0:
             slope = levels.derivative(x, output, following)
-            builder.append(next_t, [kept + slope * width / 2], input_scale=input_scale_ve(following))
+            builder.append(next_t, [kept + slope * width / 2], input_scale=input_scale_ve(following), within=True)
     return builder.build(levels.init_scale)
 
 
@@ -54,7 +54,10 @@ def dpm2(config: Config, request: Request) -> Plan:
         if following > 0:
             slope = levels.derivative(x, output, middle)
             builder.append(
-                levels.timestep(middle), [kept + slope * (following - sigma)], input_scale=input_scale_ve(middle)
+                levels.timestep(middle),
+                [kept + slope * (following - sigma)],
+                input_scale=input_scale_ve(middle),
+                within=True,
             )
     return builder.build(levels.init_scale)
 
@@ -71,7 +74,9 @@ def dpm2_ancestral(config: Config, request: Request) -> Plan:
         builder.append(t, [x + slope * (middle - sigma), x], input_scale=input_scale_ve(sigma))
         if following > 0:
             latent = kept + levels.derivative(x, output, middle) * (down - sigma) + up * noise
-            builder.append(levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True)
+            builder.append(
+                levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True
+            )
     return builder.build(levels.init_scale)
 
 
@@ -93,7 +98,9 @@ def dpmpp_2s_ancestral(config: Config, request: Request) -> Plan:
         if following > 0:
             x0 = denoised_ve(levels.prediction, x, output, middle)
             latent = kept + (1 - down / sigma) * x0 + up * noise
-            builder.append(levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True)
+            builder.append(
+                levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True
+            )
     return builder.build(levels.init_scale)
 
 
@@ -121,5 +128,5 @@ def dpmpp_sde(config: Config, request: Request) -> Plan:
         builder.append(t, [trial, rest], input_scale=input_scale_ve(sigma), draws=True)
         x0 = denoised_ve(levels.prediction, x, output, middle)
         latent = kept + (1 - down / sigma) * x0 + up * math.sqrt(1 - shared) * noise
-        builder.append(levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True)
+        builder.append(levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True)
     return builder.build(levels.init_scale)

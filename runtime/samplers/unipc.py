@@ -49,19 +49,20 @@ def unipc(config: Config, request: Request) -> Plan:
         raise InvalidRequestError("scheduler config: predict_x0 is false, but flow_prediction needs it to be true")
     steps = len(levels.timesteps)
     lower_final = config.flag("lower_order_final", True)
-    orders = [min(order, i + 1, steps - i if lower_final else order) for i in range(steps)]
+    begin = request.begin
+    orders = [min(order, i - begin + 1, steps - i if lower_final else order) for i in range(steps)]
     # Registers: the latent, the latent before the last prediction, and the last `order` outputs.
     builder = PlanBuilder(2 + order)
     x, before, *history = builder.basis[: 2 + order]
     output = builder.basis[2 + order]
-    for i, use in enumerate(orders):
+    for i in range(begin, steps):
         model = levels.denoised(i, x, output)
         if not clean:
             model = (x - levels.alpha(i) * model) / levels.sigma(i)
         corrected = x
-        if i > 0 and i - 1 not in uncorrected:
+        if i > begin and i - 1 not in uncorrected:
             corrected = _solve(levels, i - 1, orders[i - 1], bh1, clean, before, history, model)
-        latent = _solve(levels, i, use, bh1, clean, corrected, [model, *history], None)
+        latent = _solve(levels, i, orders[i], bh1, clean, corrected, [model, *history], None)
         builder.append(levels.timesteps[i], [latent, corrected, model, *history[:-1]])
     return builder.build()
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline
 
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, InvalidRequestError
@@ -17,6 +19,7 @@ from latentrt.runtime.request import FAMILY_OPTIONS, Request
 SETTINGS: dict[str, dict[str, Any]] = {
     "stable-diffusion": {"guidance": "classifier-free"},
     "stable-diffusion-xl": {"guidance": "classifier-free", "force_zeros_for_empty_prompt": True},
+    "stable-diffusion-xl-refiner": {"guidance": "classifier-free", "force_zeros_for_empty_prompt": False},
 }
 INPUTS = (
     TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 80)),
@@ -90,21 +93,23 @@ def test_settings_of_another_family(settings: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("option", "value", "owners"),
     [
-        *({name: "a"} for name in ("prompt_2", "negative_prompt_2")),
-        *({name: (8, 8)} for name in FAMILY_OPTIONS if "prompt" not in name),
+        ("prompt_2", "a", "stable-diffusion-xl"),
+        ("negative_prompt_2", "a", "stable-diffusion-xl"),
+        *(
+            (name, (8, 8), "stable-diffusion-xl and stable-diffusion-xl-refiner")
+            for name in ("original_size", "crop", "negative_original_size", "negative_crop")
+        ),
+        *((name, (8, 8), "stable-diffusion-xl") for name in ("target_size", "negative_target_size")),
+        *((name, 0, "stable-diffusion-xl-refiner") for name in FAMILY_OPTIONS if name.endswith("score")),
     ],
-    ids=lambda options: next(iter(options)),
 )
-def test_an_option_of_another_family(options: dict[str, Any]) -> None:
+def test_an_option_of_another_family(option: str, value: Any, owners: str) -> None:
     """The sentence names the option and who has it."""
-    (name,) = options
     with pytest.raises(InvalidRequestError) as caught:
-        request("stable-diffusion", **options)
-    assert str(caught.value) == (
-        f"models of the family stable-diffusion have no {name}, only stable-diffusion-xl; leave it out"
-    )
+        request("stable-diffusion", **{option: value})
+    assert str(caught.value) == f"models of the family stable-diffusion have no {option}, only {owners}; leave it out"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,7 @@ def test_an_option_of_another_family(options: dict[str, Any]) -> None:
         ({"target_size": (0, 8)}, "target_size is 0, expected 1 to 65536"),
         ({"crop": (-1, 0)}, "crop is -1, expected 0 to 65536"),
         ({"crop": (0.5, 0)}, "crop is 0.5, expected a whole number"),
+        ({"aesthetic_score": -1}, "aesthetic_score is -1, expected 0 to 10"),
         ({"negative_original_size": (8, 8)}, "negative_original_size is given without negative_target_size"),
         ({"negative_crop": (0, 0)}, "negative_crop is given without negative_original_size"),
         ({"prompt_4": "a"}, "unknown option 'prompt_4'; known options: .*negative_prompt"),
@@ -186,3 +192,36 @@ def test_sizes_are_told_down_before_across() -> None:
     away = {"negative_original_size": (7, 8), "negative_target_size": (9, 10)}
     assert ids(True, **told, **away) == [8, 7, 0, 0, 10, 9]
     assert ids(False, **told, **away) == [2, 1, 4, 3, 6, 5]
+
+
+def test_a_refiner_is_told_a_score() -> None:
+    """Original size and crop down before across, then the score; the negative half has its own, and no crop."""
+    family = family_of(manifest("stable-diffusion-xl-refiner"))
+
+    def ids(negative: bool, **options: Any) -> list[float]:
+        asked = request("stable-diffusion-xl-refiner", **options)
+        (row,) = family.vectors(asked, negative=negative)["time_ids"]
+        return list(row)
+
+    assert (ids(False), ids(True)) == ([768, 512, 0, 0, 6], [768, 512, 0, 0, 2.5])
+    told = {"original_size": (1, 2), "crop": (3, 4), "aesthetic_score": 9.5, "negative_aesthetic_score": 0}
+    assert (ids(False, **told), ids(True, **told)) == ([2, 1, 4, 3, 9.5], [2, 1, 0, 0, 0])
+    away = {"negative_original_size": (7, 8), "negative_crop": (5, 6)}
+    assert (ids(False, **away), ids(True, **away)) == ([768, 512, 0, 0, 6], [8, 7, 6, 5, 2.5])
+    (prompt,) = family.texts(request("stable-diffusion-xl-refiner", guidance=1), TOKENIZERS)
+    assert list(prompt.tokens) == ["text_encoder_2"]
+
+
+@pytest.mark.parametrize("width", [4, 17, 256])
+def test_guidance_is_embedded_as_in_diffusers(width: int) -> None:
+    """A U-Net with that input gets sines and cosines of the scale above 1; no other gets anything."""
+    plain = manifest("stable-diffusion", guidance="embedded")
+    spec = TensorSpec("timestep_cond", "float32", ("batch", width))
+    graph = Graph("unet/model.onnx", "fp32", 20, (spec,), ())
+    changed = SimpleNamespace(**{**vars(plain), "components": {"unet": Component("unet", {"opset20-fp32": graph})}})
+    asked = Request.create(cast(Manifest, changed), "apple", guidance=8.5, seed=0)
+    found = family_of(cast(Manifest, changed)).vectors(asked, negative=False)["timestep_cond"]
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = embed(cast(LatentConsistencyModelPipeline, None), torch.tensor([7.5]), width)
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)  # sines of thousands, in float32
+    assert family_of(manifest("stable-diffusion")).vectors(request("stable-diffusion"), negative=False) == {}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from latentrt.engines.base import TensorSpec
 from latentrt.engines.errors import BundleError, BundleVersionError
 from latentrt.runtime.manifest import (
+    Adapter,
     Component,
     Defaults,
     FileEntry,
@@ -49,7 +50,7 @@ MANIFEST = Manifest(
     tokenizers={"tokenizer": Tokenizer("tokenizer", 77, 49407)},
     scheduler={"_class_name": "PNDMScheduler", "beta_end": 0.012, "trained_betas": None, "list": [1, True, "ä"]},
     defaults=Defaults("dpmpp-2m", 20, 7.5, 512, 768, 0),
-    source=Source("a model 🐈", "", "abc"),
+    source=Source("a model 🐈", "", "abc", (Adapter("style.safetensors", "0" * 64, -0.5),)),
     tools={"torch": "2.9.0+cpu"},
     quality={"unet/model.onnx": 81.25},
     settings={"guidance": "embedded", "zeros": False, "length": 512, "scale": 0.5},
@@ -153,6 +154,9 @@ WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("defaults", "sampler"), None),
     (("source", "name"), 5),
     (("source", "fingerprint"), "\ud800"),
+    (("source", "adapters"), {}),
+    (("source", "adapters", 0, "sha256"), "0" * 63),
+    (("source", "adapters", 0, "scale"), None),
     (("tools", "torch"), 2),
     (("quality", "unet/model.onnx"), "good"),
     (("tokenizers", "tokenizer", "kind"), "a b"),

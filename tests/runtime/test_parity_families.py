@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,9 @@ class Case:
         samplers: Our names, and diffusers' scheduler classes.
         variants: By what the table calls them.
         sizes: Widths and heights.
+        guidance: Scale of guidance.
+        negative: What to steer away from; None for a family that cannot.
+        adapt: Makes the arguments of diffusers' pipeline of the usual ones, where it takes others.
     """
 
     models: str
@@ -66,6 +69,9 @@ class Case:
     samplers: Mapping[str, str]
     variants: Mapping[str, Variant] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 24))
+    guidance: float = GUIDANCE
+    negative: str | None = NEGATIVE
+    adapt: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda pipe, arguments: arguments
 
 
 PLAIN = Variant({}, {})
@@ -74,6 +80,22 @@ TURBO = Variant(
     {"guidance_scale": 0.0, "num_inference_steps": 1},
     {"timestep_spacing": "trailing"},
 )
+LCM_AND_EULER = {"lcm": "LCMScheduler", "euler": "EulerDiscreteScheduler"}
+OTHER_SCALE = Variant({"guidance": 1.5}, {"guidance_scale": 1.5})
+LATENTS = np.random.default_rng(5).normal(size=(1, 4, 12, 24)).astype(np.float32) * 2  # of 48x24 pixels
+
+
+def refine(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the refiner, which takes a size from latents: those of the picture, or the seed's noise."""
+    height, width = arguments.pop("height"), arguments.pop("width")
+    if "image" not in arguments:
+        shape = (arguments["num_images_per_prompt"], 4, height // 2, width // 2)
+        noise = torch.randn(shape, generator=arguments["generator"])
+        pipe.scheduler.set_timesteps(arguments["num_inference_steps"])
+        arguments |= {"image": noise, "latents": noise * pipe.scheduler.init_noise_sigma, "strength": 1.0}
+    return arguments
+
+
 EULER_AND_2M = {"euler": "EulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
 CASES = {
     case.kind: case
@@ -107,6 +129,47 @@ CASES = {
                 "clip skip": Variant({"clip_skip": 1}, {"clip_skip": 1}),
             },
         ),
+        Case(
+            "Stable Diffusion XL refiner",
+            "sdxl-refiner",
+            "StableDiffusionXLImg2ImgPipeline",
+            EULER_AND_2M,
+            {
+                "latents to go on from": Variant(
+                    {"latents": LATENTS, "denoising_start": 0.4},
+                    {"image": torch.from_numpy(LATENTS), "denoising_start": 0.4},
+                ),
+                "scores": Variant(
+                    {"aesthetic_score": 9.5, "negative_aesthetic_score": 0},
+                    {"aesthetic_score": 9.5, "negative_aesthetic_score": 0.0},
+                ),
+                "sizes and crop": Variant(
+                    {"original_size": (96, 64), "crop": (8, 0)},
+                    {"original_size": (64, 96), "crops_coords_top_left": (0, 8)},
+                ),
+                "negative sizes": Variant(
+                    {"negative_original_size": (16, 8), "negative_crop": (4, 2)},
+                    {"negative_original_size": (8, 16), "negative_crops_coords_top_left": (2, 4)},
+                ),
+            },
+            adapt=refine,
+        ),
+        Case(
+            "Latent consistency, SD 1.x",
+            "lcm",
+            "StableDiffusionPipeline",
+            LCM_AND_EULER,
+            {"guidance scales": OTHER_SCALE},
+            negative=None,
+        ),
+        Case(
+            "Latent consistency, SDXL",
+            "sdxl-lcm",
+            "StableDiffusionXLPipeline",
+            LCM_AND_EULER,
+            {"guidance scales": OTHER_SCALE},
+            negative=None,
+        ),
     )
 }
 
@@ -128,8 +191,10 @@ class Pair:
 
     def compare(self, sampler: str, size: tuple[int, int], images: int, variant: Variant = PLAIN) -> float:
         """PSNR in dB of the worst picture of both loops."""
-        options = {"width": size[0], "height": size[1], "negative_prompt": NEGATIVE}
-        asked = {"sampler": sampler, "steps": STEPS, "images": images, "seed": SEED, "guidance": GUIDANCE}
+        options: dict[str, Any] = {"width": size[0], "height": size[1]}
+        if self.case.negative:
+            options["negative_prompt"] = self.case.negative
+        asked = {"sampler": sampler, "steps": STEPS, "images": images, "seed": SEED, "guidance": self.case.guidance}
         drawn = [_with(pipe, variant)(PROMPT, **{**options, **asked, **variant.ours}).images for pipe in self.ours]
         expected = self.expect(sampler, options, images, variant)
         assert {pictures.shape for pictures in drawn} == {expected.shape} == {(images, *size[::-1], 3)}
@@ -143,11 +208,10 @@ class Pair:
         """diffusers' pictures."""
         config = {**self.scheduler, **variant.scheduler}
         self.theirs.scheduler = getattr(diffusers, self.case.samplers[sampler]).from_config(config)
-        asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": GUIDANCE}
+        asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": self.case.guidance}
         generator = torch.Generator().manual_seed(SEED)
-        pictures = self.theirs(
-            PROMPT, generator=generator, output_type="np", **{**options, **asked, **variant.theirs}
-        ).images
+        arguments = self.case.adapt(self.theirs, {"generator": generator, **options, **asked, **variant.theirs})
+        pictures = self.theirs(PROMPT, output_type="np", **arguments).images
         return np.round(pictures * 255).astype(np.uint8)
 
 
@@ -199,7 +263,8 @@ def test_the_pictures_are_diffusers(pair: Pair) -> None:
         f"{sampler} {size} {images}": pair.compare(sampler, size, images)
         for sampler, size, images in itertools.product(pair.case.samplers, pair.case.sizes, (1, 3))
     }
-    figures |= {name: pair.compare("euler", pair.case.sizes[1], 1, each) for name, each in pair.case.variants.items()}
+    first, size = next(iter(pair.case.samplers)), pair.case.sizes[1]
+    figures |= {name: pair.compare(first, size, 1, each) for name, each in pair.case.variants.items()}
     print(pair.case.models, {name: round(figure, 1) for name, figure in figures.items()})
     measured = row(pair.case, pair.ours[0].manifest.family, min(figures.values()) >= GATE)
     page = PAGE.read_text(encoding="utf-8")
@@ -214,6 +279,17 @@ def test_the_pictures_are_diffusers(pair: Pair) -> None:
     else:
         assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
     assert min(figures.values()) >= GATE, figures
+
+
+def test_a_latent_consistency_model_in_a_pipeline_of_its_own(tiny: Any) -> None:
+    """diffusers' other pipeline for these models draws what ours draws, too."""
+    theirs = open_theirs(tiny.source("lcm"), "LatentConsistencyModelPipeline")
+    asked = {"num_images_per_prompt": 2, "width": 48, "height": 24, "generator": torch.Generator().manual_seed(SEED)}
+    expected = np.round(theirs(PROMPT, output_type="np", **asked).images * 255)
+    with Pipeline.load(tiny.bundle("lcm"), "onnxruntime") as pipe:
+        drawn = pipe(PROMPT, images=2, width=48, height=24, seed=SEED)
+    assert (drawn.request.sampler, drawn.request.steps, drawn.request.guidance) == ("lcm", 4, 8.5)
+    assert psnr(drawn.images, expected.astype(np.uint8)) >= GATE
 
 
 def test_the_manual_has_every_family() -> None:

@@ -59,6 +59,10 @@ def test_what_is_given_is_kept() -> None:
         "timesteps": (500.0,),
         "sigmas": None,
         "vae_tiling": Tiling(64, 16),
+        "denoising_start": 0.25,
+        "denoising_end": 0.75,
+        "output": "image",
+        "decoder": "full",
     }
     assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys()
     request = create(**options)

@@ -1,0 +1,38 @@
+"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that is told size, crop and an aesthetic score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from latentrt.engines.errors import SourceError
+
+from .base import Part, TokenizerPart
+from .parts import CLIP_TOKENIZERS, UNET, VAE
+from .sdxl import CLIP_TEXT_PROJECTED, StableDiffusionXl
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+
+class StableDiffusionXlRefiner(StableDiffusionXl):
+    """Podell et al. 2023, arXiv 2307.01952, section 2.5."""
+
+    name = "stable-diffusion-xl-refiner"
+    pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+    parts: ClassVar[Mapping[str, Part]] = {"text_encoder_2": CLIP_TEXT_PROJECTED, "unet": UNET, "vae": VAE}
+    tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {
+        "tokenizer_2": TokenizerPart(CLIP_TOKENIZERS, "text_encoder_2")
+    }
+    components: ClassVar[tuple[str, ...]] = ("text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+    time_ids = 5  # height and width of the original, top and left of the crop, the score
+
+    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+        """As of the base; a model of the pipeline that is told no score is refused."""
+        if source.index.get("requires_aesthetics_score") is not True:
+            raise SourceError(
+                f"model_index.json of {source.name}: 'requires_aesthetics_score' is "
+                f"{source.index.get('requires_aesthetics_score', False)!r}, but the refiner of Stable Diffusion XL has "
+                "true; if this is the base model, its '_class_name' is StableDiffusionXLPipeline"
+            )
+        return super().settings(source)

@@ -1,0 +1,59 @@
+"""One picture by two models: the base takes it to a point of the run, and its refiner goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from latentrt.engines.errors import InvalidRequestError
+
+from .families import family_of
+from .manifest import Manifest
+from .request import FAMILY_OPTIONS, Request
+
+HAND_OVER = 0.8
+"""Where a refiner goes on unless told otherwise: it was trained on the last fifth of the noise levels."""
+
+
+def hand_over_options(
+    base: Manifest, refiner: Manifest, prompt: str, options: Mapping[str, Any], hand_over: float = HAND_OVER
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the two requests that draw one picture, both checked before anything is computed.
+
+    Both have the same sampler and steps. The refiner's default guidance is its own; noise that its sampler draws is
+    that of the next seed, so that it is not once more the noise that the picture began with. Options that only one of
+    the two families has are that family's.
+
+    Args:
+        base: Manifest of the base model.
+        refiner: Manifest of the refiner.
+        prompt: What to draw.
+        options: Of the request, as for :meth:`latentrt.runtime.Pipeline.__call__`.
+        hand_over: Fraction of the trained timesteps that are the base's, above 0 and below 1.
+
+    Returns:
+        Options for the base, and for the refiner, which takes the ``latents`` of the base's result as well.
+
+    Raises:
+        InvalidRequestError: if either model cannot do what is asked, or the refiner cannot go on from the base.
+    """
+    if base.latent != refiner.latent:
+        raise InvalidRequestError(
+            f"the latents of {base.source.name} and of {refiner.source.name} differ in number or scale; "
+            "give a refiner that was made for this model"
+        )
+    families = family_of(base), family_of(refiner)
+    own, other = (
+        {k: v for k, v in options.items() if k not in FAMILY_OPTIONS or k in family.options} for family in families
+    )
+    neither = families[0].options | families[1].options
+    unknown = {k: v for k, v in options.items() if v is not None and k in FAMILY_OPTIONS and k not in neither}
+    own |= {**unknown, "denoising_end": hand_over, "output": "latent", "decoder": None}
+    first = Request.create(base, prompt, **own)
+    first.compile_plan(base.scheduler)
+    usual = {"sampler": first.sampler, "width": first.width, "height": first.height, "images": first.images}
+    if first.timesteps is None and first.sigmas is None:
+        usual["steps"] = first.steps
+    other |= {**usual, "seed": (first.seed + 1) % 2**64, "denoising_start": hand_over}
+    Request.create(refiner, prompt, **other).compile_plan(refiner.scheduler)
+    return {**own, "seed": first.seed}, other
