@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import PREDICTION_TYPES
-from latentrt.runtime.samplers import compile_plan, default_sampler
+from latentrt.runtime.samplers import default_sampler
 
 from .families import PIPELINES, Family
+from .tokenizers import KINDS, read_tokenizer
 
 _PICKLED = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 _MAX_JSON = 16 * 2**20
@@ -83,7 +84,7 @@ class Source:
         pipeline = index.get("_class_name")
         if not isinstance(pipeline, str) or pipeline not in PIPELINES:
             raise SourceError(f"{path.name} is a {pipeline!r}; supported pipelines: {', '.join(PIPELINES)}")
-        family = PIPELINES[pipeline]
+        family = PIPELINES[pipeline].variant(index)
         classes = {name: part.classes for name, part in family.parts.items()}
         classes |= {name: tokenizer.classes for name, tokenizer in family.tokenizers.items()}
         for name, expected in classes.items():
@@ -95,7 +96,7 @@ class Source:
         for name, config in configs.items():
             _check_bounds(config, f"{name}/config.json")
         family.check(configs)
-        scheduler = _scheduler(path)
+        scheduler = _scheduler(path, family)
         weights = [file for name, part in family.parts.items() for file in weight_files(path / name, part.stem)]
         for file in weights:
             with _opened(file):
@@ -126,25 +127,16 @@ class Source:
             _assign(module, tensors, name)
         return module.eval().requires_grad_(False)
 
-    def load_tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
+    def load_tokenizer(self, name: str = "tokenizer") -> PreTrainedTokenizerBase:
         """Build a tokenizer from its vocabulary files.
 
         Raises:
             SourceError: if a file is missing or damaged, or the text encoder does not know all of its tokens.
         """
-        directory, label = self.path / name, f"the {name} of {self.path.name}"
-        kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-        if not any(all((directory / name).is_file() for name in names) for names in kinds):
-            # Without them transformers makes a tokenizer that knows no words.
-            raise SourceError(
-                f"{label} is incomplete: {name}/ has neither tokenizer.json nor vocab.json with merges.txt"
-            )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            highest = max(tokenizer.get_vocab().values())
-        except Exception as error:
-            raise SourceError(f"{label} cannot be read: {_first_line(error)}") from error
-        rows = int(self.configs[self.family.tokenizers[name].encoder].get("vocab_size", 49408))
+        part, label = self.family.tokenizers[name], f"the {name} of {self.path.name}"
+        tokenizer = read_tokenizer(self.path / name, part.kind, label)
+        highest = max(tokenizer.get_vocab().values())
+        rows = int(self.configs[part.encoder].get("vocab_size", KINDS[part.kind].rows))
         if highest >= rows:
             raise SourceError(f"{label} has token ids up to {highest}, its text encoder only {rows} tokens")
         if tokenizer.pad_token_id is None:
@@ -287,12 +279,12 @@ def _check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None
             raise SourceError(f"{where}: {key!r} is {value}, which no model has (at most {limit})")
 
 
-def _scheduler(path: Path) -> dict[str, Any]:
+def _scheduler(path: Path, family: Family) -> dict[str, Any]:
     """Read the scheduler's configuration; refuse an unknown class, and values from which no sampler can be compiled."""
     config = read_json(path / "scheduler" / "scheduler_config.json", "the scheduler is missing")
     if config.get("lambda_min_clipped") == -math.inf:  # "no bound", which JSON proper cannot say
         del config["lambda_min_clipped"]
-    prediction = config.get("prediction_type", "epsilon")
+    prediction = config.get("prediction_type", family.prediction)
     if prediction not in PREDICTION_TYPES:
         raise SourceError(
             f"scheduler/scheduler_config.json: 'prediction_type' is {prediction!r}, "
@@ -300,7 +292,7 @@ def _scheduler(path: Path) -> dict[str, Any]:
         )
     try:
         json.dumps(config, allow_nan=False)
-        compile_plan(default_sampler(config), config, steps=_PROBE_STEPS)
+        family.compile_plan(config, default_sampler(config), _PROBE_STEPS)
     except (InvalidRequestError, ValueError, RecursionError) as error:  # the source's fault, not the caller's
         raise SourceError(f"scheduler/scheduler_config.json: {_first_line(error)}") from error
     return config

@@ -310,7 +310,7 @@ class Pipeline:
         self._require_open()
         request = Request.create(self.manifest, prompt, **self._sized(options))
         start = time.perf_counter()
-        plan = request.compile_plan(self.manifest.scheduler)
+        plan = self.family.plan(request)
         planned = time.perf_counter()
         texts = self.family.texts(request, self.tokenizers)
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)

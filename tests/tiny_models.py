@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "emoji" / "tokenizer"
 BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,14 +52,60 @@ def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, 
     return kind(config).eval()
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
         sample_size=32,
+        **settings,
     ).eval()
+
+
+def _shifted_vae() -> AutoencoderKL:
+    """As SD3 and FLUX have it: more channels, a shift, and nothing between moments and latents."""
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return _vae(latent_channels=8, scaling_factor=1.5, shift_factor=0.06, **bare)
+
+
+def write_spiece(path: Path) -> Path:
+    """Train a small sentencepiece model with T5's ids and normalisation into ``path``/spiece.model."""
+    path.mkdir(parents=True, exist_ok=True)
+    captions = json.loads((TOKENIZER / "vocab.json").read_text(encoding="utf-8"))
+    words = [word.removesuffix("</w>") for word in captions if word.isascii() and "<|" not in word]
+    letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x17F), 0x4E00, 0x4E01, 0x1F34E, 0x2019)]
+    text = [" ".join(words[start : start + 9]) for start in range(0, len(words), 5)] + [" ".join(letters)] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 3),
+        model_prefix=str(path / "spiece"),
+        vocab_size=700,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (path / "spiece.vocab").unlink()
+    return path
+
+
+def _t5(folder: Path, width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    tokenizer = T5Tokenizer.from_pretrained(write_spiece(folder))
+    config = T5Config(
+        vocab_size=len(tokenizer) + 28,  # more rows than tokens, as T5 has them
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval(), tokenizer
 
 
 def stable_diffusion(path: Path, *, modern: bool) -> None:
@@ -116,10 +177,81 @@ def stable_diffusion_xl(path: Path) -> None:
     ).save_pretrained(path, safe_serialization=True)
 
 
+def stable_diffusion_3(path: Path, *, modern: bool) -> None:
+    """SD3 without T5. ``modern`` is SD3.5: with T5, normalised queries and keys, and a block of dual attention."""
+    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(2))
+    tokenizer_2.pad_token = tokenizer_2.convert_ids_to_tokens(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=32,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm" if modern else None,
+        dual_attention_layers=(0,) if modern else (),
+    )
+    _enliven(transformer)
+    text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if modern else (None, None)
+    StableDiffusion3Pipeline(
+        text_encoder=_clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16),
+        text_encoder_2=_clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24),
+        text_encoder_3=text_3,
+        transformer=transformer.eval(),
+        vae=_shifted_vae(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        tokenizer_3=tokenizer_3,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(path, safe_serialization=True)
+
+
+def flux(path: Path, *, schnell: bool) -> None:
+    """FLUX.1 dev: guidance as an input, a schedule shifted by the size. ``schnell`` has neither."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    transformer = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        pooled_projection_dim=32,
+        guidance_embeds=not schnell,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _enliven(transformer)
+    text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
+    FluxPipeline(
+        text_encoder=_clip(tokenizer),
+        text_encoder_2=text_2,
+        transformer=transformer.eval(),
+        vae=_shifted_vae(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell),
+    ).save_pretrained(path, safe_serialization=True)
+
+
+def _enliven(transformer: Any) -> None:
+    """Give a transformer modulations that are not nearly nothing, or texts and time would hardly change a picture."""
+    for name, weight in transformer.named_parameters():
+        if ("norm" in name and "linear" in name) or ("embedder" in name and weight.ndim == 2):
+            weight.data *= 4
+
+
 WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sd1": lambda path: stable_diffusion(path, modern=False),
     "sd2": lambda path: stable_diffusion(path, modern=True),
     "sdxl": stable_diffusion_xl,
+    "sd3": lambda path: stable_diffusion_3(path, modern=False),
+    "sd35": lambda path: stable_diffusion_3(path, modern=True),
+    "flux-dev": lambda path: flux(path, schnell=False),
+    "flux-schnell": lambda path: flux(path, schnell=True),
 }
 
 

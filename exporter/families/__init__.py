@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .base import Family as Family
+from .flux import Flux
+from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXl
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (StableDiffusion(), StableDiffusionXl())}
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (StableDiffusion(), StableDiffusionXl(), StableDiffusion3(), Flux())
+}
 """Families by the name that a manifest has."""
 
 PIPELINES: Mapping[str, Family] = {pipeline: family for family in FAMILIES.values() for pipeline in family.pipelines}

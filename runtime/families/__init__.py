@@ -9,10 +9,14 @@ from latentrt.engines.errors import BundleError, InvalidRequestError
 from ..manifest import Manifest
 from .base import Family as Family
 from .base import Text as Text
+from .flux import Flux
+from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXl
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (StableDiffusion, StableDiffusionXl)}
+FAMILIES: Mapping[str, type[Family]] = {
+    family.name: family for family in (StableDiffusion, StableDiffusionXl, StableDiffusion3, Flux)
+}
 """Families by the name that a manifest has."""
 
 

@@ -17,6 +17,8 @@ from latentrt.runtime.request import FAMILY_OPTIONS, Request
 SETTINGS: dict[str, dict[str, Any]] = {
     "stable-diffusion": {"guidance": "classifier-free"},
     "stable-diffusion-xl": {"guidance": "classifier-free", "force_zeros_for_empty_prompt": True},
+    "stable-diffusion-3": {"guidance": "classifier-free", "t5": True, "patch": 2, "largest_side": 1536},
+    "flux": {"guidance": "embedded", "patch": 2},
 }
 INPUTS = (
     TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 80)),
@@ -44,7 +46,7 @@ class Letters:
 
     max_length = 6
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str, max_length: int | None = None) -> Any:
         return np.array([ord(letter) for letter in text.ljust(6)[:6]], np.int64)
 
     def count(self, text: str) -> int:
@@ -90,21 +92,21 @@ def test_settings_of_another_family(settings: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("option", "value", "owners"),
     [
-        *({name: "a"} for name in ("prompt_2", "negative_prompt_2")),
-        *({name: (8, 8)} for name in FAMILY_OPTIONS if "prompt" not in name),
+        ("prompt_2", "a", "stable-diffusion-xl and stable-diffusion-3 and flux"),
+        ("negative_prompt_2", "a", "stable-diffusion-xl and stable-diffusion-3"),
+        ("prompt_3", "a", "stable-diffusion-3"),
+        ("negative_prompt_3", "a", "stable-diffusion-3"),
+        ("max_sequence_length", 8, "stable-diffusion-3 and flux"),
+        *((name, (8, 8), "stable-diffusion-xl") for name in FAMILY_OPTIONS if name.endswith(("size", "crop"))),
     ],
-    ids=lambda options: next(iter(options)),
 )
-def test_an_option_of_another_family(options: dict[str, Any]) -> None:
+def test_an_option_of_another_family(option: str, value: Any, owners: str) -> None:
     """The sentence names the option and who has it."""
-    (name,) = options
     with pytest.raises(InvalidRequestError) as caught:
-        request("stable-diffusion", **options)
-    assert str(caught.value) == (
-        f"models of the family stable-diffusion have no {name}, only stable-diffusion-xl; leave it out"
-    )
+        request("stable-diffusion", **{option: value})
+    assert str(caught.value) == f"models of the family stable-diffusion have no {option}, only {owners}; leave it out"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ class Case:
         samplers: Our names, and diffusers' scheduler classes.
         variants: By what the table calls them.
         sizes: Widths and heights.
+        guidance: Scale of guidance.
+        negative: What to steer away from; None for a family that cannot.
+        solver: What diffusers' solvers of other models must be told to run this one.
     """
 
     models: str
@@ -66,6 +69,9 @@ class Case:
     samplers: Mapping[str, str]
     variants: Mapping[str, Variant] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 24))
+    guidance: float = GUIDANCE
+    negative: str | None = NEGATIVE
+    solver: Options = field(default_factory=dict)
 
 
 PLAIN = Variant({}, {})
@@ -75,6 +81,15 @@ TURBO = Variant(
     {"timestep_spacing": "trailing"},
 )
 EULER_AND_2M = {"euler": "EulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
+FLOW_EULER_AND_2M = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
+FLOW_AND_HEUN = {**FLOW_EULER_AND_2M, "flow-heun": "FlowMatchHeunDiscreteScheduler"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# The pipeline hands every scheduler a shift, which solvers refuse where they are not told to shift.
+UNSHIFTED = {**FLOW, "use_dynamic_shifting": True, "base_shift": 0.0, "max_shift": 0.0}
+SHORT = Variant({"max_sequence_length": 40}, {"max_sequence_length": 40})
+SECOND = Variant({"prompt_2": "a rocket"}, {"prompt_2": "a rocket"})
+CLIP_SKIP = Variant({"clip_skip": 1}, {"clip_skip": 1})
+NO_GUIDANCE = Variant({"guidance": 1.0}, {"guidance_scale": 0.0})
 CASES = {
     case.kind: case
     for case in (
@@ -104,8 +119,53 @@ CASES = {
                         "negative_target_size": (16, 24),
                     },
                 ),
-                "clip skip": Variant({"clip_skip": 1}, {"clip_skip": 1}),
+                "clip skip": CLIP_SKIP,
             },
+        ),
+        Case(
+            "Stable Diffusion 3, without T5",
+            "sd3",
+            "StableDiffusion3Pipeline",
+            FLOW_AND_HEUN,
+            {"clip skip": CLIP_SKIP, "text lengths": SHORT},
+            solver={**FLOW, "flow_shift": 3.0},
+        ),
+        Case(
+            "Stable Diffusion 3.5",
+            "sd35",
+            "StableDiffusion3Pipeline",
+            FLOW_EULER_AND_2M,
+            {
+                "prompts for each encoder": Variant(
+                    *[{"prompt_2": "a rocket", "prompt_3": "two cats", "negative_prompt_3": "a dog"}] * 2
+                ),
+                "text lengths": SHORT,
+                "no guidance": NO_GUIDANCE,
+            },
+            solver={**FLOW, "flow_shift": 3.0},
+        ),
+        Case(
+            "FLUX.1 dev",
+            "flux-dev",
+            "FluxPipeline",
+            FLOW_EULER_AND_2M,
+            {
+                "guidance scales": Variant({"guidance": 1.0}, {"guidance_scale": 1.0}),
+                "second prompts": SECOND,
+                "text lengths": SHORT,
+            },
+            negative=None,
+            solver=FLOW,
+        ),
+        Case(
+            "FLUX.1 schnell",
+            "flux-schnell",
+            "FluxPipeline",
+            FLOW_EULER_AND_2M,
+            {"text lengths": SHORT},
+            guidance=1.0,
+            negative=None,
+            solver=UNSHIFTED,
         ),
     )
 }
@@ -128,8 +188,10 @@ class Pair:
 
     def compare(self, sampler: str, size: tuple[int, int], images: int, variant: Variant = PLAIN) -> float:
         """PSNR in dB of the worst picture of both loops."""
-        options = {"width": size[0], "height": size[1], "negative_prompt": NEGATIVE}
-        asked = {"sampler": sampler, "steps": STEPS, "images": images, "seed": SEED, "guidance": GUIDANCE}
+        options: dict[str, Any] = {"width": size[0], "height": size[1]}
+        if self.case.negative:
+            options["negative_prompt"] = self.case.negative
+        asked = {"sampler": sampler, "steps": STEPS, "images": images, "seed": SEED, "guidance": self.case.guidance}
         drawn = [_with(pipe, variant)(PROMPT, **{**options, **asked, **variant.ours}).images for pipe in self.ours]
         expected = self.expect(sampler, options, images, variant)
         assert {pictures.shape for pictures in drawn} == {expected.shape} == {(images, *size[::-1], 3)}
@@ -141,9 +203,10 @@ class Pair:
 
     def expect(self, sampler: str, options: Options, images: int, variant: Variant) -> NDArray[np.uint8]:
         """diffusers' pictures."""
-        config = {**self.scheduler, **variant.scheduler}
-        self.theirs.scheduler = getattr(diffusers, self.case.samplers[sampler]).from_config(config)
-        asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": GUIDANCE}
+        name = self.case.samplers[sampler]
+        config = {**self.scheduler, **variant.scheduler, **({} if name.startswith("Flow") else self.case.solver)}
+        self.theirs.scheduler = getattr(diffusers, name).from_config(config)
+        asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": self.case.guidance}
         generator = torch.Generator().manual_seed(SEED)
         pictures = self.theirs(
             PROMPT, generator=generator, output_type="np", **{**options, **asked, **variant.theirs}
@@ -199,7 +262,8 @@ def test_the_pictures_are_diffusers(pair: Pair) -> None:
         f"{sampler} {size} {images}": pair.compare(sampler, size, images)
         for sampler, size, images in itertools.product(pair.case.samplers, pair.case.sizes, (1, 3))
     }
-    figures |= {name: pair.compare("euler", pair.case.sizes[1], 1, each) for name, each in pair.case.variants.items()}
+    first, size = next(iter(pair.case.samplers)), pair.case.sizes[1]
+    figures |= {name: pair.compare(first, size, 1, each) for name, each in pair.case.variants.items()}
     print(pair.case.models, {name: round(figure, 1) for name, figure in figures.items()})
     measured = row(pair.case, pair.ours[0].manifest.family, min(figures.values()) >= GATE)
     page = PAGE.read_text(encoding="utf-8")
