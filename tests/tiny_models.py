@@ -72,8 +72,8 @@ def _shifted_vae() -> AutoencoderKL:
 def write_spiece(path: Path) -> Path:
     """Train a small sentencepiece model with T5's ids and normalisation into ``path``/spiece.model."""
     path.mkdir(parents=True, exist_ok=True)
-    captions = json.loads((TOKENIZER / "vocab.json").read_text(encoding="utf-8"))
-    words = [word.removesuffix("</w>") for word in captions if word.isascii() and "<|" not in word]
+    vocabulary = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    words = [word.removesuffix("</w>") for word in vocabulary if word.isascii() and "<|" not in word]
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x17F), 0x4E00, 0x4E01, 0x1F34E, 0x2019)]
     text = [" ".join(words[start : start + 9]) for start in range(0, len(words), 5)] + [" ".join(letters)] * 9
     sentencepiece.SentencePieceTrainer.train(
@@ -195,7 +195,7 @@ def stable_diffusion_3(path: Path, *, modern: bool) -> None:
         qk_norm="rms_norm" if modern else None,
         dual_attention_layers=(0,) if modern else (),
     )
-    _enliven(transformer)
+    _enliven(transformer, 4.0 if modern else 2.0)  # or without norms of queries and keys rounding would show
     text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if modern else (None, None)
     StableDiffusion3Pipeline(
         text_encoder=_clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16),
@@ -237,11 +237,13 @@ def flux(path: Path, *, schnell: bool) -> None:
     ).save_pretrained(path, safe_serialization=True)
 
 
-def _enliven(transformer: Any) -> None:
-    """Give a transformer modulations that are not nearly nothing, or texts and time would hardly change a picture."""
+def _enliven(transformer: Any, modulation: float = 4.0) -> None:
+    """Sharpen attention and strengthen modulations, or texts and time would hardly change a picture."""
     for name, weight in transformer.named_parameters():
         if ("norm" in name and "linear" in name) or ("embedder" in name and weight.ndim == 2):
-            weight.data *= 4
+            weight.data *= modulation
+        elif any(part in name for part in ("norm_q", "norm_k", "norm_added", "add_v_proj.weight")):
+            weight.data *= 3
 
 
 WRITERS: Mapping[str, Callable[[Path], None]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -162,7 +163,7 @@ CASES = {
             "flux-schnell",
             "FluxPipeline",
             FLOW_EULER_AND_2M,
-            {"text lengths": SHORT},
+            {"text lengths": SHORT, "second prompts": SECOND},
             guidance=1.0,
             negative=None,
             solver=UNSHIFTED,
@@ -226,7 +227,11 @@ def _with(pipe: Pipeline, variant: Variant) -> Pipeline:
 @functools.cache
 def open_theirs(path: Path, pipeline: str) -> Any:
     """diffusers' pipeline in fp32."""
-    pipe = getattr(diffusers, pipeline).from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which it wants to be told
+    pipe = getattr(diffusers, pipeline).from_pretrained(
+        path, torch_dtype=torch.float32, local_files_only=True, **absent
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
