@@ -177,8 +177,9 @@ def stable_diffusion_xl(path: Path) -> None:
     ).save_pretrained(path, safe_serialization=True)
 
 
-def stable_diffusion_3(path: Path, *, modern: bool) -> None:
-    """SD3 without T5. ``modern`` is SD3.5: with T5, normalised queries and keys, and a block of dual attention."""
+def stable_diffusion_3(path: Path, *, t5: bool) -> None:
+    """SD3.5: normalised queries and keys, and a block of dual attention. Without T5 all other weights are the same."""
+    vae = _shifted_vae()
     tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(2))
     tokenizer_2.pad_token = tokenizer_2.convert_ids_to_tokens(0)
     transformer = SD3Transformer2DModel(
@@ -192,17 +193,19 @@ def stable_diffusion_3(path: Path, *, modern: bool) -> None:
         caption_projection_dim=32,
         pooled_projection_dim=16 + 24,
         pos_embed_max_size=32,
-        qk_norm="rms_norm" if modern else None,
-        dual_attention_layers=(0,) if modern else (),
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
     )
-    _enliven(transformer, 4.0 if modern else 2.0)  # or without norms of queries and keys rounding would show
-    text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if modern else (None, None)
+    _enliven(transformer)
+    text = _clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16)
+    text_2 = _clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24)
+    text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if t5 else (None, None)
     StableDiffusion3Pipeline(
-        text_encoder=_clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16),
-        text_encoder_2=_clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24),
+        text_encoder=text,
+        text_encoder_2=text_2,
         text_encoder_3=text_3,
         transformer=transformer.eval(),
-        vae=_shifted_vae(),
+        vae=vae,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         tokenizer_3=tokenizer_3,
@@ -211,12 +214,18 @@ def stable_diffusion_3(path: Path, *, modern: bool) -> None:
 
 
 def flux(path: Path, *, schnell: bool) -> None:
-    """FLUX.1 dev: guidance as an input, a schedule shifted by the size. ``schnell`` has neither."""
+    """FLUX.1 dev: guidance as an input, a schedule shifted by the size. ``schnell`` has neither; all else is dev's.
+
+    The VAE is that of :func:`stable_diffusion_3`.
+    """
+    vae = _shifted_vae()
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    text = _clip(tokenizer)
+    text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
     transformer = FluxTransformer2DModel(
         in_channels=32,
         num_layers=1,
-        num_single_layers=2,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=48,
@@ -225,23 +234,22 @@ def flux(path: Path, *, schnell: bool) -> None:
         axes_dims_rope=(4, 6, 6),
     )
     _enliven(transformer)
-    text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
     FluxPipeline(
-        text_encoder=_clip(tokenizer),
+        text_encoder=text,
         text_encoder_2=text_2,
         transformer=transformer.eval(),
-        vae=_shifted_vae(),
+        vae=vae,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell),
     ).save_pretrained(path, safe_serialization=True)
 
 
-def _enliven(transformer: Any, modulation: float = 4.0) -> None:
+def _enliven(transformer: Any) -> None:
     """Sharpen attention and strengthen modulations, or texts and time would hardly change a picture."""
     for name, weight in transformer.named_parameters():
         if ("norm" in name and "linear" in name) or ("embedder" in name and weight.ndim == 2):
-            weight.data *= modulation
+            weight.data *= 4
         elif any(part in name for part in ("norm_q", "norm_k", "norm_added", "add_v_proj.weight")):
             weight.data *= 3
 
@@ -250,11 +258,19 @@ WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sd1": lambda path: stable_diffusion(path, modern=False),
     "sd2": lambda path: stable_diffusion(path, modern=True),
     "sdxl": stable_diffusion_xl,
-    "sd3": lambda path: stable_diffusion_3(path, modern=False),
-    "sd35": lambda path: stable_diffusion_3(path, modern=True),
+    "sd3": lambda path: stable_diffusion_3(path, t5=False),
+    "sd35": lambda path: stable_diffusion_3(path, t5=True),
     "flux-dev": lambda path: flux(path, schnell=False),
     "flux-schnell": lambda path: flux(path, schnell=True),
 }
+
+_VAE_PARTS = ("vae_decoder", "vae_encoder")
+LENDERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "sd3": ("sd35", ("text_encoder", "text_encoder_2", "transformer", *_VAE_PARTS)),
+    "flux-dev": ("sd35", _VAE_PARTS),
+    "flux-schnell": ("flux-dev", ("text_encoder", "text_encoder_2", *_VAE_PARTS)),
+}
+"""Components that are those of another kind, weight for weight, so that they need not be exported again."""
 
 
 def write(path: Path, kind: str, seed: int = 0) -> Path:

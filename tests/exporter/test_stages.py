@@ -55,7 +55,7 @@ class Staged:
     folder: Path
 
 
-@pytest.fixture(params=["sdxl", "sd3", "sd35", "flux-dev"])
+@pytest.fixture(params=["sdxl", "sd35", "flux-dev"])
 def staged(request: pytest.FixtureRequest, tiny: Any) -> Staged:
     """Those of a tiny bundle."""
     bundle, source = Bundle.open(tiny.bundle(request.param)), Source.open(tiny.source(request.param))
