@@ -1,6 +1,6 @@
 """Write a Stable Diffusion checkpoint of random weights: the sizes of the real one, and none of its licence.
 
-    python -m latentrt.benchmarks.checkpoint DIRECTORY [--size sd15|tiny] [--tokenizer DIRECTORY] [--seed S]
+    python -m latentrt.benchmarks.checkpoint DIRECTORY [--kind sd|sdxl|sd3] [--size SIZE] [--tokenizer DIRECTORY] [--seed S]
 
 What comes out is a diffusers directory that ``latentrt build-engine`` and other runtimes take. Its pictures are noise;
 its latency and memory are those of a trained model.
@@ -9,12 +9,17 @@ its latency and memory are those of a trained model.
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .build_sd15_unet import CONFIGS
+from .checkpoint_sd3 import SIZES as SD3_SIZES
+from .checkpoint_sd3 import write_sd3
+from .checkpoint_sdxl import SIZES as SDXL_SIZES
+from .checkpoint_sdxl import write_sdxl
 
 # https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5: text_encoder/config.json, vae/config.json and
 # scheduler/scheduler_config.json.
@@ -81,13 +86,22 @@ def write_checkpoint(directory: Path, size: str, tokenizer: Path, seed: int = 0)
     pipeline.save_pretrained(directory, safe_serialization=True)
 
 
+SIZES = {"sd": tuple(CONFIGS), "sdxl": SDXL_SIZES, "sd3": SD3_SIZES}
+"""Sizes by kind, the real one first."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m latentrt.benchmarks.checkpoint", description=__doc__.split("\n")[0]
     )
     parser.add_argument("directory", type=Path, help="an empty or a new directory")
-    parser.add_argument("--size", choices=CONFIGS, default="sd15")
+    parser.add_argument(
+        "--kind", choices=SIZES, default="sd", help="Stable Diffusion 1.5 in fp32, XL or 3.5 medium in fp16"
+    )
+    parser.add_argument(
+        "--size", metavar="SIZE", help=", ".join(f"of {kind} {' or '.join(sizes)}" for kind, sizes in SIZES.items())
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -100,7 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.directory} is not empty; name an empty or a new directory")
     if not arguments.tokenizer.is_dir():
         parser.error(f"{arguments.tokenizer} is not there; name the directory of a CLIP tokenizer with --tokenizer")
-    write_checkpoint(arguments.directory, arguments.size, arguments.tokenizer, arguments.seed)
+    size = arguments.size or SIZES[arguments.kind][0]
+    if size not in SIZES[arguments.kind]:
+        parser.error(f"the size {size!r} is unknown; {arguments.kind} has {', '.join(SIZES[arguments.kind])}")
+    writers = {"sd": write_checkpoint, "sdxl": write_sdxl, "sd3": write_sd3}
+    writers[arguments.kind](arguments.directory, size, arguments.tokenizer, arguments.seed)
+    written = sum(file.stat().st_size for file in arguments.directory.rglob("*") if file.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{arguments.directory}: {written / 1e9:.2f} GB written, {peak / 1e9:.2f} GB of memory at the peak")
     return 0
 
 

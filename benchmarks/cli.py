@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt.cuda import cuda_devices
@@ -110,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     contenders = chosen(arguments.contenders) if arguments.contenders else fitting(bundle, job.device)
     if not contenders:
         raise EngineUnavailableError("no engine can run this bundle here; `latentrt doctor` says why")
+    terminated = signal.getsignal(signal.SIGTERM)
     assembly = Assembly(bundle, job, settings, machine, folder, extrapolate=arguments.extrapolate, built=built)
     contest = Contest(
         job,
@@ -121,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         save=lambda: assembly.save(contest, ended="the run was still going on", pages=False),
     )
     try:
+        signal.signal(signal.SIGTERM, _terminate)  # as from `kill`, or whoever stops a container
         contest.run()
         if not arguments.no_ceilings:
             tell("measuring what this machine can do at most")
@@ -129,10 +133,12 @@ def run(arguments: argparse.Namespace) -> int:
             tell(f"MLPerf {scenario}")
             assembly.run_loadgen(contest, scenario, arguments.loadgen_seconds)
             assembly.save(contest, ended="the run was still going on", pages=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         assembly.save(contest, ended="the run was interrupted")
         tell(f"what was measured until then is in {folder / 'report.json'}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
     report = assembly.save(contest)
     if arguments.json:
         print_json(report)
@@ -140,6 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{(folder / 'report.md').read_text(encoding='utf-8')}")
         print(f"reports: {folder / 'report.html'}, report.md and report.json beside it")
     return 0
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def fitting(bundle: Bundle, device: str) -> list[Contender]:

@@ -33,8 +33,9 @@ class OnnxRuntimeOptions:
 
     Attributes:
         threads: Threads inside an operator; 0 leaves the choice to ONNX Runtime (one a physical core).
-        spinning: Let idle threads spin for the next operator: faster for a single picture, wasteful where several
-            sessions share the processor.
+        spinning: Let idle threads spin for the next operator while a run lasts: faster for a single picture, wasteful
+            where several requests share the processor. After a run they sleep: every session has threads of its own,
+            and those of the text encoder would otherwise take processors from the first steps.
         arena: Keep memory between runs in an arena, which grows to the largest request that was served and never
             shrinks. Without it a run is slower, and a process gives memory back.
     """
@@ -73,6 +74,7 @@ class OnnxRuntimeEngine(BaseEngine):
         settings.intra_op_num_threads = self.options.threads
         settings.enable_cpu_mem_arena = self.options.arena
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.options.spinning else "0")
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
         # Otherwise its kernels for 8 bits add products up in 16 bits where a processor lacks VNNI, and that overflows.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         with translated(f"{self.label} could not load {self.path.name}"):

@@ -22,11 +22,13 @@ from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, default_sampler
 
+from .adoption import adopt
 from .calibration import Calibration
 from .construction import Construction, picture_key
+from .graph_folders import GraphFolders
 from .progress import Reporter, Silent
 from .reduce import Quantization
-from .source import Source
+from .source import Reading, Source
 from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
 
 _TOOLS = ("latentrt", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -40,7 +42,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        source: A diffusers directory.
+        source: A diffusers directory, a single-file checkpoint, or the name of a model on a hub.
         output: The bundle's directory; a bundle that is there already is replaced, or extended if it comes from the
             same source.
         engines: Engines to build for, keys of :data:`latentrt.exporter.targets.TARGETS`.
@@ -56,6 +58,7 @@ class BuildRequest:
         calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
         quantization: How the layers are chosen that are computed in 8 bits.
         accept_quality: Keep a reduced precision whose pictures are below the gate.
+        reading: What the source does not say itself.
     """
 
     source: Path
@@ -71,6 +74,7 @@ class BuildRequest:
     calibration: Calibration = field(default_factory=Calibration)
     quantization: Quantization = field(default_factory=Quantization)
     accept_quality: bool = False
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if not self.engines:
@@ -137,7 +141,12 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     """
     start = time.perf_counter()
     reporter = reporter or Silent()
-    source = Source.open(request.source)
+    source = Source.open(request.source, request.reading)
+    if source.notes:
+        reporter.stage(source.name)
+        reporter.result("; ".join(source.notes))
+    if isinstance(source.weights, GraphFolders):
+        return _adopt(request, source, source.weights, reporter, start)
     sdks = {name: load_sdk(name) for name in dict.fromkeys(request.engines) if name in SDK_MODULES}
     for sdk in sdks.values():
         build_target(sdk, request.options)
@@ -158,6 +167,31 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     return BuildReport(bundle.path, exported, quality, engines, time.perf_counter() - start)
 
 
+def _adopt(
+    request: BuildRequest, source: Source, folders: GraphFolders, reporter: Reporter, start: float
+) -> BuildReport:
+    """Take over graphs that were exported elsewhere."""
+    if compiled := [engine for engine in request.engines if engine in SDK_MODULES]:
+        raise InvalidRequestError(
+            f"{source.name} holds graphs that were exported elsewhere, of which no plans for {compiled[0]} are built; "
+            "build from the model's weights"
+        )
+    defaults = _defaults(request, source)
+    source.family.compile_plan(source.scheduler, defaults.sampler, defaults.steps)
+    bundle, taken = adopt(
+        source,
+        folders,
+        request.output,
+        precision=request.precision,
+        defaults=defaults,
+        tools=tool_versions(("latentrt", "onnx")),
+        write_tokenizer=lambda name, directory: _write_tokenizer(source, name, directory),
+        try_out=request.verify,
+        reporter=reporter,
+    )
+    return BuildReport(bundle.path, taken, {}, (), time.perf_counter() - start)
+
+
 def _to_compile(bundle: Bundle) -> list[str]:
     """Components that a compiled engine is of use for: of a denoiser its stages rather than the whole."""
     family = family_of(bundle.manifest)
@@ -165,9 +199,9 @@ def _to_compile(bundle: Bundle) -> list[str]:
     return [name for name in bundle.manifest.components if not (split and name == family.denoiser)]
 
 
-def tool_versions() -> dict[str, str]:
+def tool_versions(tools: Sequence[str] = _TOOLS) -> dict[str, str]:
     """Versions of what decides an export."""
-    return {"python": platform.python_version(), **{tool: importlib.metadata.version(tool) for tool in _TOOLS}}
+    return {"python": platform.python_version(), **{tool: importlib.metadata.version(tool) for tool in tools}}
 
 
 def _export(

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
@@ -23,6 +22,7 @@ from latentrt.runtime.manifest import Graph
 from .components import Component
 from .passes.borders import float_borders
 from .targets import Form
+from .type_check import check_graph
 
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Weights above this many bytes go to a file of their own: a protobuf message ends at 2 GiB."""
@@ -77,7 +77,9 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
         raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
     _name_dimensions(program.model, component)
     float_borders(program.model.graph)
-    ShapeInferencePass(data_prop=True)(program.model)  # the exporter leaves the shapes inside decomposed operators out
+    with _quiet():  # what cannot be inferred is told by the check below
+        # The exporter leaves the shapes inside decomposed operators out.
+        ShapeInferencePass(data_prop=True)(program.model)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces of this machine are no part of a model
     program.model.metadata_props.clear()
@@ -140,21 +142,6 @@ def _name_dimensions(model: ir.Model, component: Component) -> None:
                 else length
                 for length in value.shape
             )
-
-
-def check_graph(path: Path, label: str) -> None:
-    """Type-check a graph strictly, as a strongly typed engine will.
-
-    Raises:
-        ExportError: naming the first operator whose inputs do not fit each other.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # onnx has several exception classes with no common base
-        lines = str(error).strip().splitlines()
-        raise ExportError(
-            f"{label}: the exported graph is not valid: {lines[0] if lines else type(error).__name__}"
-        ) from error
 
 
 def parameter_count(module: nn.Module) -> int:

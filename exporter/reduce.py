@@ -20,11 +20,12 @@ from latentrt.runtime.manifest import Graph
 from .calibration import Calibration, record
 from .emulate import EmulatedEngine, emulated, widened_copy
 from .observe import Feeds, best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
-from .onnx_export import EXTERNAL_THRESHOLD, check_graph, graph_entry
+from .onnx_export import EXTERNAL_THRESHOLD, graph_entry
 from .passes.islands import keep_fp32
 from .passes.quantize import FORMATS, Layer, NumberFormat, find_layers, quantize, quantized_share
 from .passes.smooth import factors, smooth, smoothable
 from .targets import Form, exported_form
+from .type_check import check_graph
 from .verify import psnr
 
 FP16_LIMIT = float(np.finfo(np.float16).max) / 2

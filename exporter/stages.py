@@ -10,13 +10,14 @@ from latentrt.engines.errors import ExportError
 from latentrt.runtime.manifest import STAGES, Graph
 
 from .components import Component
-from .onnx_export import check_graph, graph_entry
+from .onnx_export import graph_entry
 from .passes.borders import float_borders
 from .passes.guidance import share_guidance
 from .passes.lengths import measure_elsewhere
 from .passes.stages import split_stages
 from .passes.update import fuse_update
 from .targets import Form
+from .type_check import check_graph
 
 
 def export_stages(component: Component, whole: Graph, form: Form, directory: Path) -> dict[str, Graph]:

@@ -34,13 +34,14 @@ KINDS: Mapping[str, Kind] = {
 """Kinds of tokenizer, keys of :data:`latentrt.runtime.tokenizers.TOKENIZERS`."""
 
 
-def read_tokenizer(directory: Path, kind: str, label: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(directory: Path, kind: str, label: str, padding: str | None = None) -> PreTrainedTokenizerBase:
     """Build a tokenizer from its vocabulary files.
 
     Args:
         directory: Where they are.
         kind: A key of :data:`KINDS`.
         label: What messages call it.
+        padding: Token to pad with in place of the one that the files name.
 
     Raises:
         SourceError: if a file is missing or damaged, or cannot be converted with what is installed.
@@ -57,7 +58,7 @@ def read_tokenizer(directory: Path, kind: str, label: str) -> PreTrainedTokenize
         )
     try:
         tokenizer: PreTrainedTokenizerBase = KINDS[kind].tokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            directory, local_files_only=True, trust_remote_code=False, **({"pad_token": padding} if padding else {})
         )
         if not tokenizer.get_vocab():
             raise SourceError(f"{label} knows no tokens")

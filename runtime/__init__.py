@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .loop import Run
     from .pipeline import Pipeline, Result, StepInfo, Timings
     from .request import Request, RequestOptions
+    from .tiling import Tiling
 
 __all__ = [
     "Bundle",
@@ -57,6 +58,7 @@ __all__ = [
     "SourceError",
     "StepInfo",
     "TensorMismatchError",
+    "Tiling",
     "Timings",
     "VerificationError",
 ]
@@ -69,6 +71,7 @@ _HOMES = {
     "Result": "pipeline",
     "Run": "loop",
     "StepInfo": "pipeline",
+    "Tiling": "tiling",
     "Timings": "pipeline",
 }
 

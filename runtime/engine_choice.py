@@ -72,6 +72,7 @@ class EngineSettings:
             also stores what had to be compiled, ``"off"`` opens none.
         fixed_size: The only size to be drawn, if there is one.
         verify_hash: Hash a plan before it is opened. (A compiled OpenVINO model always is.)
+        low_memory: Keep no memory between runs that the next one could use.
     """
 
     name: str = "auto"
@@ -80,6 +81,7 @@ class EngineSettings:
     engine_cache: str = "read"
     fixed_size: FixedSize | None = None
     verify_hash: bool = False
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.engine_cache not in CACHES:
@@ -197,10 +199,39 @@ def choose_graph(component: Component, engine: str, precision: str | None) -> tu
     )
 
 
+def graph_for(bundle: Bundle, component: str, settings: EngineSettings) -> Graph:
+    """The graph that the engine of a component computes.
+
+    Raises:
+        BundleError: if the bundle has none that fits.
+        EngineUnavailableError: if the engine needs a plan and the bundle has none that fits.
+    """
+    if settings.name in SDK_MODULES:
+        return bundle.graph(component, find_plan(bundle, settings.name, component, settings.precision).form)
+    return choose_graph(_component(bundle, component), settings.name, _stored_precision(settings))[1]
+
+
+def most_pictures(bundle: Bundle, components: Iterable[str], settings: EngineSettings) -> int | None:
+    """Most pictures at a time that the plans of a bundle were compiled for; ``None`` where nothing limits them.
+
+    Raises:
+        EngineUnavailableError: if the engine needs a plan and the bundle has none that fits.
+    """
+    if settings.name not in SDK_MODULES:
+        return None
+    plans = [find_plan(bundle, settings.name, component, settings.precision) for component in components]
+    profiles = [plan.record.profile for plan in plans]
+    return min(
+        (profile[name][2][0] for profile in profiles for name in ("registers", "latent_sample") if name in profile),
+        default=None,
+    )
+
+
 def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
     form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
     path = bundle.graph_path(component, form)
-    return OnnxRuntimeEngine(path, OnnxRuntimeOptions(threads=settings.threads), f"{component} (onnxruntime)")
+    options = OnnxRuntimeOptions(threads=settings.threads, arena=not settings.low_memory)
+    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)")
 
 
 def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:

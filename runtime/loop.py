@@ -1,4 +1,4 @@
-"""The denoising loop around engine calls: requests in flight, and the two ways to take them a step further."""
+"""The denoising loop around engine calls: the two ways to take runs a step further."""
 
 from __future__ import annotations
 
@@ -6,126 +6,45 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from latentrt.engines import Array, Engine
-from latentrt.engines.device import DeviceArray, to_numpy
+from latentrt.engines.device import to_numpy
 from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError
 
-from .noise import TorchGenerator
-from .request import Request
+from .run import Conditioning as Conditioning
+from .run import Floats as Floats
+from .run import Run as Run
+from .run import Share, shared_out
+from .run import start_run as start_run
 from .samplers.plan import Plan, step
-
-Floats = NDArray[np.float32]
-Conditioning: TypeAlias = Mapping[str, Array]
-"""What one text comes to for the denoiser: tensors by name, with a leading dimension of 1."""
 
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
+
+_WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
 
 FINITE_CHECK_EVERY = 8
 """Steps between checks for NaN and infinity of a state that stays on a device."""
 
 
-@dataclass(eq=False)
-class Run:
-    """A request in flight, from its noise to its latents.
-
-    Attributes:
-        request: The request.
-        plan: The sampler's plan.
-        conditioning: Its texts: the unconditional one first if the request is guided, the conditional one last.
-        generator: Source of all its noise.
-        registers: float32 ``[images, R, channels, h, w]``; the first register is the latent. After a step of an engine
-            that works on a device they stay there.
-        index: Number of the plan's row to run next.
-        rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
-        schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
-    """
-
-    request: Request
-    plan: Plan
-    conditioning: Sequence[Conditioning] = field(repr=False)
-    generator: TorchGenerator = field(repr=False)
-    registers: Floats | DeviceArray = field(repr=False)
-    index: int = 0
-    rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
-    schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
-    _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
-
-    def __len__(self) -> int:
-        """Calls of the denoiser that the whole run takes."""
-        return len(self.plan)
-
-    @property
-    def done(self) -> bool:
-        """Whether the last step was taken."""
-        return self.index == len(self.plan)
-
-    @property
-    def latents(self) -> Floats:
-        """float32 ``[images, channels, h, w]``; a view that the next step leaves behind, or a copy from the device."""
-        return to_numpy(self.registers)[:, 0]
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Images, channels, height and width of the latents; nothing is copied to learn it."""
-        return (self.registers.shape[0], *self.registers.shape[2:])
-
-    @property
-    def guided(self) -> bool:
-        """Whether the next step runs the unconditional half."""
-        return self.request.guided_at(self.index, len(self.plan))
-
-    def draw(self) -> Floats | None:
-        """Noise for the next step, float32 ``[images, channels, h, w]``; ``None`` where the plan draws none.
-
-        It stays the same until the step was taken: one that failed may be taken again.
-        """
-        if not self.plan.uses_noise[self.index]:
-            return None
-        if self._drawn is None or self._drawn[0] != self.index:
-            self._drawn = self.index, self.generator.randn(self.latent_shape)
-        return self._drawn[1]
-
-    def conditioning_rows(self) -> dict[str, Array]:
-        """Conditioning of the next call, one row a picture and half."""
-        first = 0 if self.guided or not self.request.guided else self.request.images
-        return {name: values[first:] for name, values in self.rows.items()}
-
-
-def start_run(
-    request: Request, plan: Plan, conditioning: Sequence[Conditioning], shape: tuple[int, int, int, int]
-) -> Run:
-    """A run before its first step, with noise from the request's seed.
+class Loop(ABC):
+    """Takes runs a step further with the engines of one denoiser. Serves many threads; a run belongs to one.
 
     Args:
-        request: The request.
-        plan: Its sampler's plan.
-        conditioning: Its texts, the unconditional one first if the request is guided.
-        shape: Of the latents: images, channels, height, width.
+        max_batch: Most pictures that one call of the denoiser is given; ``None`` sets no limit.
     """
-    generator = TorchGenerator(request.seed)
-    registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)
-    np.multiply(generator.randn(shape), np.float32(plan.init_scale), out=registers[:, 0])
-    rows = {
-        name: np.concatenate([text[name].repeat(request.images, axis=0) for text in conditioning])
-        for name in conditioning[-1]
-    }
-    return Run(request, plan, conditioning, generator, registers, rows=rows)
-
-
-class Loop(ABC):
-    """Takes runs a step further with the engines of one denoiser. Serves many threads; a run belongs to one."""
 
     name: str
     """What it is called where a pipeline is loaded."""
     prompt_inputs: frozenset[str] = frozenset()
     """Conditioning from which :meth:`condition` computes more; all else it passes on as it is."""
+
+    def __init__(self, max_batch: int | None = None) -> None:
+        self.max_batch = max_batch
 
     @abstractmethod
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
@@ -139,13 +58,20 @@ class Loop(ABC):
             EngineError: if an engine fails.
         """
 
+    def check(self, plan: Plan) -> None:  # noqa: B027 - most loops take every plan
+        """Refuse a plan that the denoiser cannot follow.
+
+        Raises:
+            InvalidRequestError: saying why.
+        """
+
     @abstractmethod
     def begin(self, run: Run) -> None:
         """Compute once what depends on the run's timesteps alone."""
 
     @abstractmethod
     def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further, with one call of the denoiser for all.
+        """Take every run a step further, with one call of the denoiser for all, or as few as :attr:`max_batch` allows.
 
         The runs may differ in sampler, number and index of their steps, guidance and pictures, but not in size.
 
@@ -154,6 +80,20 @@ class Loop(ABC):
             EngineError: if an engine fails, or computes values that are not finite; no run has moved then.
         """
 
+    def _advance(self, calls: Sequence[Sequence[Share]]) -> None:
+        """Move all runs at once, after the last call."""
+        new: dict[Run, list[Floats]] = {}
+        for shares in calls:
+            for share, registers in zip(shares, self._computed(shares), strict=True):
+                new.setdefault(share.run, []).append(registers)
+        for run, parts in new.items():
+            run.registers = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            run.index += 1
+
+    @abstractmethod
+    def _computed(self, shares: Sequence[Share]) -> list[Floats]:
+        """New registers of each share, from one call of the denoiser."""
+
 
 class PlainLoop(Loop):
     """One call of the whole denoiser a step; guidance and the sampler's update in numpy.
@@ -161,12 +101,26 @@ class PlainLoop(Loop):
     Args:
         engine: The opened engine.
         denoiser: The denoiser's component, for messages.
+        max_batch: See :class:`Loop`.
     """
 
     name = "plain"
 
-    def __init__(self, engine: Engine, denoiser: str = "unet") -> None:
+    def __init__(self, engine: Engine, denoiser: str = "unet", max_batch: int | None = None) -> None:
+        super().__init__(max_batch)
         self._engine, self._denoiser = engine, denoiser
+        # Graphs that others exported may take one timestep for all rows, and that as a whole number.
+        timestep = engine.inputs.get("timestep")
+        self._one_timestep = timestep is not None and not timestep.shape
+        self._whole = timestep is not None and timestep.dtype.startswith("int")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse timesteps between two whole ones where the denoiser's graph takes whole ones."""
+        if self._whole and (between := between_whole(plan)) is not None:
+            raise InvalidRequestError(
+                f"the sampler visits the timestep {between:.2f}, but the {self._denoiser} of this bundle takes "
+                "whole ones alone; take another sampler, or give timesteps"
+            )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
         """Nothing is computed ahead."""
@@ -176,27 +130,41 @@ class PlainLoop(Loop):
         """Nothing is computed ahead."""
 
     def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further."""
+        """Take every run a step further, with one call for each timestep where the graph takes but one."""
         check_together(runs)
+        calls = shared_out(runs, self.max_batch)
+        self._advance([part for call in calls for part in self._apart(call)])
+
+    def _apart(self, shares: Sequence[Share]) -> list[list[Share]]:
+        """What one call takes, as many calls where its rows must have the same timestep."""
+        if not self._one_timestep:
+            return [list(shares)]
+        found: dict[float, list[Share]] = {}
+        for share in shares:
+            found.setdefault(float(share.run.plan.timesteps[share.run.index]), []).append(share)
+        return list(found.values())
+
+    def _computed(self, shares: Sequence[Share]) -> list[Floats]:
         samples, timesteps = [], []
-        for run in runs:
-            scaled = run.latents * np.float32(run.plan.input_scale[run.index])
+        for share in shares:
+            run = share.run
+            scaled = run.latents[share.first : share.last] * np.float32(run.plan.input_scale[run.index])
             halves = 2 if run.guided else 1
             samples += [scaled] * halves
             timesteps.append(np.full(halves * len(scaled), run.plan.timesteps[run.index], np.float32))
-        feeds = {"sample": np.concatenate(samples), "timestep": np.concatenate(timesteps)}
-        feeds |= _concatenated(run.conditioning_rows() for run in runs)
+        times = np.concatenate(timesteps)
+        times = np.rint(times) if self._whole else times
+        feeds = {"sample": np.concatenate(samples), "timestep": times[:1].reshape(()) if self._one_timestep else times}
+        feeds |= _concatenated(share.conditioning_rows() for share in shares)
         predictions = output_of(self._engine, self._denoiser, "out_sample", feeds)
         new, first = [], 0
-        for run in runs:
-            count = len(run.latents)
-            guided = self._guided(predictions[first : first + (2 if run.guided else 1) * count], run)
-            first += 2 * count if run.guided else count
-            registers = to_numpy(run.registers).swapaxes(0, 1)
-            new.append(step(run.plan, run.index, registers, guided, run.draw()).swapaxes(0, 1))
-        for run, registers in zip(runs, new, strict=True):
-            run.registers = registers
-            run.index += 1
+        for share in shares:
+            run, rows = share.run, len(share) * (2 if share.run.guided else 1)
+            guided = self._guided(predictions[first : first + rows], run)
+            first += rows
+            registers = to_numpy(run.registers)[share.first : share.last].swapaxes(0, 1)
+            new.append(step(run.plan, run.index, registers, guided, share.noise()).swapaxes(0, 1))
+        return new
 
     @staticmethod
     def _guided(prediction: Floats, run: Run) -> Floats:
@@ -207,6 +175,11 @@ class PlainLoop(Loop):
         if run.request.guidance_rescale:
             combined *= _contrast_factor(combined, conditional, run.request.guidance_rescale)
         return combined
+
+
+def between_whole(plan: Plan) -> float | None:
+    """The first timestep of a plan that is no whole number; ``None`` if all are, to rounding."""
+    return next((float(t) for t in plan.timesteps if abs(t - round(t)) > _WHOLE), None)
 
 
 class FusedLoop(Loop):
@@ -220,6 +193,7 @@ class FusedLoop(Loop):
         prompt: Opened engine of the prompt stage, if there is one.
         schedule: Opened engine of the schedule stage, if there is one.
         denoiser: The denoiser's component, for messages.
+        max_batch: See :class:`Loop`.
 
     Raises:
         BundleError: if the step is not a fused one.
@@ -228,8 +202,14 @@ class FusedLoop(Loop):
     name = "fused"
 
     def __init__(
-        self, step: Engine, prompt: Engine | None = None, schedule: Engine | None = None, denoiser: str = "unet"
+        self,
+        step: Engine,
+        prompt: Engine | None = None,
+        schedule: Engine | None = None,
+        denoiser: str = "unet",
+        max_batch: int | None = None,
     ) -> None:
+        super().__init__(max_batch)
         self._step, self._prompt, self._schedule = step, prompt, schedule
         self._label = f"{denoiser}_step"
         if prompt is not None:
@@ -278,31 +258,34 @@ class FusedLoop(Loop):
     def advance(self, runs: Sequence[Run]) -> None:
         """Take every run a step further."""
         check_together(runs)
-        if self._on_device and len(runs) == 1:
+        calls = shared_out(runs, self.max_batch)
+        if self._on_device and len(calls) == len(calls[0]) == 1:
             self._advance_on_device(runs[0])
             return
         # A batch of several goes through the host: its rows come from runs whose states lie apart, and the next call
         # may have others. That costs two copies of the latents a step, which is little beside the denoiser.
-        count = max(run.plan.registers for run in runs)
+        self._advance(calls)
+
+    def _computed(self, shares: Sequence[Share]) -> list[Floats]:
+        count = max(share.run.plan.registers for share in shares)
         parts, samples, rows = [], 0, 0
-        for run in runs:
-            state = self._changing(run, count, to_numpy(run.registers))
-            parts.append(state | self._constant(run, samples, rows))
-            samples += run.request.images
+        for share in shares:
+            state = self._changing(share, count, to_numpy(share.run.registers)[share.first : share.last])
+            parts.append(state | self._constant(share, samples, rows))
+            samples += len(share)
             rows += len(parts[-1]["rows"])
-        feeds = _concatenated(parts)
-        result = output_of(self._step, self._label, "updated_registers", feeds)
-        first = 0
-        for run in runs:
-            last = first + run.request.images
-            run.registers = result[first:last, : run.plan.registers]
-            run.index += 1
-            first = last
+        result = output_of(self._step, self._label, "updated_registers", _concatenated(parts))
+        new, first = [], 0
+        for share in shares:
+            new.append(result[first : first + len(share), : share.run.plan.registers])
+            first += len(share)
+        return new
 
     def _advance_on_device(self, run: Run) -> None:
-        bound = self._bind(run)
+        share = Share(run, 0, run.request.images)
+        bound = self._bind(share)
         # Array stands for device arrays too.
-        changing = self._changing(run, run.plan.registers, cast(Floats, run.registers))
+        changing = self._changing(share, run.plan.registers, cast(Floats, run.registers))
         feeds = {name: values for name, values in changing.items() if name not in bound}
         outputs = self._step.run(cast_feeds(self._step, feeds))
         result = output_named(outputs, self._label, "updated_registers")
@@ -316,8 +299,9 @@ class FusedLoop(Loop):
         run.registers = result
         run.index += 1
 
-    def _bind(self, run: Run) -> frozenset[str]:
-        """Bind what the steps of a run have in common, unless it is bound already; returns its names."""
+    def _bind(self, share: Share) -> frozenset[str]:
+        """Bind what the steps of a whole run have in common, unless it is bound already; returns its names."""
+        run = share.run
         bound: weakref.WeakKeyDictionary[Engine, _Bound] = _local.__dict__.setdefault(
             "bound", weakref.WeakKeyDictionary()
         )
@@ -325,29 +309,30 @@ class FusedLoop(Loop):
         if last is not None and last.run() is run and last.guided == run.guided:
             bound[self._step] = last
             return last.names
-        feeds = self._constant(run, 0, 0)
+        feeds = self._constant(share, 0, 0)
         if not np.any(run.plan.uses_noise):
             feeds["noise"] = np.zeros(run.latent_shape, np.float32)
         self._step.bind(cast_feeds(self._step, feeds))
         bound[self._step] = _Bound(weakref.ref(run), run.guided, frozenset(feeds))
         return bound[self._step].names
 
-    def _changing(self, run: Run, registers: int, state: Floats) -> dict[str, Array]:
-        """Inputs that every step has anew for one run of a batch, with room for as many ``registers`` as asked for.
+    def _changing(self, share: Share, registers: int, state: Floats) -> dict[str, Array]:
+        """Inputs that every step has anew for one share of a call, with room for as many ``registers`` as asked for.
 
-        The run's ``state`` may be on a device if that is its own number.
+        Its ``state`` may be on a device if that is its own number.
         """
-        samples, own, index = run.request.images, run.plan.registers, run.index
+        run, samples = share.run, len(share)
+        own, index = run.plan.registers, run.index
         update = run.plan.update[index].astype(np.float32)
         if own < registers:
             state = np.concatenate([state, np.zeros((samples, registers - own, *state.shape[2:]), np.float32)], axis=1)
             padded = np.zeros((registers, registers + 2), np.float32)
             padded[:own, :own], padded[:own, registers:] = update[:, :own], update[:, own:]
             update = padded
-        noise = run.draw()
+        noise = share.noise()
         feeds: dict[str, Array] = {
             "registers": np.ascontiguousarray(state) if isinstance(state, np.ndarray) else state,
-            "noise": np.zeros(run.latent_shape, np.float32) if noise is None else noise,
+            "noise": np.zeros((samples, *run.latent_shape[1:]), np.float32) if noise is None else noise,
             "update": np.repeat(update[None], samples, axis=0),
             "input_scale": np.full(samples, run.plan.input_scale[index], np.float32),
         }
@@ -358,9 +343,9 @@ class FusedLoop(Loop):
             feeds[name] = np.repeat(halves, samples, axis=0)
         return feeds
 
-    def _constant(self, run: Run, first_sample: int, first_row: int) -> dict[str, Array]:
-        """Inputs that stay the same for one run of a batch, as long as guidance is on or off."""
-        samples = run.request.images
+    def _constant(self, share: Share, first_sample: int, first_row: int) -> dict[str, Array]:
+        """Inputs that stay the same for one share of a call, as long as guidance is on or off."""
+        run, samples = share.run, len(share)
         guidance = run.request.guidance if run.guided else 1.0
         rescale = run.request.guidance_rescale if run.guided else 0.0
         each = np.arange(samples)
@@ -371,7 +356,7 @@ class FusedLoop(Loop):
             "unconditional": first_row + each,
             "conditional": first_row + (each + samples if run.guided else each),
         }
-        return feeds | {name: v for name, v in run.conditioning_rows().items() if name in self._step.inputs}
+        return feeds | {name: v for name, v in share.conditioning_rows().items() if name in self._step.inputs}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from dataclasses import dataclass
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,14 @@ _HALF = BLOCK // 2
 # PyTorch's AVX2 kernel multiplies by 2 pi rounded to float32, in float32. The product's rounding is worth up to
 # 2e-6 in the result, so it has to be repeated here; everything after it is computed in float64 and rounded once.
 _TWO_PI = np.float32(2.0 * math.pi)
+
+
+class Noise(Protocol):
+    """A stream of standard normal deviates; :class:`TorchGenerator` is one."""
+
+    def randn(self, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:
+        """The next deviates of the stream, float32 of that shape."""
+        ...
 
 
 class TorchGenerator:
@@ -115,6 +124,48 @@ class TorchGenerator:
     def _words(self, count: int) -> NDArray[np.uint32]:
         # Over the full range, each integer is one word of the engine as it comes.
         return self._engine.randint(0, 2**32, size=count, dtype=np.uint32)
+
+
+class SharedNoise:
+    """One stream of noise for several: each draw is made for all of them at once, and every member gets its part.
+
+    So noise is what it is in diffusers for one generator and several prompts. The members draw equally often, and no
+    shape but the first dimension differs between them. Not for use from several threads at once.
+
+    Args:
+        noise: The stream.
+        counts: Length of the first dimension for each member.
+    """
+
+    def __init__(self, noise: Noise, counts: Sequence[int]) -> None:
+        self._noise, self._counts = noise, tuple(counts)
+        self._draws: list[NDArray[np.float32]] = []
+        self._taken = [0] * len(counts)
+
+    def members(self) -> list[Noise]:
+        """The stream of each."""
+        return [_Member(self, number) for number in range(len(self._counts))]
+
+    def take(self, number: int, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:
+        """The part of a member in its next draw; ``shape`` begins with its own count."""
+        if self._taken[number] == len(self._draws):
+            self._draws.append(self._noise.randn((sum(self._counts), *shape[1:])))
+        first = sum(self._counts[:number])
+        part = self._draws[self._taken[number]][first : first + self._counts[number]]
+        self._taken[number] += 1
+        while self._draws and all(self._taken):  # everyone has the oldest
+            self._draws.pop(0)
+            self._taken = [taken - 1 for taken in self._taken]
+        return part
+
+
+@dataclass(frozen=True)
+class _Member:
+    shared: SharedNoise
+    number: int
+
+    def randn(self, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:
+        return self.shared.take(self.number, shape)
 
 
 def torch_randn(seed: SupportsIndex, shape: Sequence[SupportsIndex]) -> NDArray[np.float32]:

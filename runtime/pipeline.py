@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,21 @@ from latentrt.engines.device import DeviceArray, to_numpy
 from latentrt.engines.errors import BundleError, EngineClosedError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt import share_arena
 
+from .batch import Batch
 from .bundle import Bundle
 from .cache import TensorCache
-from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, make_engine
+from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
 from .manifest import TOKENIZER_FILE
+from .noise import Noise, SharedNoise, TorchGenerator
 from .request import Request, RequestOptions
 from .samplers import Plan
+from .tiling import Tiling, decode_tiles
 from .tokenizers import PromptTokenizer, load_tokenizer
+from .turns import TurnEngine, Turns
+
+_T = TypeVar("_T")
 
 LOOPS = ("auto", "fused", "plain")
 """Ways to run the denoising loop."""
@@ -105,11 +111,11 @@ class Result:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A request that was checked, before any engine ran."""
+    """Requests that were checked, before any engine ran, with what each has to encode."""
 
-    request: Request
+    batch: Batch
     plan: Plan
-    texts: list[Text]
+    texts: list[list[Text]]
     timings: Timings
 
 
@@ -125,6 +131,8 @@ class Pipeline:
         prompt_cache: Most bytes to keep of texts that were encoded, so that one that comes again is not encoded again.
         engine_choice: Which engine that is, and why.
         fixed_size: The only size that the engines take, if there is one.
+        max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
+        turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
 
     Attributes:
         family: What the bundle's family does.
@@ -139,6 +147,8 @@ class Pipeline:
         prompt_cache: int = PROMPT_CACHE,
         engine_choice: EngineChoice | None = None,
         fixed_size: FixedSize | None = None,
+        max_batch: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -146,7 +156,9 @@ class Pipeline:
         self.engines = dict(engines)
         self.manifest = bundle.manifest
         self.family = family_of(self.manifest)
-        self.loop = _make_loop(self.engines, self.family)
+        self.max_batch = fixed_size.images if fixed_size else max_batch
+        self.loop = _make_loop(self.engines, self.family, self.max_batch)
+        self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
         self.tokenizers = _load_tokenizers(bundle, self.family)
@@ -163,6 +175,8 @@ class Pipeline:
         prompt_cache: int = PROMPT_CACHE,
         engine_cache: str = "read",
         fixed_size: tuple[int | None, int | None, int | None] | None = None,
+        max_batch: int | None = None,
+        low_memory: bool = False,
         verify_hash: bool = False,
     ) -> Self:
         """Open a bundle.
@@ -180,6 +194,10 @@ class Pipeline:
                 ``"write"`` also stores what had to be compiled; ``"off"`` opens none.
             fixed_size: Width and height in pixels and number of images, the only ones that this pipeline draws;
                 ``None`` in place of a number is the bundle's default, or one image. OpenVINO is faster then.
+            max_batch: Most pictures that the denoiser and the decoder are given at a time; more take several calls.
+                ``None`` is what compiled plans take, or else no limit.
+            low_memory: Open each component when its turn comes, and close it when another's does. So there is only the
+                largest in memory at a time, and every request reads all weights anew.
             verify_hash: Hash every file of the bundle first.
 
         Raises:
@@ -191,16 +209,26 @@ class Pipeline:
             raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
         if type(prompt_cache) is not int or prompt_cache < 0:
             raise InvalidRequestError(f"prompt_cache is {prompt_cache!r}, expected a number of bytes, or 0 for none")
+        if max_batch is not None and (type(max_batch) is not int or max_batch < 1):
+            raise InvalidRequestError(
+                f"max_batch is {max_batch!r}, expected a number of pictures, or None for no limit"
+            )
         bundle = Bundle.open(Path(path), verify_hash=verify_hash)
         size = None if fixed_size is None else _fixed_size(bundle, *fixed_size)
-        settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash)
+        if size is not None and max_batch is not None and max_batch < size.images:
+            raise InvalidRequestError(
+                f"max_batch is {max_batch}, and engines for {size.images} pictures are asked for; give one of the two"
+            )
+        settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash, low_memory)
         components = components_for(bundle, loop)
         failed: dict[str, str] = {}
+        turns = Turns() if low_memory else None
         with ExitStack() as stack:
             while True:
                 choice = choose_engine(bundle, components, settings, failed)
                 try:
-                    engines = _open(bundle, components, dataclasses.replace(settings, name=choice.name))
+                    chosen = dataclasses.replace(settings, name=choice.name)
+                    engines = _open(bundle, components, chosen, turns)
                     break
                 except EngineUnavailableError as error:
                     if settings.name != "auto":
@@ -208,7 +236,16 @@ class Pipeline:
                     failed[choice.name] = str(error)  # there, as far as could be seen, and yet it does not start
             for opened in engines.values():
                 stack.callback(opened.close)
-            pipeline = cls(bundle, engines, prompt_cache=prompt_cache, engine_choice=choice, fixed_size=size)
+            most = most_pictures(bundle, components, chosen)
+            pipeline = cls(
+                bundle,
+                engines,
+                prompt_cache=prompt_cache,
+                engine_choice=choice,
+                fixed_size=size,
+                max_batch=max_batch if most is None else min(most, max_batch or most),
+                turns=turns,
+            )
             stack.pop_all()
         return pipeline
 
@@ -226,13 +263,7 @@ class Pipeline:
             EngineError: if an engine fails, or computes values that are not finite.
             EngineClosedError: if the pipeline was closed.
         """
-        stream = self.stream(prompt, **options)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
+        return _last(self.stream(prompt, **options))
 
     def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> Generator[StepInfo, None, Result]:
         """Draw pictures, yielding after every call of the denoiser; the generator's return value is the result.
@@ -244,23 +275,59 @@ class Pipeline:
             >>> def draw(pipe):  # doctest: +SKIP
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
-        return self._stream(self._prepare(prompt, options))
+        return self._single(self._prepare(Batch.single, prompt, options))
 
-    def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, Result]:
-        run, timings = self._start(prepared), prepared.timings
-        total = len(run)
-        while not run.done:
-            index, begin = run.index, time.perf_counter()
-            self.loop.advance([run])
-            timings.step.append(time.perf_counter() - begin)
-            yield StepInfo(index, total, float(run.plan.timesteps[index]), timings.step[-1], run.registers)
-        begin = time.perf_counter()
-        latents = run.latents.copy()
-        images = self.decode(latents)
-        timings.vae_decoder = time.perf_counter() - begin
+    def batch(self, prompts: Sequence[str], **options: Any) -> list[Result]:
+        """Draw pictures of several prompts together, each step with one call of the denoiser for all.
+
+        Args:
+            prompts: What to draw.
+            options: As for :meth:`__call__`, the same for all prompts; ``images`` are those of each. Texts may be lists
+                with one for each prompt. So may be ``seed``: then each prompt gets the pictures that it gets alone, to
+                rounding. With one seed for all, their noise is one stream, as from one generator in diffusers.
+
+        Returns:
+            A result for each prompt. Timings are those of the whole batch.
+
+        Raises:
+            InvalidRequestError: before anything is computed.
+            EngineError: if an engine fails, or computes values that are not finite.
+            EngineClosedError: if the pipeline was closed.
+        """
+        return _last(self.stream_batch(prompts, **options))
+
+    def stream_batch(self, prompts: Sequence[str], **options: Any) -> Generator[StepInfo, None, list[Result]]:
+        """As :meth:`batch`, yielding after every step, with the latents of all pictures one prompt after the other."""
+        return self._stream(self._prepare(Batch.create, prompts, options))
+
+    def _single(self, prepared: _Prepared) -> Generator[StepInfo, None, Result]:
+        (result,) = yield from self._stream(prepared)
+        return result
+
+    def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, list[Result]]:
+        try:
+            runs, timings = self._start(prepared), prepared.timings
+            first = runs[0]
+            total = len(first)
+            while not first.done:
+                index, begin = first.index, time.perf_counter()
+                self.loop.advance(runs)
+                timings.step.append(time.perf_counter() - begin)
+                yield StepInfo(index, total, float(first.plan.timesteps[index]), timings.step[-1], _registers(runs))
+            begin = time.perf_counter()
+            latents = np.concatenate([run.latents for run in runs])
+            images = self.decode(latents, first.request.vae_tiling)
+            timings.vae_decoder = time.perf_counter() - begin
+        finally:
+            self._rest()
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
         timings.total += timings.vae_decoder
-        return Result(images, latents, timings, run.request, sum(text.truncated for text in prepared.texts))
+        found, count = [], first.request.images
+        for number, (run, texts) in enumerate(zip(runs, prepared.texts, strict=True)):
+            own = slice(number * count, (number + 1) * count)
+            spent = dataclasses.replace(timings, step=list(timings.step))
+            found.append(Result(images[own], latents[own], spent, run.request, sum(text.truncated for text in texts)))
+        return found
 
     def start(self, prompt: str, **options: Unpack[RequestOptions]) -> Run:
         """Begin a request that :meth:`advance` takes further, together with others.
@@ -274,10 +341,14 @@ class Pipeline:
             ...         pipe.advance(running)
             ...     return [pipe.finish(run) for run in runs]
         """
-        return self._start(self._prepare(prompt, options))
+        try:
+            (run,) = self._start(self._prepare(Batch.single, prompt, options))
+            return run
+        finally:
+            self._rest()
 
     def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run one step further, with one call of the denoiser for all.
+        """Take every run one step further, with one call of the denoiser for all, or as few as ``max_batch`` allows.
 
         Runs may join and leave between calls. They may differ in everything but the size of their pictures, and each
         gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time.
@@ -287,9 +358,11 @@ class Pipeline:
             EngineError: if the engine fails or computes values that are not finite; no run has moved then.
         """
         self._require_open()
-        if self.fixed_size is not None and len(runs) > 1:
-            raise InvalidRequestError("a pipeline with a fixed size takes one run at a time; load one without")
-        self.loop.advance(runs)
+        try:
+            self.loop.advance(runs)
+        except BaseException:
+            self._rest()
+            raise
 
     def finish(self, run: Run) -> NDArray[np.uint8]:
         """Pixels ``[images, height, width, 3]`` of a run that is done.
@@ -299,22 +372,34 @@ class Pipeline:
         """
         if not run.done:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
-        return self.decode(run.latents)
+        return self.decode(run.latents, run.request.vae_tiling)
+
+    def _rest(self) -> None:
+        """Close what is open, where components take turns; what other threads have under way opens it again."""
+        if self._turns is not None:
+            self._turns.rest()
 
     def _require_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
 
-    def _prepare(self, prompt: str, options: Mapping[str, Any]) -> _Prepared:
+    def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
         self._require_open()
-        request = Request.create(self.manifest, prompt, **self._sized(options))
+        batch = create(self.manifest, prompts, self._sized(options))
+        tiling, size = batch.requests[0].vae_tiling, self.fixed_size
+        if size is not None and tiling is not None and tiling.splits(size.width, size.height):
+            raise InvalidRequestError(
+                f"this pipeline's decoder was loaded for {size.width}x{size.height} alone, and tiles of {tiling.size} "
+                "are asked for; load a pipeline without fixed_size"
+            )
         start = time.perf_counter()
-        plan = self.family.plan(request)
+        plan = self.family.plan(batch.requests[0])
+        self.loop.check(plan)
         planned = time.perf_counter()
-        texts = self.family.texts(request, self.tokenizers)
+        texts = [self.family.texts(request, self.tokenizers) for request in batch.requests]
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
-        return _Prepared(request, plan, texts, timings)
+        return _Prepared(batch, plan, texts, timings)
 
     def _sized(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options of a request, with the fixed size where there is one."""
@@ -329,47 +414,89 @@ class Pipeline:
                 )
         return {**options, **fixed}
 
-    def _start(self, prepared: _Prepared) -> Run:
-        """Encode the texts and begin the loop."""
-        request, timings = prepared.request, prepared.timings
+    def _start(self, prepared: _Prepared) -> list[Run]:
+        """Encode the texts and begin the loop, with a run for each request."""
+        timings, requests = prepared.timings, prepared.batch.requests
         begin = time.perf_counter()
-        conditioning = [
-            self._condition(text, self.family.vectors(request, negative=request.guided and number == 0), timings)
-            for number, text in enumerate(prepared.texts)
+        wanted = [
+            (text, self.family.vectors(request, negative=request.guided and number == 0))
+            for request, texts in zip(requests, prepared.texts, strict=True)
+            for number, text in enumerate(texts)
         ]
+        conditioned = iter(self._condition(wanted, timings))
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
-        latent = self.manifest.latent
-        shape = (request.images, latent.channels, request.height // latent.factor, request.width // latent.factor)
-        run = start_run(request, prepared.plan, conditioning, shape)
-        self.loop.begin(run)
+        latent, first = self.manifest.latent, requests[0]
+        shape = (first.images, latent.channels, first.height // latent.factor, first.width // latent.factor)
+        noise: list[Noise | None] = [None] * len(requests)
+        if prepared.batch.one_stream:
+            noise = [*SharedNoise(TorchGenerator(first.seed), [first.images] * len(requests)).members()]
+        runs = [
+            start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own)
+            for request, texts, own in zip(requests, prepared.texts, noise, strict=True)
+        ]
+        for run in runs:
+            self.loop.begin(run)
         timings.schedule += time.perf_counter() - encoded
-        return run
+        return runs
 
-    def _condition(self, text: Text, vectors: Conditioning, timings: Timings) -> Conditioning:
-        """What a text comes to, from the cache where it is there, with the vectors that come with it."""
-        early = tuple((name, vectors[name].tobytes()) for name in vectors if name in self.loop.prompt_inputs)
-        key = (text.key, early)
-        found = self._texts.get(key)
-        if found is None:
-            # One by one: in a batch of two the last bits would depend on what else is in the cache.
-            encoded = {
-                name: outputs_of(self.engines[name], name, text.outputs[name], {"input_ids": ids})
-                for name, ids in text.tokens.items()
-            }
-            begin = time.perf_counter()
-            found = self.loop.condition({**self.family.condition(text, encoded), **vectors})
+    def _condition(self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings) -> list[Conditioning]:
+        """What texts come to, from the cache where they are there, with the vectors that come with each.
+
+        Each component serves all texts before the next one does, for where components take turns.
+        """
+        keys = [
+            (text.key, tuple((n, values.tobytes()) for n, values in vectors.items() if n in self.loop.prompt_inputs))
+            for text, vectors in wanted
+        ]
+        found = {key: self._texts.get(key) for key in keys}
+        missing = {key: each for key, each in zip(keys, wanted, strict=True) if found[key] is None}
+        encoded: dict[Hashable, dict[str, dict[str, Floats]]] = {key: {} for key in missing}
+        for name in self.family.text_encoders:
+            for key, (text, _) in missing.items():
+                if name in text.tokens:
+                    # One by one: in a batch of two the last bits would depend on what else is in the cache.
+                    feeds = {"input_ids": text.tokens[name]}
+                    encoded[key][name] = outputs_of(self.engines[name], name, text.outputs[name], feeds)
+        begin = time.perf_counter()
+        for key, (text, vectors) in missing.items():
+            conditioning = self.loop.condition({**self.family.condition(text, encoded[key]), **vectors})
+            self._texts.put(key, conditioning)
+            found[key] = conditioning
+        if missing:
             timings.prompt += time.perf_counter() - begin
-            self._texts.put(key, found)
-        return {**found, **{name: values for name, values in vectors.items() if name in found}}
+        return [
+            {**known, **{name: values for name, values in vectors.items() if name in known}}
+            for key, (_, vectors) in zip(keys, wanted, strict=True)
+            if (known := found[key]) is not None
+        ]
 
-    def decode(self, latents: Floats) -> NDArray[np.uint8]:
-        """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``."""
+    def decode(self, latents: Floats, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
+        """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``.
+
+        Args:
+            latents: What to decode.
+            vae_tiling: How to cut large pictures into tiles; ``None`` decodes them whole.
+        """
         latent = self.manifest.latent
         sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        pixels = output_of(self.engines["vae_decoder"], "vae_decoder", "sample", {"latent_sample": sample})
-        scaled = np.clip(pixels / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
-        return np.rint(scaled).astype(np.uint8, order="C")
+        height, width = (latent.factor * length for length in latents.shape[2:])
+        tiling = vae_tiling if vae_tiling is not None and vae_tiling.splits(width, height) else None
+        most = self.max_batch or max(len(sample), 1)
+        parts = []
+        try:
+            for part in np.split(sample, range(most, len(sample), most)):
+                if tiling is None:
+                    parts.append(_pixels(self._decoded(part)))
+                else:
+                    lines = decode_tiles(self._decoded, part, tiling, latent.factor)
+                    parts.append(np.concatenate([_pixels(each) for each in lines], axis=1))
+        finally:
+            self._rest()
+        return np.concatenate(parts)
+
+    def _decoded(self, sample: Floats) -> Floats:
+        return output_of(self.engines["vae_decoder"], "vae_decoder", "sample", {"latent_sample": sample})
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
@@ -387,9 +514,36 @@ class Pipeline:
         self.close()
 
 
-def _open(bundle: Bundle, components: Sequence[str], settings: EngineSettings) -> dict[str, Engine]:
+def _last(stream: Generator[StepInfo, None, _T]) -> _T:
+    """Run a stream to its end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as stop:
+            result: _T = stop.value
+            return result
+
+
+def _registers(runs: Sequence[Run]) -> Floats | DeviceArray:
+    """The states of several runs as one; that of a single one where it is."""
+    return runs[0].registers if len(runs) == 1 else np.concatenate([to_numpy(run.registers) for run in runs])
+
+
+def _pixels(decoded: Floats) -> NDArray[np.uint8]:
+    scaled = np.clip(decoded / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
+    return np.rint(scaled).astype(np.uint8, order="C")
+
+
+def _open(
+    bundle: Bundle, components: Sequence[str], settings: EngineSettings, turns: Turns | None
+) -> dict[str, Engine]:
     """Opened engines by component; if one does not open, the others are closed."""
     engines = {component: make_engine(bundle, component, settings) for component in components}
+    if turns is not None:
+        with engines[components[0]]:  # whether the engine starts here at all shows now
+            pass
+        graphs = {component: graph_for(bundle, component, settings) for component in components}
+        return {name: TurnEngine(engine, graphs[name], turns, name).open() for name, engine in engines.items()}
     share_arena(engines.values())  # one component runs at a time
     with ExitStack() as stack:
         for engine in engines.values():
@@ -428,7 +582,9 @@ def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenize
     return tokenizers
 
 
-def _make_loop(engines: Mapping[str, Engine], family: Family) -> Loop:
+def _make_loop(engines: Mapping[str, Engine], family: Family, max_batch: int | None) -> Loop:
     denoiser = family.denoiser
     prompt, schedule, step = (engines.get(stage) for stage in family.stages())
-    return PlainLoop(engines[denoiser], denoiser) if step is None else FusedLoop(step, prompt, schedule, denoiser)
+    if step is None:
+        return PlainLoop(engines[denoiser], denoiser, max_batch)
+    return FusedLoop(step, prompt, schedule, denoiser, max_batch)

@@ -95,6 +95,18 @@ def find_plan(bundle: Bundle, engine: str, component: str, precision: str | None
     return min(newest_first, key=lambda p: (PRECISIONS.index(p.precision), p.record.target != architecture))
 
 
+def planned(bundle: Bundle, engine: str, component: str) -> set[str]:
+    """Precisions that a component has plans of for its present graphs, for whichever GPU and version of the SDK."""
+    graphs = bundle.manifest.components[component].graphs
+    return {
+        form.partition("-")[2]
+        for record in _sound_records(bundle)
+        if (record.engine, record.component) == (engine, component)
+        for form, graph in graphs.items()
+        if fits_graph(record, bundle, graph)
+    }
+
+
 def fits_graph(record: EngineRecord, bundle: Bundle, graph: Graph) -> bool:
     """Whether a plan is just what the bundle's present graph and weights give with the facts of its record."""
     files = bundle.manifest.files

@@ -18,6 +18,7 @@ from latentrt.engines.errors import InvalidRequestError
 from .families import family_of, refuse_foreign
 from .manifest import Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
+from .tiling import Tiling
 
 MAX_SIDE = 16384
 """Largest width or height in pixels."""
@@ -75,6 +76,7 @@ class RequestOptions(FamilyOptions, total=False):
     eta: float | None
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    vae_tiling: Tiling | int | bool | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Request:
         prompt_3: Prompt of the third text encoder; ``None`` or nothing is ``prompt``.
         negative_prompt_3: Likewise what to steer away from.
         max_sequence_length: Tokens of a T5 text encoder, padding included; ``None`` is the family's number.
+        vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -143,6 +146,7 @@ class Request:
     prompt_3: str | None = None
     negative_prompt_3: str | None = None
     max_sequence_length: int | None = None
+    vae_tiling: Tiling | None = None
     classifier_free: bool = True
 
     def compile_plan(
@@ -194,11 +198,14 @@ class Request:
         eta: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        vae_tiling: Tiling | int | bool | None = None,
         **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
         ``seed=None`` draws a seed, which the request then carries. Custom timesteps or sigmas decide ``steps``.
+        ``vae_tiling=True`` is a :class:`~latentrt.runtime.tiling.Tiling` as it comes, a number one with tiles of that
+        size, and ``False`` none.
 
         Raises:
             InvalidRequestError: naming the first value that is wrong, what was received and what is expected, or the
@@ -238,6 +245,7 @@ class Request:
             classifier_free=family.guidance == "classifier-free",
             timesteps=own["timesteps"],
             sigmas=own["sigmas"],
+            vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:
@@ -317,6 +325,15 @@ def _levels(name: str, values: Any) -> tuple[float, ...] | None:
     if not all(map(math.isfinite, levels)):
         raise InvalidRequestError(f"{name} is {_show(values)}, expected finite numbers")
     return levels
+
+
+def _tiling(value: Any, factor: int) -> Tiling | None:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, Tiling):
+        value = Tiling() if value is True else Tiling(value)
+    fitted: Tiling = value.fitted(factor)
+    return fitted
 
 
 def _text(name: str, value: Any) -> str | None:

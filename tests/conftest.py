@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
@@ -13,6 +14,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from filelock import FileLock
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
@@ -45,6 +50,24 @@ def emoji_source() -> Path:
 def tiny_models() -> Any:
     """The module ``tests/tiny_models.py``: random sources by kind."""
     return _module("tiny_models")
+
+
+@pytest.fixture(scope="session")
+def original_layout() -> Any:
+    """The module ``tests/original_layout.py``: checkpoints in a single file."""
+    return _module("original_layout")
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The module ``tests/hub_server.py``: a hub of models on this machine."""
+    return _module("hub_server")
+
+
+@pytest.fixture(scope="session")
+def optimum_layout() -> Any:
+    """The module ``tests/optimum_layout.py``: directories of graphs as Optimum exports them."""
+    return _module("optimum_layout")
 
 
 class TinyModels:
@@ -132,7 +155,8 @@ def _build(source: Path, output: Path) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    build_bundle(BuildRequest(source, output))
+    with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
+        build_bundle(BuildRequest(source, output))
     return output
 
 

@@ -33,6 +33,11 @@ class Figure:
         """Whether it was not measured as it stands."""
         return self.steps is not None
 
+    @property
+    def spread(self) -> bool:
+        """Whether it has an interval; a single sample has none."""
+        return self.low < self.high
+
 
 def ordered(report: Report) -> list[ContenderReport]:
     """All contenders: the fastest picture first, those without one last, in the report's order."""
@@ -133,8 +138,8 @@ class Unit:
         return significant(value * self.factor, digits)
 
     def interval(self, figure: Figure) -> str:
-        """The interval alone, with as many decimals as it needs, e.g. ``[40.1, 42.0]``."""
-        return f"[{self.text(figure.low)}, {self.text(figure.high)}]"
+        """The interval alone, with as many decimals as it needs, e.g. ``[40.1, 42.0]``; empty if there is none."""
+        return f"[{self.text(figure.low)}, {self.text(figure.high)}]" if figure.spread else ""
 
 
 def unit_for(figures: Iterable[Figure | None]) -> Unit:

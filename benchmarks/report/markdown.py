@@ -100,7 +100,7 @@ def cell(figure: Figure | None, unit: Unit) -> str:
     """A figure with its interval; in italics if it is extrapolated."""
     if figure is None:
         return "-"
-    text = f"{unit.text(figure.median)} {unit.interval(figure)}"
+    text = f"{unit.text(figure.median)} {unit.interval(figure)}".rstrip()
     return f"*{text}*" if figure.extrapolated else text
 
 
@@ -108,7 +108,7 @@ def ratio(figure: Figure | None) -> str:
     """A ratio with its interval; in italics if it is extrapolated."""
     if figure is None:
         return "-"
-    text = f"{figure.median:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+    text = f"{figure.median:.2f} [{figure.low:.2f}, {figure.high:.2f}]" if figure.spread else f"{figure.median:.2f}"
     return f"*{text}*" if figure.extrapolated else text
 
 

@@ -82,7 +82,8 @@ def table(report: Report, path: Path) -> str:
                 f"{quality['psnr']:.1f}" if quality else "-",
             ]
         )
-    percent = f"{100 * report['method']['confidence']:g} %"
+    rounds, percent = report["method"]["rounds_done"], f"{100 * report['method']['confidence']:g} %"
+    medians = "one picture each" if rounds == 1 else f"medians of {rounds} rounds with {percent} intervals"
     what = f"{markdown.escape(figures.job_text(report))}; {figures.weights_text(report)}"
     lines = [
         f"**{markdown.escape(report['model']['name'])}**: {what}",
@@ -90,7 +91,7 @@ def table(report: Report, path: Path) -> str:
         " ".join(
             [
                 f"{markdown.escape(figures.machine_text(report))}; {report['created'][:10]};",
-                f"medians with {percent} intervals; PSNR against the reference's picture, 100 where equal.",
+                f"{medians}; PSNR against the reference's picture, 100 where equal.",
                 *([markdown.extrapolations(report)] if markdown.extrapolations(report) else []),
                 *([f"No figures: {'; '.join(without)}."] if without else []),
                 *(["The run was cut short."] if not report["complete"] else []),

@@ -19,11 +19,17 @@ from ..build import BuildReport, BuildRequest, BuiltEngine, build_bundle
 from ..calibration import PROMPTS, Calibration, read_prompts
 from ..reduce import Quantization
 from ..targets import PRECISIONS, TARGETS
+from .reading import add_reading, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a diffusers directory with safetensors weights")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a diffusers directory, a checkpoint in a .safetensors file, or the name of a model on a hub",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument(
         "--engine", action="append", choices=tuple(TARGETS), help="engine to build for; may be repeated"
@@ -71,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-quality", action="store_true", help="keep a reduced precision whose pictures are below the gate"
     )
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
@@ -97,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
+        reading=reading(arguments),
     )
     console = BuildConsole(quiet=arguments.json)
     if "openvino" in request.engines:

@@ -16,6 +16,7 @@ from ..source import Source
 from ..targets import PRECISIONS
 from ..verification import verify_bundle
 from ..verify import GATES
+from .reading import add_reading, reading
 
 _SHOWN = 8
 _EXACT = 200.0  # dB
@@ -24,7 +25,7 @@ _EXACT = 200.0  # dB
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("--source", type=Path, metavar="SOURCE", help="the diffusers directory it comes from")
+    parser.add_argument("--source", type=Path, metavar="SOURCE", help="the model it comes from")
     parser.add_argument(
         "--bisect", metavar="COMPONENT", help="name the operators where a component drifts from fp32, e.g. unet_step"
     )
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runner", choices=RUNNERS, default="emulated", help="with --bisect: what runs it; by default its roundings"
     )
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -45,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bisect is not None:
         return _bisect(bundle, arguments)
     engines = EngineStore(bundle.engines_directory).records(verify_hash=True)
-    figures = verify_bundle(bundle, Source.open(arguments.source), BuildConsole(quiet=arguments.json))
+    figures = verify_bundle(
+        bundle, Source.open(arguments.source, reading(arguments)), BuildConsole(quiet=arguments.json)
+    )
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})
     else:

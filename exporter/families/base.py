@@ -74,6 +74,9 @@ class Family(ABC):
     """The one among them that runs in a loop."""
     vectors: ClassVar[tuple[str, ...]] = ()
     """Inputs of the denoiser with one vector a row that stay the same throughout a request."""
+    optimum: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
+    """Text encoders, and the outputs that their graphs must have to be taken over from a directory that Optimum
+    exported; ``None`` if such directories are not supported."""
     steps: ClassVar[int] = 20
     """Sampler steps by default."""
     guidance: ClassVar[float] = 7.5

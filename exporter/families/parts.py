@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..source import Source
 
 _LATENT = {0: "batch", 2: "latent_height", 3: "latent_width"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PICTURE = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -32,6 +33,17 @@ def clip_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tenso
     return renamed
 
 
+def vae_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give the attention of an autoencoder its present names; the first checkpoints of diffusers have older ones."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "attentions" in parts and len(parts) > 1:
+            parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
+        renamed[".".join(parts)] = tensor
+    return renamed
+
+
 CLIP_TEXT = Part(
     ("CLIPTextModel",),
     "model",
@@ -43,7 +55,12 @@ UNET = Part(
     "diffusion_pytorch_model",
     lambda config: UNet2DConditionModel(**known(config, UNet2DConditionModel)),
 )
-VAE = Part(("AutoencoderKL",), "diffusion_pytorch_model", lambda config: AutoencoderKL(**known(config, AutoencoderKL)))
+VAE = Part(
+    ("AutoencoderKL",),
+    "diffusion_pytorch_model",
+    lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
+    vae_names,
+)
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 _SWITCHES = {

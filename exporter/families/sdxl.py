@@ -100,6 +100,11 @@ class StableDiffusionXl(Family):
     }
     components = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     denoiser = "unet"
+    # Two layers at least: then there are states before the last layer, and before the last but one.
+    optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text_encoder": ("hidden_states.2",),
+        "text_encoder_2": ("hidden_states.2", "text_embeds"),
+    }
     vectors = ("text_embeds", "time_ids")
     guidance = 5.0
     time_ids: ClassVar[int] = _TIME_IDS

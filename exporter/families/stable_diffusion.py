@@ -27,6 +27,7 @@ class StableDiffusion(Family):
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {"tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder")}
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     denoiser = "unet"
+    optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("last_hidden_state",)}
 
     def check(self, configs: Mapping[str, Config]) -> None:
         """Widths of text and latents agree."""

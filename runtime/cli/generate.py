@@ -9,12 +9,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from latentrt.engines.errors import InvalidRequestError
+
 from ..engine_choice import CACHES, ENGINES
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..request import FAMILY_OPTIONS, Request
 from ..samplers import SAMPLERS
+from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 
 
@@ -62,6 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{side}crop", type=_place, metavar="X,Y", help=f"corner {what} that it was cut out at")
         parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
+    parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
+    parser.add_argument(
+        "--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles of this side, to save memory"
+    )
+    parser.add_argument(
+        "--vae-tile-overlap", type=int, metavar="PIXELS", help="what tiles have in common; a quarter of them by default"
+    )
+    parser.add_argument(
+        "--vae-tile-edges",
+        choices=EDGES,
+        help="move the last tile inwards, or make it smaller as diffusers does (default: shift)",
+    )
     parser.add_argument("--clip-skip", type=int, metavar="L", help="layers of the text encoder to leave out: 0 or 1")
     parser.add_argument(
         "--engine", default="auto", metavar="NAME", help=f"one of {', '.join(ENGINES)}, or auto, the best that can run"
@@ -82,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fixed-size", action="store_true", help="compile for this size alone, at which OpenVINO is faster"
     )
+    parser.add_argument(
+        "--low-memory", action="store_true", help="open each component for its turn only, and close it again"
+    )
     parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
 
@@ -89,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the picture, and say what was done."""
     check_target(arguments.output)
+    tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
     loaded = Pipeline.load(
         arguments.bundle,
         arguments.engine,
@@ -97,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         loop=arguments.loop,
         engine_cache=arguments.engine_cache,
         fixed_size=(arguments.width, arguments.height, arguments.images) if arguments.fixed_size else None,
+        max_batch=arguments.max_batch,
+        low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
     )
     with loaded as pipe:
@@ -117,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             height=arguments.height,
             images=arguments.images,
             clip_skip=arguments.clip_skip,
+            vae_tiling=tiling,
             prompt_2=arguments.prompt_2,
             negative_prompt_2=arguments.negative_prompt_2,
             original_size=arguments.original_size,
@@ -173,6 +195,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tiling(size: int | None, overlap: int | None, edges: str | None) -> Tiling | None:
+    """How to cut pictures into tiles, if that is asked for."""
+    if size is None:
+        if overlap is not None or edges is not None:
+            raise InvalidRequestError("tiles are described but not asked for; give their size with --vae-tile")
+        return None
+    return Tiling(size, overlap, edges or "shift")
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     """Numbers between commas."""
     try:
@@ -201,13 +232,15 @@ def _two(text: str, between: str, expected: str) -> tuple[int, int]:
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", *FAMILY_OPTIONS))
+    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
 
 
 def _written(name: str, value: Any) -> Any:
     """A value as a web UI's parameters have it: a size as ``1024x768``, other numbers between spaces."""
+    if isinstance(value, Tiling):
+        return f"{value.size} overlap {value.overlap} {value.edges}"
     if not isinstance(value, tuple):
         return value
     return ("x" if name.endswith("size") else " ").join(f"{each:g}" for each in value)

@@ -14,6 +14,7 @@ from latentrt.engines import TensorSpec
 from latentrt.engines.base import nbytes
 from latentrt.engines.store import EngineStore
 
+from ..abilities import abilities as abilities_of
 from ..bundle import Bundle
 from ..families import family_of
 from ..manifest import Manifest
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     records = EngineStore(bundle.engines_directory).records(verify_hash=arguments.verify_hash)
     manifest = bundle.manifest
     family = family_of(manifest)
-    abilities = family.abilities()
+    abilities = abilities_of(bundle)
     denoiser = (family.denoiser, *family.stages())
     stages = _stages(bundle, denoiser)
     if arguments.json:
@@ -50,6 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
         f"guidance {defaults.guidance:g}"
     )
     print(f"abilities: {', '.join(_abilities(abilities))}")
+    sizes = abilities["sizes"]
+    print(f"tasks: {' '.join(abilities['tasks'])}; loops: {' '.join(abilities['loops'])}")
+    print(
+        f"sizes: any multiples of {sizes['multiple']} up to {sizes['longest']} pixels a side, "
+        f"{sizes['pixels']:,} pixels a request"
+    )
+    print(f"samplers: {' '.join(abilities['samplers'])}")
+    print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
+    if abilities["loops"] == ["plain"]:
+        print(f"the {family.denoiser} has no stages: every step computes all of it, and guidance twice")
     counted: set[str] = set()  # stages share a file of weights
     graphs = []
     for component in manifest.components.values():
@@ -102,13 +113,16 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
+_OF_THEIR_OWN = ("guidance", "options", "tasks", "samplers", "sizes", "loops", "engines")
+
+
 def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:
     """What a bundle can do, in words."""
     yield f"guidance {abilities['guidance']}"
     if options := abilities["options"]:
         yield f"options {' '.join(options)}"
     for name, value in abilities.items():
-        if name not in ("guidance", "options"):
+        if name not in _OF_THEIR_OWN:
             yield f"{name.replace('_', ' ')}: {json.dumps(value)}"
 
 

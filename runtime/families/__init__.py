@@ -45,6 +45,10 @@ def refuse_foreign(family: Family, options: Iterable[str]) -> None:
         InvalidRequestError: naming the first, and the families that have it.
     """
     for name in options:
+        if name not in family.options and name in type(family).options:
+            raise InvalidRequestError(
+                f"the graphs of this bundle do not give what {name} needs; leave it out, or build from weights"
+            )
         if name not in family.options:
             owners = " and ".join(known for known, other in FAMILIES.items() if name in other.options)
             raise InvalidRequestError(f"models of the family {family.name} have no {name}, only {owners}; leave it out")

@@ -68,7 +68,9 @@ class Family(ABC):
     """The denoiser's component; its stages are named after it."""
     encoders: ClassVar[Mapping[str, str]]
     """Text encoders, and the tokenizer of each."""
-    options: ClassVar[frozenset[str]] = frozenset()
+    tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
+    """What its models are for."""
+    options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
     :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""
     settings: ClassVar[Mapping[str, type]] = {}
@@ -108,6 +110,11 @@ class Family(ABC):
     def unit(self) -> int:
         """Pixels that width and height are multiples of."""
         return self.manifest.latent.factor
+
+    @property
+    def longest(self) -> int | None:
+        """Most pixels that width or height may have; ``None`` is as many as any request."""
+        return None
 
     def plan(self, request: Request) -> Plan:
         """The sampler's plan for a request.
@@ -158,13 +165,21 @@ class Family(ABC):
         """
         return {}
 
+    def gives(self, component: str, output: str) -> bool:
+        """Whether every graph of a component has an output. Graphs that others exported lack some of ours."""
+        graphs = self.manifest.components[component].graphs.values() if component in self.manifest.components else ()
+        return all(any(spec.name == output for spec in graph.outputs) for graph in graphs)
+
     def zeros(self, name: str) -> Floats:
-        """What stands for no text at all: one row of zeros for an input of the denoiser whose lengths are fixed.
+        """What stands for no text at all: one row of zeros for an input of the denoiser.
+
+        A length that the graph leaves open is that of a text, in tokens.
 
         Raises:
             BundleError: if the denoiser has no such input.
         """
-        return np.zeros([length if isinstance(length, int) else 1 for length in self.shape_of(name)], np.float32)
+        lengths = [length if isinstance(length, int) else self._tokens() for length in self.shape_of(name)[1:]]
+        return np.zeros([1, *lengths], np.float32)
 
     def shape_of(self, name: str) -> tuple[int | str, ...]:
         """The symbolic shape of an input of the denoiser.
@@ -177,6 +192,10 @@ class Family(ABC):
                 if spec.name == name:
                     return spec.shape
         raise BundleError(f"{self.denoiser} has no input {name!r}; build the bundle again")
+
+    def _tokens(self) -> int:
+        """Length of an encoded text."""
+        return max(tokenizer.max_length for tokenizer in self.manifest.tokenizers.values())
 
     def tokenize(
         self,

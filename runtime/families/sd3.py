@@ -44,14 +44,18 @@ class StableDiffusion3(FlowFamily):
         """Both CLIPs, and T5 where the model has it."""
         return (*_CLIP, _T5) if self.manifest.settings["t5"] else _CLIP
 
+    @property
+    def longest(self) -> int:
+        """As far as the positions reach that were trained."""
+        return int(self.manifest.settings["largest_side"])
+
     def check(self, request: Request) -> None:
         """Positions are trained up to a size, and a third prompt needs a third encoder."""
-        largest = int(self.manifest.settings["largest_side"])
         for side in ("width", "height"):
-            if getattr(request, side) > largest:
+            if getattr(request, side) > self.longest:
                 raise InvalidRequestError(
-                    f"{side} is {getattr(request, side)}, expected at most {largest}, as far as the positions of this "
-                    "model reach"
+                    f"{side} is {getattr(request, side)}, expected at most {self.longest}, as far as the positions of "
+                    "this model reach"
                 )
         for option in ("prompt_3", "negative_prompt_3"):
             if getattr(request, option) and not self.manifest.settings["t5"]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..loop import Conditioning, Floats
     from ..request import Request
 
-_STATE, _EARLIER_STATE = "penultimate_hidden_state", "antepenultimate_hidden_state"
+_STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
 _NEGATIVE = ("negative_original_size", "negative_target_size")
 
 
@@ -44,19 +44,29 @@ class StableDiffusionXl(Family):
 
         No negative prompt at all is zeros instead of an encoded empty text, where the model was made for that.
         """
-        state = _EARLIER_STATE if request.clip_skip else _STATE
-        found = [self._text(request.prompt, request.prompt_2, state, tokenizers)]
+        found = [self._text(request.prompt, request.prompt_2, 1 if request.clip_skip else 0, tokenizers)]
         if request.guided:
             empty = not (request.negative_prompt or request.negative_prompt_2)
             zeros = empty and self.manifest.settings["force_zeros_for_empty_prompt"]
             negative = (request.negative_prompt, request.negative_prompt_2)
-            found.insert(0, Text({}, {}) if zeros else self._text(*negative, _STATE, tokenizers))
+            found.insert(0, Text({}, {}) if zeros else self._text(*negative, 0, tokenizers))
         return found
 
-    def _text(self, first: str, second: str | None, state: str, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+    def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
         prompts = {"text_encoder": first, "text_encoder_2": second or first}
-        outputs = {"text_encoder": (state,), "text_encoder_2": (state, "text_embeds")}
+        outputs = {name: (self._state(name, skipped),) for name in prompts}
+        outputs["text_encoder_2"] += ("text_embeds",)
         return self.tokenize(prompts, outputs, tokenizers)
+
+    def _state(self, encoder: str, skipped: int) -> str:
+        """The output with the states before the last layer, or ``skipped`` layers earlier."""
+        own = _STATES[skipped]
+        if self.gives(encoder, own):
+            return own
+        # Optimum's graphs have the states before and behind every layer.
+        graph = next(iter(self.manifest.components[encoder].graphs.values()))
+        count = sum(spec.name.startswith("hidden_states.") for spec in graph.outputs)
+        return f"hidden_states.{count - 2 - skipped}"
 
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
         """The states of both encoders side by side, and the pooled state of the second."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from ..manifest import Manifest
 from ..tokenizers import PromptTokenizer
 from .base import Family, Text
 
 if TYPE_CHECKING:
     from ..loop import Conditioning, Floats
     from ..request import Request
+
+_PENULTIMATE = "penultimate_hidden_state"
 
 
 class StableDiffusion(Family):
@@ -21,9 +24,14 @@ class StableDiffusion(Family):
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     options = frozenset({"negative_prompt", "clip_skip"})
 
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        if not self.gives("text_encoder", _PENULTIMATE):
+            self.options -= {"clip_skip"}
+
     def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
         """As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers."""
-        state = "penultimate_hidden_state" if request.clip_skip else "last_hidden_state"
+        state = _PENULTIMATE if request.clip_skip else "last_hidden_state"
         wanted = [(request.prompt, state)]
         if request.guided:
             wanted.insert(0, (request.negative_prompt, "last_hidden_state"))

@@ -106,7 +106,7 @@ def test_what_became_slower_is_found(
     assert "ONNXRUNTIME" in text.upper()
 
 
-@pytest.mark.parametrize("how", ["interrupt", "full disk"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "full disk"])
 def test_a_run_that_ends_early_leaves_a_valid_report(
     how: str,
     tiny_bundles: dict[str, Path],
@@ -129,13 +129,16 @@ def test_a_run_that_ends_early_leaves_a_valid_report(
     def interrupt() -> None:
         while saved < 5:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[how])
 
     monkeypatch.setattr(Assembly, "save", counting)
-    if how == "interrupt":
+    if how != "full disk":
         threading.Thread(target=interrupt).start()
-    status = main(bench(tiny_bundles["sd1"], tmp_path, "--rounds", "500"))
-    assert status == (130 if how == "interrupt" else 1)
+    try:
+        status = main(bench(tiny_bundles["sd1"], tmp_path, "--rounds", "500"))
+    except SystemExit as ended:
+        status = ended.code
+    assert status == {"SIGINT": 130, "SIGTERM": 143, "full disk": 1}[how]
     report = read(tmp_path / "report.json")
     assert not report["complete"]
     assert "rounds were gone" in report["missing"][-1]

@@ -204,6 +204,7 @@ def test_options_reach_the_session(linear: Path, threads: int, spinning: bool, a
         settings = engine._session.get_session_options()
         assert settings.intra_op_num_threads == threads
         assert settings.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spinning))
+        assert settings.get_session_config_entry("session.force_spinning_stop") == "1"
         assert settings.enable_cpu_mem_arena is arena
 
 

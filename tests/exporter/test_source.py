@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentrt.engines.errors import SourceError
-from latentrt.exporter.source import Source
+from latentrt.exporter.source import Reading, Source
 
 EditJson = Callable[..., None]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -109,10 +109,42 @@ def test_pipe_for_a_file(tiny_source: Path) -> None:
     assert "no regular file" in refusal(tiny_source)
 
 
+# --- links
+
+
+@pytest.mark.parametrize(
+    "place", ["model_index.json", "unet/config.json", UNET, "tokenizer/tokenizer.json", "scheduler", "vae"]
+)
+def test_link_out_of_the_directory(tiny_source: Path, tmp_path: Path, place: str) -> None:
+    """A file or folder that is a link to somewhere else is refused: what is exported would not be the source's."""
+    (tiny_source / place).rename(tmp_path / "elsewhere")
+    (tiny_source / place).symlink_to(tmp_path / "elsewhere")
+    assert refusal(tiny_source).startswith(f"{place} is a link out of source")
+
+
+def test_links_that_stay(tiny_source: Path, tmp_path: Path) -> None:
+    """Links inside the directory are followed, and so are those to the blobs of a hub's cache, and the path itself."""
+    expected = Source.open(tiny_source).fingerprint
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    tiny_source.rename(snapshot)
+    (snapshot / UNET).rename(blobs / "1")
+    (snapshot / UNET).symlink_to("../../../blobs/1")
+    (snapshot / "vae").rename(snapshot / "other")
+    (snapshot / "vae").symlink_to("other")
+    (tmp_path / "link").symlink_to(snapshot)
+    assert Source.open(tmp_path / "link").fingerprint == expected
+    (snapshot / UNET).unlink()
+    (blobs / "1").rename(tmp_path / "cache" / "1")
+    (snapshot / UNET).symlink_to("../../../1")
+    assert "is a link out of" in refusal(snapshot)
+
+
 # --- classes
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "os.system", "", None, [], {}, 7])
+@pytest.mark.parametrize("name", ["StableDiffusionUpscalePipeline", "os.system", "", None, [], {}, 7])
 def test_unknown_pipeline(tiny_source: Path, edit_json: EditJson, name: Any) -> None:
     """A pipeline class that is not in the table is refused, whatever JSON stands in its place."""
     edit_json(tiny_source / "model_index.json", _class_name=name)
@@ -294,6 +326,9 @@ def test_header_of_the_wrong_length(tiny_source: Path, length: int) -> None:
         '{"a": 1}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000000000]}}',
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        '"b": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
         '{"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 4]}}',
     ],
@@ -341,6 +376,58 @@ def test_half_precision_variant(tiny_source: Path) -> None:
     save_file(tensors, tiny_source / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     state = Source.open(tiny_source).load("unet").state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
+
+
+def test_variant_that_is_asked_for(tiny_source: Path) -> None:
+    """A variant that is asked for is taken, or its absence named, whatever else is there."""
+    for part, stem in zip(PARTS, ("model", *["diffusion_pytorch_model"] * 2), strict=True):
+        file = tiny_source / part / f"{stem}.safetensors"
+        tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(tensors, file.with_suffix(".fp16.safetensors"))
+    state = Source.open(tiny_source, Reading(variant="fp16")).load("unet").state_dict()
+    known = load_file(tiny_source / UNET)
+    assert all(torch.equal(tensor, known[name].half().float()) for name, tensor in state.items())
+    with pytest.raises(SourceError, match=r"text_encoder/model\.non_ema\.safetensors is missing"):
+        Source.open(tiny_source, Reading(variant="non_ema"))
+
+
+def test_quantised_weights(tiny_source: Path) -> None:
+    """Whole numbers in place of weights are refused."""
+    tensors = load_file(tiny_source / UNET)
+    save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"].to(torch.int8)}, tiny_source / UNET)
+    assert "'conv_in.bias' is int8; quantised weights are not supported" in refusal(tiny_source, load=True)
+
+
+def test_old_names_of_attention(tiny_source: Path) -> None:
+    """Autoencoders with the names of diffusers' first releases, as Stable Diffusion 1.5 has, load."""
+    file = tiny_source / "vae" / "diffusion_pytorch_model.safetensors"
+    known = load_file(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in known.items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        renamed[name] = tensor
+    assert renamed.keys() != known.keys()
+    save_file(renamed, file)
+    state = Source.open(tiny_source).load("vae").state_dict()
+    reference = AutoencoderKL.from_pretrained(tiny_source / "vae").state_dict()
+    assert state.keys() == reference.keys()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_tensors_that_do_not_fit(tiny_source: Path, change: str) -> None:
+    """A tensor that is missing, that has no place, or that is of another shape is named."""
+    tensors = load_file(tiny_source / UNET)
+    if change == "missing":
+        del tensors["conv_in.bias"]
+    else:
+        tensors["conv_in.bias" if change == "shape" else "conv_extra.bias"] = torch.zeros(3)
+    save_file(tensors, tiny_source / UNET)
+    message = refusal(tiny_source, load=True)
+    assert message.startswith("weights of unet do not fit its config.json")
+    assert ("conv_extra.bias" if change == "extra" else "conv_in.bias") in message
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -401,6 +488,12 @@ def test_incomplete_tokenizer(tiny_source: Path) -> None:
     assert "tokenizer.json" in refusal(tiny_source, load=True)
     (tiny_source / "tokenizer" / "vocab.json").write_text("{}")
     assert "merges.txt" in refusal(tiny_source, load=True)
+
+
+def test_tokenizer_of_gigabytes(tiny_source: Path) -> None:
+    """A tokenizer's file that is far larger than any is not read."""
+    os.truncate(tiny_source / "tokenizer" / "tokenizer.json", 2**31)
+    assert "tokenizer/tokenizer.json has over 64 MiB" in refusal(tiny_source)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from latentrt.engines.store import EngineStore
-from latentrt.runtime import Pipeline, engine_choice
+from latentrt.runtime import Pipeline, Tiling, engine_choice
 from latentrt.runtime.cli import main
 from latentrt.runtime.images import read_parameters
 
@@ -69,6 +69,25 @@ def test_the_engine_and_the_reason_are_told(
     choice = json.loads(capsys.readouterr().out)["engine_choice"]
     assert (choice["name"], choice["reason"]) == ("onnxruntime", "the fastest on a CPU")
     assert choice["passed_over"]["tensorrt"] == "no CUDA device was found"
+
+
+def test_tiles_and_small_batches(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """The tiles are those that were described, and are told in the file and as JSON."""
+    options = ("--seed", "7", "--width", "64", "--height", "48", "--images", "3", "--max-batch", "2", "--json")
+    tiles = ("--vae-tile", "32", "--vae-tile-overlap", "12", "--vae-tile-edges", "cut")
+    assert generate(bundle, tmp_path / "o.png", *options, *tiles) == 0
+    told = json.loads(capsys.readouterr().out)["request"]["vae_tiling"]
+    assert told == {"size": 32, "overlap": 12, "edges": "cut"}
+    assert "Vae tiling: 32 overlap 12 cut" in str(read_parameters(tmp_path / "o.png"))
+    with Pipeline.load(bundle, max_batch=2) as pipe:
+        asked: dict[str, Any] = {"steps": 1, "sampler": "euler", "seed": 7, "width": 64, "height": 48, "images": 3}
+        expected = pipe("a red apple", vae_tiling=Tiling(32, 12, "cut"), **asked)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "o.png"))[:48, :64], expected.images[0])
+    status = generate(bundle, tmp_path / "p.png", "--vae-tile-overlap", "12")
+    assert_fails(capsys, 2, status, "give their size with --vae-tile")
+    status = generate(bundle, tmp_path / "p.png", "--vae-tile", "7")
+    assert_fails(capsys, 2, status, "the size of tiles is 7 pixels, expected a multiple of 2 from 16")
+    assert not (tmp_path / "p.png").exists()
 
 
 def test_compiled_models_and_a_fixed_size(tiny_bundle: Path, tmp_path: Path, capsys: Captured) -> None:

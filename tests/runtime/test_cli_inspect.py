@@ -8,17 +8,21 @@ import platform
 import types
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 
-from latentrt.engines.errors import EngineUnavailableError
+from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import Sdk
 from latentrt.engines.trt.cuda import CudaDevice
-from latentrt.runtime import engine_probe
+from latentrt.runtime import Bundle, Request, engine_probe
+from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import doctor, main
 from latentrt.runtime.engine_probe import SUPPORTED, Availability
+from latentrt.runtime.request import FAMILY_OPTIONS
+from latentrt.runtime.samplers import SAMPLERS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -45,6 +49,50 @@ def test_inspect_json_is_the_manifest(tiny_bundles: dict[str, Path], capsys: Cap
     assert report["manifest"] == json.loads((bundle / "bundle.json").read_text())
     assert report["bundle"] == str(bundle.resolve())
     assert report["engines"] == []
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_inspect_names_what_a_bundle_can_do(tiny: Any, kind: str, capsys: Captured) -> None:
+    """Family, tasks, kind of guidance, options, samplers, sizes, loops and engines, in words and as JSON."""
+    bundle = tiny.bundle(kind)
+    assert main(["inspect", str(bundle)]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["abilities"]
+    manifest = Bundle.open(bundle).manifest
+    assert next(iter(lines.values())).startswith(f"{manifest.family}, ")
+    assert lines["tasks"] == "text-to-image; loops: fused plain"
+    assert lines["sizes"].startswith("any multiples of 2 up to 16384 pixels a side, ")
+    assert lines["samplers"].split() == told["samplers"]
+    assert lines["engines"].startswith("onnxruntime fp32, openvino fp32 bf16, onnxruntime-cuda fp32, ")
+    assert (told["tasks"], told["guidance"], told["loops"]) == (
+        ["text-to-image"],
+        "classifier-free",
+        ["fused", "plain"],
+    )
+    assert "tensorrt-rtx" not in told["engines"], "there are no plans"
+    assert told["engines"]["openvino"] == ["fp32", "bf16"]
+
+
+def test_a_bundle_does_what_inspect_names_and_refuses_the_rest(tiny_bundles: dict[str, Path]) -> None:
+    """Each sampler that is named draws, and each other one is one clear sentence; so are foreign options."""
+    bundle = Bundle.open(tiny_bundles["sd1"])
+    told = abilities(bundle)
+    assert "euler" in told["samplers"]
+    assert set(told["samplers"]) < set(SAMPLERS), "flow matching needs a model of its own"
+    for name in SAMPLERS:
+        request = Request.create(bundle.manifest, "a red apple", sampler=name, steps=8)
+        if name in told["samplers"]:
+            assert len(request.compile_plan(bundle.manifest.scheduler)) >= 8
+        else:
+            with pytest.raises(InvalidRequestError, match=r"\w"):
+                request.compile_plan(bundle.manifest.scheduler)
+    for name in FAMILY_OPTIONS:
+        assert name not in told["options"]
+    with pytest.raises(InvalidRequestError, match="models of the family stable-diffusion have no prompt_2"):
+        Request.create(bundle.manifest, "a red apple", prompt_2="a rocket")
+    with pytest.raises(InvalidRequestError, match="width is 33, expected a multiple of 2; the nearest are 32 and 34"):
+        Request.create(bundle.manifest, "a red apple", width=33)
 
 
 def test_inspect_shows_compiled_engines(tiny_bundle: Path, capsys: Captured) -> None:

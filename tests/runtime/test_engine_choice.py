@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from latentrt.runtime.engine_choice import (
     choose_engine,
     choose_graph,
     make_engine,
+    most_pictures,
 )
 from latentrt.runtime.engine_probe import SUPPORTED, Availability
 from latentrt.runtime.manifest import Component, Graph
@@ -163,6 +165,24 @@ def test_fixed_lengths(bundle: Bundle) -> None:
         "unet_step": {**size, "batch": 3},
         "vae_decoder": {**size, "batch": 3},
     }
+
+
+def test_plans_limit_the_pictures_of_a_call(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least of what the step and the decoder were compiled for counts; rows, and engines without plans, do not."""
+    shapes = {
+        "unet_step": {"registers": ((1, 1, 4, 8, 8), (2, 2, 4, 8, 8), (6, 8, 4, 8, 8)), "rows": ((1,), (4,), (12,))},
+        "vae_decoder": {"latent_sample": ((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 8, 8))},
+        "text_encoder": {},
+    }
+
+    def plan(bundle: Bundle, engine: str, component: str, precision: str | None) -> SimpleNamespace:
+        return SimpleNamespace(record=SimpleNamespace(profile=shapes[component]))
+
+    monkeypatch.setattr(engine_choice, "find_plan", plan)
+    assert most_pictures(bundle, shapes, EngineSettings("tensorrt-rtx")) == 4
+    assert most_pictures(bundle, ["text_encoder", "unet_step"], EngineSettings("tensorrt-rtx")) == 6
+    assert most_pictures(bundle, ["text_encoder"], EngineSettings("tensorrt-rtx")) is None
+    assert most_pictures(bundle, shapes, EngineSettings("onnxruntime")) is None
 
 
 def test_the_cache_of_compiled_models(bundle: Bundle) -> None:

@@ -123,6 +123,19 @@ def test_pictures_of_other_shapes_are_diffusers(pair: Pair, sampler: str, size: 
     assert pair.compare(sampler, size=pair.sizes[size], images=3, steps=4) >= GATE
 
 
+@pytest.mark.parametrize(("width", "height"), [(10, 6), (13, 9), (7, 5)])
+def test_pictures_of_odd_sizes_are_diffusers(
+    pair: Pair, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents that the U-Net cannot halve evenly, some at its lower levels and some at once, give diffusers' picture.
+
+    diffusers' pipeline asks for multiples of 8 pixels whatever the autoencoder; its U-Net takes every size.
+    """
+    monkeypatch.setattr(pair.theirs, "check_inputs", lambda *args, **options: None)
+    factor = pair.ours["fused"].manifest.latent.factor
+    assert pair.compare("euler", size=(width * factor, height * factor), images=2, steps=3) >= GATE
+
+
 @pytest.mark.parametrize("options", [{"clip_skip": 1}, {"negative_prompt": ""}], ids=["clip-skip", "no-negative"])
 def test_options_mean_what_they_mean_in_diffusers(pair: Pair, options: dict[str, Any]) -> None:
     """clip_skip and an empty negative prompt give diffusers' picture."""

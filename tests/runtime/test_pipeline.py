@@ -531,7 +531,7 @@ def test_openvino_draws_what_onnx_runtime_draws(tiny_bundles: dict[str, Path], k
 
 
 def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
-    """It draws that size without being told, refuses others before anything runs, and takes one run at a time."""
+    """It draws that size without being told, refuses others before anything runs, and takes runs one after another."""
     with Pipeline.load(tiny_bundles["sd1"], "openvino", fixed_size=(48, None, 2)) as pipe:
         assert (pipe.fixed_size, pipe.engine_choice.name) == (FixedSize(48, 32, 2), "openvino")
         drawn = pipe("a red apple", steps=2, seed=7)
@@ -545,8 +545,9 @@ def test_a_pipeline_of_one_size(tiny_bundles: dict[str, Path]) -> None:
             with pytest.raises(InvalidRequestError, match=message):
                 pipe("a red apple", **options)
         runs = [pipe.start("a red apple", steps=2), pipe.start("a leaf", steps=2)]
-        with pytest.raises(InvalidRequestError, match="a fixed size takes one run at a time"):
-            pipe.advance(runs)
+        pipe.advance(runs)
+        assert [run.index for run in runs] == [1, 1]
+        assert len(pipe.batch(["a red apple", "a leaf"], steps=1)) == 2
     with Pipeline.load(tiny_bundles["sd1"], "onnxruntime") as other:
         expected = other("a red apple", steps=2, seed=7, images=2, width=48)
     np.testing.assert_allclose(drawn.latents, expected.latents, atol=1e-3)

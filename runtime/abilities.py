@@ -1,0 +1,90 @@
+"""What a bundle can do: what its manifest, its family and its compiled engines say, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from latentrt.engines.errors import BundleError, InvalidRequestError
+from latentrt.engines.trt import SDK_MODULES
+
+from .bundle import Bundle
+from .engine_choice import ENGINES, EngineSettings, graph_for
+from .engine_probe import SUPPORTED
+from .families import Family, family_of
+from .loop import between_whole
+from .manifest import Manifest
+from .pipeline import components_for
+from .plans import planned
+from .request import MAX_PIXELS, MAX_SIDE, Request
+from .samplers import SAMPLERS
+
+
+def abilities(bundle: Bundle) -> dict[str, Any]:
+    """What may be asked of a bundle.
+
+    Returns:
+        What :meth:`~latentrt.runtime.families.Family.abilities` says, and ``tasks``, ``samplers``, ``sizes`` (what
+        sides are multiples of, the longest, and the most pixels of a request), ``loops``, and for each of ``engines``
+        that could run the bundle its precisions. Whether an engine runs on this machine is another question.
+
+    Raises:
+        BundleError: if the family is unknown.
+    """
+    manifest = bundle.manifest
+    family = family_of(manifest)
+    return {
+        **family.abilities(),
+        "tasks": list(family.tasks),
+        "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
+        "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
+        "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],
+        "engines": _engines(bundle),
+    }
+
+
+def _takes_whole_timesteps(manifest: Manifest, family: Family) -> bool:
+    """Whether the denoiser's graphs, which others exported, take timesteps as whole numbers."""
+    graphs = manifest.components[family.denoiser].graphs.values() if family.denoiser in manifest.components else ()
+    return any(spec.name == "timestep" and spec.dtype.startswith("int") for graph in graphs for spec in graph.inputs)
+
+
+def _samplers(manifest: Manifest, family: Family, *, whole: bool) -> list[str]:
+    """Samplers that understand the model's scheduler and what it predicts, and visit whole timesteps where need be."""
+    found, usual = [], Request.create(manifest, "", seed=0)
+    for name in SAMPLERS:
+        try:
+            plan = family.plan(dataclasses.replace(usual, sampler=name))
+        except InvalidRequestError:
+            continue
+        if not whole or between_whole(plan) is None:
+            found.append(name)
+    return found
+
+
+def _has(bundle: Bundle, loop: str) -> bool:
+    try:
+        components = components_for(bundle, loop)
+    except BundleError:
+        return False
+    return set(components) <= set(bundle.manifest.components)
+
+
+def _engines(bundle: Bundle) -> Mapping[str, list[str]]:
+    found = {name: [precision for precision in SUPPORTED[name] if _serves(bundle, name, precision)] for name in ENGINES}
+    return {name: precisions for name, precisions in found.items() if precisions}
+
+
+def _serves(bundle: Bundle, engine: str, precision: str) -> bool:
+    """Whether the bundle has all that an engine would open."""
+    components = components_for(bundle)
+    if engine in SDK_MODULES:
+        return all(precision in planned(bundle, engine, component) for component in components)
+    settings = EngineSettings(engine, precision)
+    try:
+        for component in components:
+            graph_for(bundle, component, settings)
+    except BundleError:
+        return False
+    return True

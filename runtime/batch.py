@@ -1,0 +1,85 @@
+"""Several prompts at once: one request for each, which share all options but their texts and seeds."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentrt.engines.errors import InvalidRequestError
+
+from .manifest import Manifest
+from .request import MAX_PIXELS, Request
+
+MOST_PROMPTS = 4096
+"""Most prompts of a batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one size that are drawn together.
+
+    Attributes:
+        requests: One for each prompt.
+        one_stream: Whether all their noise comes from one stream.
+    """
+
+    requests: tuple[Request, ...]
+    one_stream: bool = False
+
+    @classmethod
+    def single(cls, manifest: Manifest, prompt: str, options: Mapping[str, Any]) -> Batch:
+        """One prompt alone.
+
+        Raises:
+            InvalidRequestError: see :meth:`latentrt.runtime.request.Request.create`.
+        """
+        return cls((Request.create(manifest, prompt, **options),))
+
+    @classmethod
+    def create(cls, manifest: Manifest, prompts: Sequence[str], options: Mapping[str, Any]) -> Batch:
+        """A request for each prompt.
+
+        Args:
+            manifest: The bundle's.
+            prompts: What to draw.
+            options: Those of a request. ``seed`` may be a sequence with one for each prompt; one number is the seed of
+                a stream that all share. Texts, such as ``negative_prompt``, may be sequences with one for each prompt.
+
+        Raises:
+            InvalidRequestError: if a sequence has another length than ``prompts``, the pictures are too many together,
+                or a request is wrong.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list of strings")
+        count = len(prompts)
+        if not 1 <= count <= MOST_PROMPTS:
+            raise InvalidRequestError(f"{count} prompts are given, expected 1 to {MOST_PROMPTS}")
+        seed = options.get("seed")
+        own = {name: value for name, value in options.items() if _each(name, value)}
+        if seed is None:
+            own["seed"] = [secrets.randbits(32) for _ in prompts]
+        for name, values in own.items():
+            if len(values) != count:
+                raise InvalidRequestError(
+                    f"{name} has {len(values)} entries for {count} prompts; give one for each, or one for all"
+                )
+        requests = tuple(
+            Request.create(manifest, prompt, **{**options, **{name: values[index] for name, values in own.items()}})
+            for index, prompt in enumerate(prompts)
+        )
+        first = requests[0]
+        if (pixels := count * first.images * first.width * first.height) > MAX_PIXELS:
+            raise InvalidRequestError(
+                f"{count * first.images} pictures of {first.width}x{first.height} have {pixels:,} pixels, "
+                f"at most {MAX_PIXELS:,} fit one batch; ask for fewer or smaller ones"
+            )
+        return cls(requests, one_stream="seed" not in own)
+
+
+def _each(name: str, value: Any) -> bool:
+    """Whether an option is given for each prompt: seeds, and texts."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return False
+    return name == "seed" or all(isinstance(each, str) for each in value)
