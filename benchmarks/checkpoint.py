@@ -1,6 +1,6 @@
 """Write a Stable Diffusion checkpoint of random weights: the sizes of the real one, and none of its licence.
 
-    python -m latentrt.benchmarks.checkpoint DIRECTORY [--kind sd|sdxl|sd3] [--size SIZE] [--tokenizer DIRECTORY] [--seed S]
+    python -m latentrt.benchmarks.checkpoint DIRECTORY [--kind KIND] [--size SIZE] [--tokenizer DIRECTORY] [--seed S]
 
 What comes out is a diffusers directory that ``latentrt build-engine`` and other runtimes take. Its pictures are noise;
 its latency and memory are those of a trained model.
