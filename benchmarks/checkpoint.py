@@ -1,6 +1,6 @@
 """Write a Stable Diffusion checkpoint of random weights: the sizes of the real one, and none of its licence.
 
-    python -m latentrt.benchmarks.checkpoint DIRECTORY [--kind sd|sdxl] [--size SIZE] [--tokenizer DIRECTORY] [--seed S]
+    python -m latentrt.benchmarks.checkpoint DIRECTORY [--kind KIND] [--size SIZE] [--tokenizer DIRECTORY] [--seed S]
 
 What comes out is a diffusers directory that ``latentrt build-engine`` and other runtimes take. Its pictures are noise;
 its latency and memory are those of a trained model.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .build_sd15_unet import CONFIGS
+from .checkpoint_sd3 import SIZES as SD3_SIZES
+from .checkpoint_sd3 import write_sd3
 from .checkpoint_sdxl import SIZES as SDXL_SIZES
 from .checkpoint_sdxl import write_sdxl
 
@@ -84,7 +86,7 @@ def write_checkpoint(directory: Path, size: str, tokenizer: Path, seed: int = 0)
     pipeline.save_pretrained(directory, safe_serialization=True)
 
 
-SIZES = {"sd": tuple(CONFIGS), "sdxl": SDXL_SIZES}
+SIZES = {"sd": tuple(CONFIGS), "sdxl": SDXL_SIZES, "sd3": SD3_SIZES}
 """Sizes by kind, the real one first."""
 
 
@@ -94,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m latentrt.benchmarks.checkpoint", description=__doc__.split("\n")[0]
     )
     parser.add_argument("directory", type=Path, help="an empty or a new directory")
-    parser.add_argument("--kind", choices=SIZES, default="sd", help="Stable Diffusion 1.5 in fp32, or XL in fp16")
     parser.add_argument(
-        "--size", metavar="SIZE", help=f"of sd {' or '.join(CONFIGS)}, of sdxl {' or '.join(SDXL_SIZES)}"
+        "--kind", choices=SIZES, default="sd", help="Stable Diffusion 1.5 in fp32, XL or 3.5 medium in fp16"
+    )
+    parser.add_argument(
+        "--size", metavar="SIZE", help=", ".join(f"of {kind} {' or '.join(sizes)}" for kind, sizes in SIZES.items())
     )
     parser.add_argument(
         "--tokenizer",
@@ -113,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = arguments.size or SIZES[arguments.kind][0]
     if size not in SIZES[arguments.kind]:
         parser.error(f"the size {size!r} is unknown; {arguments.kind} has {', '.join(SIZES[arguments.kind])}")
-    write = write_sdxl if arguments.kind == "sdxl" else write_checkpoint
-    write(arguments.directory, size, arguments.tokenizer, arguments.seed)
+    writers = {"sd": write_checkpoint, "sdxl": write_sdxl, "sd3": write_sd3}
+    writers[arguments.kind](arguments.directory, size, arguments.tokenizer, arguments.seed)
     written = sum(file.stat().st_size for file in arguments.directory.rglob("*") if file.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{arguments.directory}: {written / 1e9:.2f} GB written, {peak / 1e9:.2f} GB of memory at the peak")

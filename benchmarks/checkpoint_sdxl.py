@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from .random_weights import write_weights
 
 SIZES = ("sdxl", "tiny")
 """What can be written: the size of the real model, and one for tests."""
-
-_SHARD_BYTES = 1 << 30
 
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0: the config.json of each part.
 _UNET: dict[str, dict[str, Any]] = {
@@ -102,7 +97,7 @@ def write_sdxl(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> No
         with torch.device("meta"):  # shapes without memory
             model = kind(config)
         config.save_pretrained(directory / name)
-        _write_weights(directory / name, "model", model, generator)
+        write_weights(directory / name, "model", model, generator)
     vae = {**_VAE[size], "scaling_factor": 0.13025}
     vae["down_block_types"] = ("DownEncoderBlock2D",) * len(vae["block_out_channels"])
     vae["up_block_types"] = ("UpDecoderBlock2D",) * len(vae["block_out_channels"])
@@ -113,48 +108,10 @@ def write_sdxl(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> No
         with torch.device("meta"):
             model = part(**config)
         model.save_config(directory / name)
-        _write_weights(directory / name, "diffusion_pytorch_model", model, generator)
+        write_weights(directory / name, "diffusion_pytorch_model", model, generator)
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     index |= {name: ["transformers", "CLIPTokenizer"] for name in words}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_weights(folder: Path, stem: str, model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Draw a model's weights and write them, one shard in memory at a time."""
-    from safetensors.torch import save_file
-
-    shards = list(_shards({name: tensor.shape for name, tensor in model.state_dict().items()}))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        tensors = {name: _drawn(name, shape, generator) for name, shape in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(shapes: Mapping[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
-    shard: dict[str, torch.Size] = {}
-    for name, shape in shapes.items():
-        if shard and 2 * sum(map(math.prod, [*shard.values(), shape])) > _SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = shape
-    yield shard
-
-
-def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """A weight of about the size that its class would draw, so that activations stay within fp16."""
-    import torch
-
-    if len(shape) < 2:  # normalisations begin at one; biases, and all else of one dimension, at zero
-        return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=torch.float16)
-    width = 0.02 if "embedding" in name and "linear" not in name else 1 / math.sqrt(3 * math.prod(shape[1:]))
-    return torch.randn(shape, generator=generator).mul_(width).to(torch.float16)

@@ -16,6 +16,7 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli.console import print_json
 from latentrt.runtime.engine_choice import choose_graph
 from latentrt.runtime.engine_probe import PRESENT, SUPPORTED, probe
+from latentrt.runtime.families import family_of
 from latentrt.runtime.request import Request
 from latentrt.runtime.samplers import SAMPLERS
 
@@ -199,7 +200,7 @@ def _job(arguments: argparse.Namespace, folder: Path, bundle: Bundle | None) -> 
     asked |= {name: getattr(arguments, name) for name in ("width", "height", "images")}
     if bundle is not None:
         request = Request.create(bundle.manifest, arguments.prompt, **asked)
-        request.compile_plan(bundle.manifest.scheduler)
+        family_of(bundle.manifest).plan(request)
         asked = {name: getattr(request, name) for name in asked}
     if arguments.threads < 0:
         raise InvalidRequestError(f"--threads is {arguments.threads}, expected 0 or more")

@@ -20,7 +20,7 @@ from latentrt.runtime.bundle import Bundle, write_bundle
 from latentrt.runtime.families import family_of
 from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
-from latentrt.runtime.samplers import SAMPLERS, compile_plan, default_sampler
+from latentrt.runtime.samplers import SAMPLERS, default_sampler
 
 from .adoption import adopt
 from .calibration import Calibration
@@ -159,7 +159,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
         build_target(sdk, request.options)
     ranges = _ranges(request, source)
     defaults = _defaults(request, source)
-    compile_plan(defaults.sampler, source.scheduler, defaults.steps)  # refuses what no request could use
+    source.family.compile_plan(source.scheduler, defaults.sampler, defaults.steps)  # refuses what no request could use
     forms = list(dict.fromkeys(form_for(engine, request.precision) for engine in request.engines))
     bundle, exported = _export(request, source, forms, reporter)
     engines = tuple(
@@ -184,7 +184,7 @@ def _adopt(
             "build from the model's weights"
         )
     defaults = _defaults(request, source)
-    compile_plan(defaults.sampler, source.scheduler, defaults.steps)
+    source.family.compile_plan(source.scheduler, defaults.sampler, defaults.steps)
     bundle, taken = adopt(
         source,
         folders,
@@ -270,7 +270,7 @@ def _export(
             return m.Manifest(
                 format_version=m.FORMAT_VERSION,
                 family=family.name,
-                prediction_type=str(source.scheduler.get("prediction_type", "epsilon")),
+                prediction_type=str(source.scheduler.get("prediction_type", family.prediction)),
                 components={name: m.Component(name, graphs) for name, graphs in kept.items() if graphs},
                 files={},
                 latent=family.latent(source),
@@ -338,7 +338,7 @@ def _write_tokenizer(source: Source, name: str, directory: Path) -> m.Tokenizer:
     # Its own method to save reports a full disk as a bare Exception.
     (directory / name / m.TOKENIZER_FILE).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     positions = int(source.configs[part.encoder].get("max_position_embeddings", 77))
-    length = min(positions, int(tokenizer.model_max_length))
+    length = part.length or min(positions, int(tokenizer.model_max_length))
     return m.Tokenizer(name, length, int(tokenizer.pad_token_id), part.kind)
 
 
@@ -359,7 +359,7 @@ def _defaults(request: BuildRequest, source: Source, older: m.Defaults | None = 
 def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]]:
     """Ranges of every symbol of every component. Under guidance the denoiser runs two rows a picture."""
     defaults, family = _defaults(request, source), source.family
-    factor = family.latent(source).factor
+    factor, unit, halves = family.latent(source).factor, family.unit(source), _halves(source)
     pictures = request.ranges.get("batch", Range.fixed(1))
     pixels = {
         "height": request.ranges.get("height", Range.fixed(defaults.height)),
@@ -368,15 +368,17 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
     latents = {}
     for axis, size in pixels.items():
         try:
-            latents[f"latent_{axis}"] = size.divided_by(factor)
+            size.divided_by(unit)
         except InvalidRequestError as error:
-            raise InvalidRequestError(f"{axis}: {error}, the pixels of a latent") from None
-    both_halves = Range(pictures.min, 2 * pictures.opt, 2 * pictures.max)
+            patch = "of a latent" if unit == factor else "of a patch"
+            raise InvalidRequestError(f"{axis}: {error}, the pixels {patch}") from None
+        latents[f"latent_{axis}"] = size.divided_by(factor)
+    both_halves = Range(pictures.min, halves * pictures.opt, halves * pictures.max)
     registers = {"registers": Range(1, 2, _MOST_REGISTERS), "terms": Range(3, 4, _MOST_REGISTERS + 2)}
     prompt, schedule, step = family.stages()
     # With vectors of the conditioning in it, the schedule differs between the halves.
-    timesteps = min(defaults.steps * (2 if family.vectors else 1), TIMESTEPS_AT_ONCE)
-    return {
+    timesteps = min(defaults.steps * (halves if family.vectors else 1), TIMESTEPS_AT_ONCE)
+    ranges: dict[str, dict[str, Range]] = {
         **{part.encoder: {"batch": Range.fixed(1)} for part in family.tokenizers.values()},  # texts come one by one
         family.denoiser: {"batch": both_halves, **latents},
         prompt: {"batch": Range.fixed(1)},
@@ -386,6 +388,12 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         m.TINY_DECODER: {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
     }
+    return {name: {**symbols, **family.lengths(source)} for name, symbols in ranges.items()}
+
+
+def _halves(source: Source) -> int:
+    """Rows of the denoiser for a picture: two where guidance comes from two predictions."""
+    return 2 if source.family.settings(source)["guidance"] == "classifier-free" else 1
 
 
 def _compile(

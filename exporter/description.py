@@ -11,7 +11,7 @@ from typing import Any
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import PREDICTION_TYPES
-from latentrt.runtime.samplers import compile_plan, default_sampler
+from latentrt.runtime.samplers import default_sampler
 
 from .families import PIPELINES, Family
 from .links import check_links
@@ -112,7 +112,7 @@ class Description:
         for name, config in configs.items():
             check_bounds(config, f"{name}/config.json")
         family.check(configs)
-        return cls(index, family, configs, _scheduler(dict(scheduler)), tokenizers, licence)
+        return cls(index, family, configs, _scheduler(dict(scheduler), family), tokenizers, licence)
 
 
 def check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
@@ -138,18 +138,18 @@ def check_bounds(value: Any, where: str, key: str = "", depth: int = 0) -> None:
             raise SourceError(f"{where}: {key!r} is {value}, which no model has (at most {limit})")
 
 
-def _scheduler(config: dict[str, Any]) -> dict[str, Any]:
+def _scheduler(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """Refuse an unknown class of scheduler, and values from which no sampler can be compiled."""
     if config.get("lambda_min_clipped") == -math.inf:  # "no bound", which JSON proper cannot say
         del config["lambda_min_clipped"]
-    prediction = config.get("prediction_type", "epsilon")
+    prediction = config.get("prediction_type", family.prediction)
     if prediction not in PREDICTION_TYPES:
         raise SourceError(
             f"{SCHEDULER}: 'prediction_type' is {prediction!r}, expected one of {', '.join(PREDICTION_TYPES)}"
         )
     try:
         json.dumps(config, allow_nan=False)
-        compile_plan(default_sampler(config), config, steps=_PROBE_STEPS)
+        family.compile_plan(config, default_sampler(config), _PROBE_STEPS)
     except (InvalidRequestError, ValueError, RecursionError) as error:  # the source's fault, not the caller's
         raise SourceError(f"{SCHEDULER}: {first_line(error)}") from error
     return config
@@ -164,7 +164,7 @@ def family_of(index: Mapping[str, Any], name: str) -> Family:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise SourceError(f"{name} is a {pipeline!r}; supported pipelines: {', '.join(PIPELINES)}")
-    family = PIPELINES[pipeline]
+    family = PIPELINES[pipeline].variant(index)
     classes = {part: each.classes for part, each in family.parts.items()}
     classes |= {tokenizer: each.classes for tokenizer, each in family.tokenizers.items()}
     for part, expected in classes.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import TINY_DECODER
@@ -26,7 +26,8 @@ from . import hub, single_file
 from .description import SCHEDULER, Description, TokenizerFolder, family_of
 from .families import Family
 from .graph_folders import describe, has_graphs
-from .weights import PICKLED, assign, empty_module, first_line, opened, read_weights, weight_files
+from .tokenizers import KINDS, read_tokenizer
+from .weights import PICKLED, assign, empty_module, opened, read_weights, weight_files
 
 if TYPE_CHECKING:
     from .lora import Lora
@@ -173,29 +174,17 @@ class Source:
             lora.fuse(name, module)
         return module.eval().requires_grad_(False)
 
-    def load_tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
+    def load_tokenizer(self, name: str = "tokenizer") -> PreTrainedTokenizerBase:
         """Build a tokenizer from its vocabulary files.
 
         Raises:
             SourceError: if a file is missing or damaged, or the text encoder does not know all of its tokens.
         """
         folder, label = self.tokenizers[name], f"the {name} of {self.name}"
-        directory = folder.path
-        kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-        if not any(all((directory / name).is_file() for name in names) for names in kinds):
-            # Without them transformers makes a tokenizer that knows no words.
-            raise SourceError(
-                f"{label} is incomplete: {directory.name}/ has neither tokenizer.json nor vocab.json with merges.txt"
-            )
-        padding = {} if folder.padding is None else {"pad_token": folder.padding}
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **padding
-            )
-            highest = max(tokenizer.get_vocab().values())
-        except Exception as error:
-            raise SourceError(f"{label} cannot be read: {first_line(error)}") from error
-        rows = int(self.configs[self.family.tokenizers[name].encoder].get("vocab_size", 49408))
+        part = self.family.tokenizers[name]
+        tokenizer = read_tokenizer(folder.path, part.kind, label, folder.padding)
+        highest = max(tokenizer.get_vocab().values())
+        rows = int(self.configs[part.encoder].get("vocab_size", KINDS[part.kind].rows))
         if highest >= rows:
             raise SourceError(f"{label} has token ids up to {highest}, its text encoder only {rows} tokens")
         if tokenizer.pad_token_id is None:

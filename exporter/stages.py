@@ -13,6 +13,7 @@ from .components import Component
 from .onnx_export import graph_entry
 from .passes.borders import float_borders
 from .passes.guidance import share_guidance
+from .passes.lengths import measure_elsewhere
 from .passes.stages import split_stages
 from .passes.update import fuse_update
 from .targets import Form
@@ -43,6 +44,7 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
     model = ir.load(directory / whole.file)
     try:
         stages = split_stages(model.graph, conditioning=roles.conditioning, time=roles.time, vectors=roles.vectors)
+        measure_elsewhere(stages.step, among=stages.prompt_tensors)
         of_vectors = () if stages.schedule is None else [str(value.name) for value in stages.schedule.inputs]
         schedule_is_a_row = any(name in roles.vectors for name in of_vectors)
         conditioned = [*stages.prompt_tensors, *(stages.schedule_tensors if schedule_is_a_row else ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,8 @@ from .loop import between_whole
 from .manifest import Manifest
 from .pipeline import components_for
 from .plans import planned
-from .request import MAX_PIXELS, MAX_SIDE
-from .samplers import SAMPLERS, compile_plan
+from .request import MAX_PIXELS, MAX_SIDE, Request
+from .samplers import SAMPLERS
 
 
 def abilities(bundle: Bundle) -> dict[str, Any]:
@@ -36,8 +37,8 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
     return {
         **family.abilities(),
         "tasks": list(family.tasks),
-        "samplers": _samplers(manifest, whole=_takes_whole_timesteps(manifest, family)),
-        "sizes": {"multiple": manifest.latent.factor, "longest": MAX_SIDE, "pixels": MAX_PIXELS},
+        "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
+        "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],
         "engines": _engines(bundle),
     }
@@ -49,12 +50,12 @@ def _takes_whole_timesteps(manifest: Manifest, family: Family) -> bool:
     return any(spec.name == "timestep" and spec.dtype.startswith("int") for graph in graphs for spec in graph.inputs)
 
 
-def _samplers(manifest: Manifest, *, whole: bool) -> list[str]:
+def _samplers(manifest: Manifest, family: Family, *, whole: bool) -> list[str]:
     """Samplers that understand the model's scheduler and what it predicts, and visit whole timesteps where need be."""
-    found = []
+    found, usual = [], Request.create(manifest, "", seed=0)
     for name in SAMPLERS:
         try:
-            plan = compile_plan(name, manifest.scheduler, manifest.defaults.steps)
+            plan = family.plan(dataclasses.replace(usual, sampler=name))
         except InvalidRequestError:
             continue
         if not whole or between_whole(plan) is None:

@@ -420,7 +420,7 @@ class Pipeline:
                 "are asked for; load a pipeline without fixed_size"
             )
         start = time.perf_counter()
-        plan = batch.requests[0].compile_plan(self.manifest.scheduler)
+        plan = self.family.plan(batch.requests[0])
         self.loop.check(plan)
         planned = time.perf_counter()
         texts = [self.family.texts(request, self.tokenizers) for request in batch.requests]

@@ -32,6 +32,9 @@ OUTPUTS = ("image", "latent")
 DECODERS = ("full", "tiny")
 """What may turn latents into pictures."""
 
+LONGEST_SEQUENCE = 512
+"""Most tokens of a T5 text encoder, as in diffusers."""
+
 _MOST_STEPS = 10_000
 _LARGEST_ORIGINAL = 65_536  # pixels
 _OF_HALVES: Mapping[str, object] = {
@@ -41,6 +44,7 @@ _OF_HALVES: Mapping[str, object] = {
     "negative_crop": None,
     "negative_target_size": None,
     "negative_aesthetic_score": None,
+    "negative_prompt_3": "",
     "guidance_start": 0.0,
     "guidance_end": 1.0,
     "guidance_rescale": 0.0,
@@ -63,6 +67,9 @@ class FamilyOptions(TypedDict, total=False):
     negative_target_size: tuple[int, int] | None
     aesthetic_score: float | None
     negative_aesthetic_score: float | None
+    prompt_3: str | None
+    negative_prompt_3: str | None
+    max_sequence_length: int | None
 
 
 class RequestOptions(FamilyOptions, total=False):
@@ -129,6 +136,9 @@ class Request:
         denoising_end: Fraction at which it ends, with noise left for another model to take away; ``None`` is the end.
         output: One of :data:`OUTPUTS`: pictures, or latents alone.
         decoder: One of :data:`DECODERS`: the model's own, or a tiny one, where the bundle has one.
+        prompt_3: Prompt of the third text encoder; ``None`` or nothing is ``prompt``.
+        negative_prompt_3: Likewise what to steer away from.
+        max_sequence_length: Tokens of a T5 text encoder, padding included; ``None`` is the family's number.
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
@@ -164,26 +174,35 @@ class Request:
     denoising_end: float | None = None
     output: str = "image"
     decoder: str = "full"
+    prompt_3: str | None = None
+    negative_prompt_3: str | None = None
+    max_sequence_length: int | None = None
     vae_tiling: Tiling | None = None
     classifier_free: bool = True
 
-    def compile_plan(self, scheduler: Mapping[str, Any]) -> Plan:
+    def compile_plan(
+        self, scheduler: Mapping[str, Any], *, sigmas: Sequence[float] | None = None, mu: float | None = None
+    ) -> Plan:
         """The sampler's plan for this request.
 
         Args:
             scheduler: The bundle's ``scheduler_config.json``.
+            sigmas: Noise levels to visit if the request names neither levels nor timesteps.
+            mu: Dynamic shift of a flow schedule.
 
         Raises:
             InvalidRequestError: if the sampler cannot do what is asked.
         """
-        steps = self.steps if self.timesteps is None and self.sigmas is None else None
+        levels = sigmas if self.timesteps is None and self.sigmas is None else self.sigmas
+        steps = self.steps if self.timesteps is None and levels is None else None
         return compile_plan(
             self.sampler,
             scheduler,
             steps,
             timesteps=self.timesteps,
-            sigmas=self.sigmas,
+            sigmas=levels,
             eta=self.eta,
+            mu=mu,
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
         )
@@ -242,7 +261,7 @@ class Request:
                 sorted(RequestOptions.__annotations__, key=FAMILY_OPTIONS.__contains__)
             )  # the special last
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
-        defaults, factor, family = manifest.defaults, manifest.latent.factor, family_of(manifest)
+        defaults, family = manifest.defaults, family_of(manifest)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"{name} is a {type(text).__name__}, expected a string")
@@ -262,8 +281,8 @@ class Request:
             ),
             seed=_integer("seed", secrets.randbits(32) if seed is None else seed, 0, 2**64 - 1),
             sampler=defaults.sampler if sampler is None else sampler,
-            width=_side("width", defaults.width if width is None else width, factor),
-            height=_side("height", defaults.height if height is None else height, factor),
+            width=_side("width", defaults.width if width is None else width, family.unit),
+            height=_side("height", defaults.height if height is None else height, family.unit),
             images=_integer("images", images, 1, 4096),
             clip_skip=_integer("clip_skip", defaults.clip_skip if clip_skip is None else clip_skip, 0, 1),
             guidance_start=_number("guidance_start", guidance_start, 1),
@@ -277,7 +296,7 @@ class Request:
             denoising_end=end,
             output=output or ("image" if end is None else "latent"),
             decoder=check_decoder(manifest, decoder),
-            vae_tiling=_tiling(vae_tiling, factor),
+            vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:
@@ -403,6 +422,10 @@ def _score(name: str, value: Any) -> float | None:
     return None if value is None else _number(name, value, 10)
 
 
+def _length(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 1, LONGEST_SEQUENCE)
+
+
 _size, _place = functools.partial(_pair, least=1), functools.partial(_pair, least=0)
 
 FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -416,15 +439,18 @@ FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "negative_target_size": _size,
     "aesthetic_score": _score,
     "negative_aesthetic_score": _score,
+    "prompt_3": _text,
+    "negative_prompt_3": _text,
+    "max_sequence_length": _length,
 }
 """The options of :class:`FamilyOptions`, and what checks the value of each."""
 
 
-def _side(name: str, value: Any, factor: int) -> int:
-    pixels = _integer(name, value, factor, MAX_SIDE)
-    if pixels % factor:
-        below = pixels // factor * factor
+def _side(name: str, value: Any, unit: int) -> int:
+    pixels = _integer(name, value, unit, MAX_SIDE)
+    if pixels % unit:
+        below = pixels // unit * unit
         raise InvalidRequestError(
-            f"{name} is {pixels}, expected a multiple of {factor}; the nearest are {below} and {below + factor}"
+            f"{name} is {pixels}, expected a multiple of {unit}; the nearest are {below} and {below + unit}"
         )
     return pixels

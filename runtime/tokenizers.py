@@ -1,17 +1,19 @@
-"""CLIP's tokenizer from a ``tokenizer.json``: text to the ids that a CLIP text encoder takes.
+"""Tokenizers from a ``tokenizer.json``: text to the ids that a text encoder takes.
 
-Ids equal those of transformers' ``CLIPTokenizer(text, padding="max_length", truncation=True)``: byte-level BPE with an
-end-of-word suffix (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-section 2.4; file format: the ``tokenizers`` library).
+Ids equal those of transformers' ``CLIPTokenizer`` and ``T5Tokenizer``, called with ``padding="max_length"`` and
+``truncation=True``. CLIP's is byte-level BPE with an end-of-word suffix (Radford et al., "Learning Transferable Visual
+Models From Natural Language Supervision", 2021, section 2.4), T5's a unigram model (Raffel et al. 2020, arXiv
+1910.10683, section 2.2.1; Kudo 2018, arXiv 1804.10959). File format: the ``tokenizers`` library.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTEr
 MAX_PROMPT_BYTES = 1_000_000
 """Longest prompt in UTF-8; everything after the first ``max_length`` tokens is cut off anyway, but costs time first."""
 MAX_FILE_BYTES = 64 * 2**20
-"""Largest ``tokenizer.json`` that is read; CLIP's own is under 4 MB."""
+"""Largest ``tokenizer.json`` that is read; CLIP's and T5's own are under 4 MB."""
 
 _LONG = 4096
 """Bytes from which a prompt takes a millisecond or more."""
@@ -34,8 +36,8 @@ class PromptTokenizer(Protocol):
 
     max_length: int
 
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids ``[max_length]``, cut off or padded to that length.
+    def encode(self, text: str, max_length: int | None = None) -> NDArray[np.int64]:
+        """Token ids ``[max_length]``, cut off or padded to that length; ``None`` is the tokenizer's own.
 
         Raises:
             InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
@@ -49,15 +51,20 @@ class PromptTokenizer(Protocol):
         """
 
 
-class ClipTokenizer:
+class FileTokenizer(ABC):
     """Text to token ids; immutable once loaded, so one serves all threads. Make one with :meth:`load`.
 
     Args:
         tokenizer: Without truncation and padding of its own; nothing may change it afterwards.
-        max_length: Length of every encoded prompt, the start and end tokens included.
+        max_length: Length of every encoded prompt that is not told another, special tokens included.
         pad_token_id: Id that fills what a prompt leaves free.
         end_token_id: Id of the end-of-text token.
     """
+
+    model: ClassVar[str]
+    """Whose it is, for messages."""
+    frame: ClassVar[int]
+    """Special tokens around every prompt; the last is the end-of-text token."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, pad_token_id: int, end_token_id: int) -> None:
         self._tokenizer = tokenizer
@@ -66,23 +73,34 @@ class ClipTokenizer:
         self.end_token_id = end_token_id
 
     @classmethod
-    def load(cls, directory: Path, max_length: int = 77, pad_token_id: int | None = None) -> Self:
+    @abstractmethod
+    def check_model(cls, path: Path, model: Mapping[str, Any]) -> None:
+        """Refuse a ``tokenizer.json`` of another kind.
+
+        Args:
+            path: The file, for the message.
+            model: What it says under ``model``; empty if it says nothing.
+
+        Raises:
+            BundleError: if it is not of this kind.
+        """
+
+    @classmethod
+    def load(cls, directory: Path, max_length: int, pad_token_id: int | None = None) -> Self:
         """Read ``tokenizer.json``; truncation and padding written in it are replaced by the arguments.
 
         Args:
             directory: Where the file lies.
-            max_length: Number of ids that an encoded prompt has, at least 2.
-            pad_token_id: Id to pad with. By default the end-of-text token, as SD 1.x does; SD 2.x and the second
-                encoder of SDXL pad with id 0.
+            max_length: Number of ids that an encoded prompt has, room for the special tokens at least.
+            pad_token_id: Id to pad with; by default the end-of-text token.
 
         Raises:
-            BundleError: if the file is missing, damaged or no CLIP tokenizer, or does not know ``pad_token_id``.
+            BundleError: if the file is missing, damaged or of another kind, or does not know ``pad_token_id``.
         """
         path = directory / "tokenizer.json"
-        if max_length < 2:
-            raise BundleError(f"{path}: max_length is {max_length}, expected at least 2, for start and end of text")
+        cls._check_length(str(path), max_length)
         text = _read(path)
-        _check_kind(path, text)
+        cls.check_model(path, _model(path, text))
         with _translated(
             BundleError(f"{path} is not a tokenizer that the tokenizers library can load; export it again")
         ):
@@ -93,37 +111,51 @@ class ClipTokenizer:
             tokenizer.no_padding()
             empty = tokenizer.encode("").ids
             probe = tokenizer.encode(_PROBE).ids
-        if len(empty) != 2 or [probe[0], probe[-1]] != empty or len(probe) < 3:
+        first, last = probe[: cls.frame - 1], probe[-1:]
+        if len(empty) != cls.frame or [*first, *last] != empty or len(probe) <= cls.frame:
             raise BundleError(
-                f"{path} encodes an empty prompt as {empty}, expected the start and end tokens of a CLIP tokenizer"
+                f"{path} encodes an empty prompt as {empty}, expected the {cls.frame} special tokens of a "
+                f"{cls.model} tokenizer"
             )
-        end = int(empty[1])
+        end = int(empty[-1])
         pad = end if pad_token_id is None else pad_token_id
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if not 0 <= pad < size:
             raise BundleError(f"{path}: pad_token_id is {pad}, expected an id of its vocabulary, 0 to {size - 1}")
         return cls(tokenizer, max_length, pad, end)
 
+    @classmethod
+    def _check_length(cls, where: str, max_length: int) -> None:
+        if max_length < cls.frame:
+            raise BundleError(
+                f"{where}: max_length is {max_length}, expected at least {cls.frame}, for the special tokens"
+            )
+
     @property
     def vocabulary_size(self) -> int:
         """Number of tokens, special ones included; ids are below it."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids of one prompt: start, words, end, padding.
+    def encode(self, text: str, max_length: int | None = None) -> NDArray[np.int64]:
+        """Token ids of one prompt: words between the special tokens, and padding.
 
         Args:
-            text: At most :data:`MAX_PROMPT_BYTES` in UTF-8. What exceeds ``max_length`` tokens is cut off.
+            text: At most :data:`MAX_PROMPT_BYTES` in UTF-8. What exceeds ``max_length`` tokens is cut off, all but the
+                end-of-text token.
+            max_length: Number of ids; ``None`` is the tokenizer's own.
 
         Returns:
             int64 ``[max_length]``.
 
         Raises:
             InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+            BundleError: if the special tokens alone are longer than ``max_length``.
         """
+        length = self.max_length if max_length is None else max_length
+        self._check_length(f"the {self.model} tokenizer", length)
         ids = self._ids(text)
-        row = np.full(self.max_length, self.pad_token_id, np.int64)
-        kept = ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], self.end_token_id]
+        row = np.full(length, self.pad_token_id, np.int64)
+        kept = ids if len(ids) <= length else [*ids[: length - 1], self.end_token_id]
         row[: len(kept)] = kept
         return row
 
@@ -145,7 +177,7 @@ class ClipTokenizer:
         return np.stack(rows) if rows else np.empty((0, self.max_length), np.int64)
 
     def count(self, text: str) -> int:
-        """Number of tokens of a prompt before truncation, start and end included.
+        """Number of tokens of a prompt before truncation, special ones included.
 
         Raises:
             InvalidRequestError: as :meth:`encode`.
@@ -173,7 +205,54 @@ class ClipTokenizer:
             return list(encoding.ids)
 
 
-TOKENIZERS: Mapping[str, Callable[[Path, int, int], PromptTokenizer]] = {"clip": ClipTokenizer.load}
+class ClipTokenizer(FileTokenizer):
+    """CLIP's: start, words, end, padding. SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL
+    with id 0."""
+
+    model = "CLIP"
+    frame = 2
+
+    @classmethod
+    def load(cls, directory: Path, max_length: int = 77, pad_token_id: int | None = None) -> Self:
+        """See :meth:`FileTokenizer.load`."""
+        return super().load(directory, max_length, pad_token_id)
+
+    @classmethod
+    def check_model(cls, path: Path, model: Mapping[str, Any]) -> None:
+        """BPE with CLIP's end-of-word suffix: others load without complaint, and give ids that mean nothing."""
+        kind, suffix = model.get("type"), model.get("end_of_word_suffix")
+        if (kind, suffix) != ("BPE", "</w>"):
+            raise BundleError(
+                f"{path} holds a model of type {kind!r} with word ending {suffix!r}, expected CLIP's: 'BPE' with '</w>'"
+            )
+
+
+class T5Tokenizer(FileTokenizer):
+    """T5's: words, end, padding."""
+
+    model = "T5"
+    frame = 1
+
+    @classmethod
+    def load(cls, directory: Path, max_length: int = 512, pad_token_id: int | None = 0) -> Self:
+        """See :meth:`FileTokenizer.load`; T5 pads with id 0."""
+        return super().load(directory, max_length, pad_token_id)
+
+    @classmethod
+    def check_model(cls, path: Path, model: Mapping[str, Any]) -> None:
+        """A unigram model that knows what to do with what it does not know."""
+        kind, unknown = model.get("type"), model.get("unk_id")
+        if kind != "Unigram" or unknown is None:
+            raise BundleError(
+                f"{path} holds a model of type {kind!r} with unk_id {unknown!r}, expected T5's: 'Unigram' with an "
+                "unk_id"
+            )
+
+
+TOKENIZERS: Mapping[str, Callable[[Path, int, int], PromptTokenizer]] = {
+    "clip": ClipTokenizer.load,
+    "t5": T5Tokenizer.load,
+}
 """By kind what loads a tokenizer, from a directory, the length of its rows and the id that pads them."""
 
 
@@ -213,22 +292,18 @@ def _read(path: Path) -> str:
         raise BundleError(f"{path} is not UTF-8 text; export the tokenizer again") from error
 
 
-def _check_kind(path: Path, text: str) -> None:
-    """Refuse other tokenizers by what the file says, since many load without complaint and give ids that mean nothing.
+def _model(path: Path, text: str) -> Mapping[str, Any]:
+    """What the file says of its model; empty if nothing.
 
     Raises:
-        BundleError: if the file is no JSON, or describes anything but BPE with CLIP's end-of-word suffix.
+        BundleError: if the file is no JSON.
     """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON; export the tokenizer again") from error
     model = content.get("model") if isinstance(content, dict) else None
-    kind, suffix = (model.get("type"), model.get("end_of_word_suffix")) if isinstance(model, dict) else (None, None)
-    if (kind, suffix) != ("BPE", "</w>"):
-        raise BundleError(
-            f"{path} holds a model of type {kind!r} with word ending {suffix!r}, expected CLIP's: 'BPE' with '</w>'"
-        )
+    return model if isinstance(model, dict) else {}
 
 
 @contextmanager

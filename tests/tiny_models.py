@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "emoji" / "tokenizer"
 BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -41,14 +56,60 @@ def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, 
     return kind(config).eval()
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
         sample_size=32,
+        **settings,
     ).eval()
+
+
+def _shifted_vae() -> AutoencoderKL:
+    """As SD3 and FLUX have it: more channels, a shift, and nothing between moments and latents."""
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return _vae(latent_channels=8, scaling_factor=1.5, shift_factor=0.06, **bare)
+
+
+def write_spiece(path: Path) -> Path:
+    """Train a small sentencepiece model with T5's ids and normalisation into ``path``/spiece.model."""
+    path.mkdir(parents=True, exist_ok=True)
+    vocabulary = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    words = [word.removesuffix("</w>") for word in vocabulary if word.isascii() and "<|" not in word]
+    letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x17F), 0x4E00, 0x4E01, 0x1F34E, 0x2019)]
+    text = [" ".join(words[start : start + 9]) for start in range(0, len(words), 5)] + [" ".join(letters)] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 3),
+        model_prefix=str(path / "spiece"),
+        vocab_size=700,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (path / "spiece.vocab").unlink()
+    return path
+
+
+def _t5(folder: Path, width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    tokenizer = T5Tokenizer.from_pretrained(write_spiece(folder))
+    config = T5Config(
+        vocab_size=len(tokenizer) + 28,  # more rows than tokens, as T5 has them
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval(), tokenizer
 
 
 def stable_diffusion(path: Path, *, modern: bool) -> None:
@@ -208,6 +269,83 @@ def tiny_vae(path: Path, factor: int = 2, seed: int = 0) -> Path:
     return path
 
 
+def stable_diffusion_3(path: Path, *, t5: bool) -> None:
+    """SD3.5: normalised queries and keys, and a block of dual attention. Without T5 all other weights are the same."""
+    vae = _shifted_vae()
+    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(2))
+    tokenizer_2.pad_token = tokenizer_2.convert_ids_to_tokens(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=32,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    _enliven(transformer)
+    text = _clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16)
+    text_2 = _clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24)
+    text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if t5 else (None, None)
+    StableDiffusion3Pipeline(
+        text_encoder=text,
+        text_encoder_2=text_2,
+        text_encoder_3=text_3,
+        transformer=transformer.eval(),
+        vae=vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        tokenizer_3=tokenizer_3,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(path, safe_serialization=True)
+
+
+def flux(path: Path, *, schnell: bool) -> None:
+    """FLUX.1 dev: guidance as an input, a schedule shifted by the size. ``schnell`` has neither; all else is dev's.
+
+    The VAE is that of :func:`stable_diffusion_3`.
+    """
+    vae = _shifted_vae()
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    text = _clip(tokenizer)
+    text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
+    transformer = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        pooled_projection_dim=32,
+        guidance_embeds=not schnell,
+        axes_dims_rope=(4, 6, 6),
+    )
+    _enliven(transformer)
+    FluxPipeline(
+        text_encoder=text,
+        text_encoder_2=text_2,
+        transformer=transformer.eval(),
+        vae=vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell),
+    ).save_pretrained(path, safe_serialization=True)
+
+
+def _enliven(transformer: Any) -> None:
+    """Sharpen attention and strengthen modulations, or texts and time would hardly change a picture."""
+    for name, weight in transformer.named_parameters():
+        if ("norm" in name and "linear" in name) or ("embedder" in name and weight.ndim == 2):
+            weight.data *= 4
+        elif any(part in name for part in ("norm_q", "norm_k", "norm_added", "add_v_proj.weight")):
+            weight.data *= 3
+
+
 WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sd1": lambda path: stable_diffusion(path, modern=False),
     "sd2": lambda path: stable_diffusion(path, modern=True),
@@ -215,7 +353,19 @@ WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sdxl": stable_diffusion_xl,
     "sdxl-lcm": lambda path: stable_diffusion_xl(path, consistent=True),
     "sdxl-refiner": stable_diffusion_xl_refiner,
+    "sd3": lambda path: stable_diffusion_3(path, t5=False),
+    "sd35": lambda path: stable_diffusion_3(path, t5=True),
+    "flux-dev": lambda path: flux(path, schnell=False),
+    "flux-schnell": lambda path: flux(path, schnell=True),
 }
+
+_VAE_PARTS = ("vae_decoder", "vae_encoder")
+LENDERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "sd3": ("sd35", ("text_encoder", "text_encoder_2", "transformer", *_VAE_PARTS)),
+    "flux-dev": ("sd35", _VAE_PARTS),
+    "flux-schnell": ("flux-dev", ("text_encoder", "text_encoder_2", *_VAE_PARTS)),
+}
+"""Components that are those of another kind, weight for weight, so that they need not be exported again."""
 
 
 WITH_TINY_VAE = {"lcm"}

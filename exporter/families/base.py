@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from latentrt.engines.trt import Range
 from latentrt.runtime.manifest import STAGES, Latent
+from latentrt.runtime.samplers import Plan, compile_plan
 
 from ..components import Component
 
@@ -46,11 +48,13 @@ class TokenizerPart:
         classes: What ``model_index.json`` may call its class.
         encoder: The text encoder that takes its ids.
         kind: A key of :data:`latentrt.runtime.tokenizers.TOKENIZERS`.
+        length: Ids of an encoded prompt; ``None`` is as many as the encoder has positions for.
     """
 
     classes: tuple[str, ...]
     encoder: str
     kind: str = "clip"
+    length: int | None = None
 
 
 class Family(ABC):
@@ -77,10 +81,36 @@ class Family(ABC):
     """Sampler steps by default."""
     guidance: ClassVar[float] = 7.5
     """Guidance scale by default."""
+    prediction: ClassVar[str] = "epsilon"
+    """What the denoiser predicts where the scheduler's configuration does not say."""
+
+    def variant(self, index: Config) -> Family:
+        """The family as a source has it: one of fewer parts, where some may be missing.
+
+        Args:
+            index: ``model_index.json``.
+        """
+        return self
 
     def usual(self, source: Source) -> tuple[int, float]:
         """Steps and guidance scale by default."""
         return self.steps, self.guidance
+
+    def compile_plan(self, scheduler: Config, sampler: str, steps: int) -> Plan:
+        """A plan as a request would have it, to see that there is one.
+
+        Raises:
+            InvalidRequestError: if there is none.
+        """
+        return compile_plan(sampler, scheduler, steps)
+
+    def unit(self, source: Source) -> int:
+        """Pixels that width and height of a picture are multiples of."""
+        return latent_factor(source.configs["vae"])
+
+    def lengths(self, source: Source) -> Mapping[str, Range]:
+        """Lengths of texts that vary, by symbol of the graphs."""
+        return {}
 
     def stages(self) -> tuple[str, ...]:
         """Components that the denoiser is split into, see :mod:`latentrt.exporter.stages`."""

@@ -59,12 +59,13 @@ def check_clip(where: str, config: Config) -> int:
     return natural(where, config, "hidden_size", 512)
 
 
-def check_vae(vae: Config, channels: int) -> None:
+def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
     """Check a VAE whose blocks are sound.
 
     Args:
         vae: Its configuration.
         channels: Of the latents that the denoiser takes.
+        denoiser: What it is called in messages.
 
     Raises:
         SourceError: if its latents have another number, or are scaled in a way that is not known.
@@ -72,8 +73,8 @@ def check_vae(vae: Config, channels: int) -> None:
     latents = natural("vae", vae, "latent_channels", 4)
     if latents != channels:
         raise SourceError(
-            f"the VAE's latents have {latents} channels, but the U-Net takes {channels}; "
-            "U-Nets for inpainting or editing, which take more, are not supported"
+            f"the VAE's latents have {latents} channels, but the {denoiser} takes {channels}; "
+            f"{denoiser}s for inpainting or editing, which take more, are not supported"
         )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")):
         raise SourceError(

@@ -91,7 +91,7 @@ class _Rewriter:
         assert producer is not None, "a graph input has one row a sample"
         if producer.op_type == "Shape" and (measured := producer.inputs[0]) is not None and _has_row_a_sample(measured):
             rank = len(measured.shape or ())
-            first, last = _range(producer, rank)
+            first, last = dimensions_read(producer, rank)
             if first > 0:
                 self._made[value] = value
                 return
@@ -117,7 +117,7 @@ class _Rewriter:
             self._made[old] = new
 
 
-def _range(shape: ir.Node, rank: int) -> tuple[int, int]:
+def dimensions_read(shape: ir.Node, rank: int) -> tuple[int, int]:
     """First and last (exclusive) dimension that a Shape node reads."""
     start, end = (shape.attributes.get(name) for name in ("start", "end"))
     first, last = 0 if start is None else start.as_int(), rank if end is None else end.as_int()

@@ -9,12 +9,15 @@ from latentrt.engines.errors import BundleError, InvalidRequestError
 from ..manifest import Manifest
 from .base import Family as Family
 from .base import Text as Text
+from .flux import Flux
+from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXl
 from .sdxl_refiner import StableDiffusionXlRefiner
 from .stable_diffusion import StableDiffusion
 
 FAMILIES: Mapping[str, type[Family]] = {
-    family.name: family for family in (StableDiffusion, StableDiffusionXl, StableDiffusionXlRefiner)
+    family.name: family
+    for family in (StableDiffusion, StableDiffusionXl, StableDiffusionXlRefiner, StableDiffusion3, Flux)
 }
 """Families by the name that a manifest has."""
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import BundleError
 
 from ..manifest import STAGES, Manifest
+from ..samplers import Plan
 from ..tokenizers import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -33,16 +34,19 @@ class Text:
         tokens: Token ids by text encoder, int64 ``[1, length]``; empty where no encoder is needed.
         outputs: By text encoder, names of the outputs that are taken of it.
         truncated: Tokens that did not fit and were cut off.
+        absent: Length of the zeros that stand for an encoder that the bundle does not have.
     """
 
     tokens: Mapping[str, NDArray[np.int64]]
     outputs: Mapping[str, Sequence[str]]
     truncated: int = 0
+    absent: int = 0
 
     @property
     def key(self) -> Hashable:
         """The same for texts that are encoded alike."""
-        return tuple((name, tuple(self.outputs[name]), ids.tobytes()) for name, ids in self.tokens.items())
+        tokens = tuple((name, tuple(self.outputs[name]), ids.tobytes()) for name, ids in self.tokens.items())
+        return tokens, self.absent
 
 
 class Family(ABC):
@@ -101,6 +105,24 @@ class Family(ABC):
     def text_encoders(self) -> tuple[str, ...]:
         """Components that encode texts, in the order in which they run."""
         return tuple(self.encoders)
+
+    @property
+    def unit(self) -> int:
+        """Pixels that width and height are multiples of."""
+        return self.manifest.latent.factor
+
+    @property
+    def longest(self) -> int | None:
+        """Most pixels that width or height may have; ``None`` is as many as any request."""
+        return None
+
+    def plan(self, request: Request) -> Plan:
+        """The sampler's plan for a request.
+
+        Raises:
+            InvalidRequestError: if the sampler cannot do what is asked.
+        """
+        return request.compile_plan(self.manifest.scheduler)
 
     def abilities(self) -> dict[str, Any]:
         """What a request may ask of the bundle: kind of guidance, options of its own, and settings."""
@@ -171,11 +193,19 @@ class Family(ABC):
         Raises:
             BundleError: if the denoiser has no such input.
         """
+        lengths = [length if isinstance(length, int) else self._tokens() for length in self.shape_of(name)[1:]]
+        return np.zeros([1, *lengths], np.float32)
+
+    def shape_of(self, name: str) -> tuple[int | str, ...]:
+        """The symbolic shape of an input of the denoiser.
+
+        Raises:
+            BundleError: if it has no such input.
+        """
         for graph in self.manifest.components[self.denoiser].graphs.values():
             for spec in graph.inputs:
                 if spec.name == name:
-                    lengths = [length if isinstance(length, int) else self._tokens() for length in spec.shape[1:]]
-                    return np.zeros([1, *lengths], np.float32)
+                    return spec.shape
         raise BundleError(f"{self.denoiser} has no input {name!r}; build the bundle again")
 
     def _tokens(self) -> int:
@@ -187,6 +217,7 @@ class Family(ABC):
         prompts: Mapping[str, str],
         outputs: Mapping[str, Sequence[str]],
         tokenizers: Mapping[str, PromptTokenizer],
+        lengths: Mapping[str, int] | None = None,
     ) -> Text:
         """A text from what each encoder is to encode.
 
@@ -194,10 +225,12 @@ class Family(ABC):
             prompts: By text encoder its prompt.
             outputs: By text encoder the outputs to take.
             tokenizers: Those of the bundle, by name.
+            lengths: By text encoder the number of tokens, where it is not the tokenizer's own.
         """
         tokens, truncated = {}, 0
         for encoder, prompt in prompts.items():
             tokenizer = tokenizers[self.encoders[encoder]]
-            tokens[encoder] = tokenizer.encode(prompt)[None]
-            truncated = max(truncated, tokenizer.count(prompt) - tokenizer.max_length)
+            length = (lengths or {}).get(encoder, tokenizer.max_length)
+            tokens[encoder] = tokenizer.encode(prompt, length)[None]
+            truncated = max(truncated, tokenizer.count(prompt) - length)
         return Text(tokens, outputs, truncated)

@@ -32,8 +32,9 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     def check(self, request: Request) -> None:
         """Every option goes with every other: the negative half always has a crop and a score of its own."""
 
-    def _text(self, first: str, second: str | None, state: str, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
-        return self.tokenize({"text_encoder_2": first}, {"text_encoder_2": (state, "text_embeds")}, tokenizers)
+    def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+        outputs = {"text_encoder_2": (self._state("text_encoder_2", skipped), "text_embeds")}
+        return self.tokenize({"text_encoder_2": first}, outputs, tokenizers)
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
         """Original size and crop, each down before across, and a score.

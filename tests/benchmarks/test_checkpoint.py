@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from latentrt.benchmarks import checkpoint_sdxl
+from latentrt.benchmarks import random_weights
 from latentrt.benchmarks.checkpoint import main
+from latentrt.benchmarks.checkpoint_sd3 import TRANSFORMER
 from latentrt.exporter.source import Source
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "tokenizer"
@@ -19,7 +20,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "tokeni
 
 def test_sdxl_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor is fp16, in shards where there are many; diffusers draws with it and the exporter takes it."""
-    monkeypatch.setattr(checkpoint_sdxl, "_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(random_weights, "SHARD_BYTES", 200_000)
     options = ["--kind", "sdxl", "--size", "tiny", "--tokenizer", str(TOKENIZER)]
     assert main([str(tmp_path / "a"), *options]) == 0
     files = sorted((tmp_path / "a").rglob("*.safetensors"))
@@ -54,3 +55,26 @@ def test_a_size_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
         main([str(tmp_path / "a"), "--kind", "sdxl", "--size", "sd15", "--tokenizer", str(TOKENIZER)])
     assert "the size 'sd15' is unknown; sdxl has sdxl, tiny" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_sd3_without_t5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part loads from its shards, and what the transformer predicts is finite and not nothing."""
+    monkeypatch.setattr(random_weights, "SHARD_BYTES", 20_000)
+    assert main([str(tmp_path / "a"), "--kind", "sd3", "--size", "tiny", "--tokenizer", str(TOKENIZER)]) == 0
+    assert len(list((tmp_path / "a" / "transformer").glob("*.safetensors"))) > 2
+    source = Source.open(tmp_path / "a")
+    assert (source.family.name, source.family.settings(source)["t5"]) == ("stable-diffusion-3", False)
+    for part in source.configs:
+        assert sum(weight.numel() for weight in source.load(part).parameters()) > 0
+    texts, pooled = torch.randn(1, 90, 96), torch.randn(1, 40)
+    with torch.no_grad():
+        model = source.load("transformer")
+        flow = model(torch.randn(1, 16, 8, 8), texts, pooled, torch.tensor([500.0]), return_dict=False)[0]
+    assert 0.01 < float(flow.std()) < 100
+
+
+def test_sd3_has_the_size_of_the_real_one() -> None:
+    """Stable Diffusion 3.5 medium's transformer, which its model card rounds to 2.5 billion weights."""
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**TRANSFORMER["sd35-medium"])
+    assert 2.2e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.6e9

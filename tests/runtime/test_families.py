@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "stable-diffusion": {"guidance": "classifier-free"},
     "stable-diffusion-xl": {"guidance": "classifier-free", "force_zeros_for_empty_prompt": True},
     "stable-diffusion-xl-refiner": {"guidance": "classifier-free", "force_zeros_for_empty_prompt": False},
+    "stable-diffusion-3": {"guidance": "classifier-free", "t5": True, "patch": 2, "largest_side": 1536},
+    "flux": {"guidance": "embedded", "patch": 2},
 }
 INPUTS = (
     TensorSpec("encoder_hidden_states", "float16", ("batch", 77, 80)),
@@ -47,7 +49,7 @@ class Letters:
 
     max_length = 6
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str, max_length: int | None = None) -> Any:
         return np.array([ord(letter) for letter in text.ljust(6)[:6]], np.int64)
 
     def count(self, text: str) -> int:
@@ -95,14 +97,17 @@ def test_settings_of_another_family(settings: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("option", "value", "owners"),
     [
-        ("prompt_2", "a", "stable-diffusion-xl"),
-        ("negative_prompt_2", "a", "stable-diffusion-xl"),
+        ("prompt_2", "a", "stable-diffusion-xl and stable-diffusion-3 and flux"),
+        ("negative_prompt_2", "a", "stable-diffusion-xl and stable-diffusion-3"),
         *(
             (name, (8, 8), "stable-diffusion-xl and stable-diffusion-xl-refiner")
             for name in ("original_size", "crop", "negative_original_size", "negative_crop")
         ),
         *((name, (8, 8), "stable-diffusion-xl") for name in ("target_size", "negative_target_size")),
         *((name, 0, "stable-diffusion-xl-refiner") for name in FAMILY_OPTIONS if name.endswith("score")),
+        ("prompt_3", "a", "stable-diffusion-3"),
+        ("negative_prompt_3", "a", "stable-diffusion-3"),
+        ("max_sequence_length", 8, "stable-diffusion-3 and flux"),
     ],
 )
 def test_an_option_of_another_family(option: str, value: Any, owners: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Case:
         guidance: Scale of guidance.
         negative: What to steer away from; None for a family that cannot.
         adapt: Makes the arguments of diffusers' pipeline of the usual ones, where it takes others.
+        solver: What diffusers' solvers of other models must be told to run this one.
     """
 
     models: str
@@ -72,6 +74,7 @@ class Case:
     guidance: float = GUIDANCE
     negative: str | None = NEGATIVE
     adapt: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda pipe, arguments: arguments
+    solver: Options = field(default_factory=dict)
 
 
 PLAIN = Variant({}, {})
@@ -97,6 +100,15 @@ def refine(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 EULER_AND_2M = {"euler": "EulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
+FLOW_EULER_AND_2M = {"flow-euler": "FlowMatchEulerDiscreteScheduler", "dpmpp-2m": "DPMSolverMultistepScheduler"}
+FLOW_AND_HEUN = {**FLOW_EULER_AND_2M, "flow-heun": "FlowMatchHeunDiscreteScheduler"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# The pipeline hands every scheduler a shift, which solvers refuse where they are not told to shift.
+UNSHIFTED = {**FLOW, "use_dynamic_shifting": True, "base_shift": 0.0, "max_shift": 0.0}
+SHORT = Variant({"max_sequence_length": 40}, {"max_sequence_length": 40})
+SECOND = Variant({"prompt_2": "a rocket"}, {"prompt_2": "a rocket"})
+CLIP_SKIP = Variant({"clip_skip": 1}, {"clip_skip": 1})
+NO_GUIDANCE = Variant({"guidance": 1.0}, {"guidance_scale": 0.0})
 CASES = {
     case.kind: case
     for case in (
@@ -126,7 +138,7 @@ CASES = {
                         "negative_target_size": (16, 24),
                     },
                 ),
-                "clip skip": Variant({"clip_skip": 1}, {"clip_skip": 1}),
+                "clip skip": CLIP_SKIP,
             },
         ),
         Case(
@@ -170,6 +182,51 @@ CASES = {
             {"guidance scales": OTHER_SCALE},
             negative=None,
         ),
+        Case(
+            "Stable Diffusion 3, without T5",
+            "sd3",
+            "StableDiffusion3Pipeline",
+            FLOW_AND_HEUN,
+            {"clip skip": CLIP_SKIP, "text lengths": SHORT},
+            solver={**FLOW, "flow_shift": 3.0},
+        ),
+        Case(
+            "Stable Diffusion 3.5",
+            "sd35",
+            "StableDiffusion3Pipeline",
+            FLOW_EULER_AND_2M,
+            {
+                "prompts for each encoder": Variant(
+                    *[{"prompt_2": "a rocket", "prompt_3": "two cats", "negative_prompt_3": "a dog"}] * 2
+                ),
+                "text lengths": SHORT,
+                "no guidance": NO_GUIDANCE,
+            },
+            solver={**FLOW, "flow_shift": 3.0},
+        ),
+        Case(
+            "FLUX.1 dev",
+            "flux-dev",
+            "FluxPipeline",
+            FLOW_EULER_AND_2M,
+            {
+                "guidance scales": Variant({"guidance": 1.0}, {"guidance_scale": 1.0}),
+                "second prompts": SECOND,
+                "text lengths": SHORT,
+            },
+            negative=None,
+            solver=FLOW,
+        ),
+        Case(
+            "FLUX.1 schnell",
+            "flux-schnell",
+            "FluxPipeline",
+            FLOW_EULER_AND_2M,
+            {"text lengths": SHORT, "second prompts": SECOND},
+            guidance=1.0,
+            negative=None,
+            solver=UNSHIFTED,
+        ),
     )
 }
 
@@ -206,8 +263,9 @@ class Pair:
 
     def expect(self, sampler: str, options: Options, images: int, variant: Variant) -> NDArray[np.uint8]:
         """diffusers' pictures."""
-        config = {**self.scheduler, **variant.scheduler}
-        self.theirs.scheduler = getattr(diffusers, self.case.samplers[sampler]).from_config(config)
+        name = self.case.samplers[sampler]
+        config = {**self.scheduler, **variant.scheduler, **({} if name.startswith("Flow") else self.case.solver)}
+        self.theirs.scheduler = getattr(diffusers, name).from_config(config)
         asked = {"num_inference_steps": STEPS, "num_images_per_prompt": images, "guidance_scale": self.case.guidance}
         generator = torch.Generator().manual_seed(SEED)
         arguments = self.case.adapt(self.theirs, {"generator": generator, **options, **asked, **variant.theirs})
@@ -227,7 +285,11 @@ def _with(pipe: Pipeline, variant: Variant) -> Pipeline:
 @functools.cache
 def open_theirs(path: Path, pipeline: str) -> Any:
     """diffusers' pipeline in fp32."""
-    pipe = getattr(diffusers, pipeline).from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # which it wants to be told
+    pipe = getattr(diffusers, pipeline).from_pretrained(
+        path, torch_dtype=torch.float32, local_files_only=True, **absent
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

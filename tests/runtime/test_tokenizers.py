@@ -1,4 +1,4 @@
-"""The oracle is transformers' CLIPTokenizer, on the vocabulary that the emoji example trains."""
+"""The oracles are transformers' tokenizers, CLIP on the words that the emoji example trains, T5 on few words."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTokenizer
+from transformers import T5Tokenizer as TheirT5Tokenizer
 
-from latentrt.engines.errors import BundleError, InvalidRequestError
-from latentrt.runtime.tokenizers import MAX_PROMPT_BYTES, ClipTokenizer
+from latentrt.engines.errors import BundleError, InvalidRequestError, SourceError
+from latentrt.exporter import tokenizers as exporters
+from latentrt.exporter.tokenizers import read_tokenizer
+from latentrt.runtime.tokenizers import MAX_PROMPT_BYTES, ClipTokenizer, T5Tokenizer, load_tokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "emoji" / "training" / "model.py"
 CAPTIONS = [
@@ -76,6 +79,9 @@ def generated(count: int, seed: int) -> list[str]:
         lambda: rng.choice(" ".join(CAPTIONS).split()),
         lambda: rng.choice(["don't", "I'LL", "we're", "cat's", "'d", "they've", "''", "O'Neil's", "\u2019s", "'S"]),
         lambda: rng.choice(["<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "<|endoftext", "</w>", "<|", "|>"]),
+        lambda: rng.choice(
+            ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "<extra_id_100>", "\u2581", "</S>"]
+        ),
         lambda: rng.choice(["👩🏽‍🚀", "❤️", "🇨🇮", "👍🏿", "#️⃣", "🫠"]),
         lambda: rng.choice(["e\u0301", "é", "Å", "\u0041\u030a", "ﬁ", "Ǆ", "İ", "ß", "Σς", "ñ\u0303", "가", "각"]),
         lambda: rng.choice(
@@ -316,3 +322,91 @@ def test_a_length_without_room_is_a_bundle_error(directory: Path, max_length: in
     """Fewer than two ids cannot hold start and end."""
     with pytest.raises(BundleError, match="max_length"):
         ClipTokenizer.load(directory, max_length=max_length)
+
+
+@pytest.fixture(scope="module")
+def t5_source(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source's folder with a spiece.model alone, as old checkpoints have it."""
+    return Path(tiny_models.write_spiece(tmp_path_factory.mktemp("tokenizer_3")))
+
+
+@pytest.fixture(scope="module")
+def t5_reference(t5_source: Path) -> Any:
+    return TheirT5Tokenizer.from_pretrained(str(t5_source))
+
+
+@pytest.fixture(scope="module")
+def t5_directory(t5_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle's folder, written as the exporter writes it."""
+    target = tmp_path_factory.mktemp("t5")
+    tokenizer: Any = read_tokenizer(t5_source, "t5", "the tokenizer_3 of source")
+    (target / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    return target
+
+
+def t5_expected(reference: Any, texts: list[str], length: int) -> np.ndarray:
+    """As diffusers' pipelines of SD3 and FLUX call it."""
+    rows = reference(
+        texts, padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_tensors="np"
+    )
+    return np.asarray(rows.input_ids)
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_five_thousand_prompts_equal_transformers_t5(t5_directory: Path, t5_reference: Any, length: int) -> None:
+    """Generated prompts, some too long or with special tokens, get transformers' ids at the lengths of SD3 and FLUX."""
+    tokenizer = T5Tokenizer.load(t5_directory)
+    prompts = [*generated(5_000 if length == 256 else 500, seed=length), "", " ", "a </s> red<pad> apple<extra_id_3>"]
+    ours = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
+    assert (ours.dtype, ours.shape) == (np.int64, (len(prompts), length))
+    np.testing.assert_array_equal(ours, t5_expected(t5_reference, prompts, length))
+    whole = t5_reference(prompts[:300]).input_ids
+    assert [tokenizer.count(prompt) for prompt in prompts[:300]] == [len(ids) for ids in whole]
+    assert (ours[:, -1] == 1).any(), "none was cut off"
+
+
+@pytest.mark.parametrize("length", [1, 2, 77])
+def test_t5_is_cut_off_before_its_end_token(t5_directory: Path, t5_reference: Any, length: int) -> None:
+    """A request may ask for any length; the end token stays, and the rest is padded with id 0."""
+    tokenizer = T5Tokenizer.load(t5_directory)
+    prompts = ["apple " * 90, "apple", ""]
+    ours = np.stack([tokenizer.encode(prompt, length) for prompt in prompts])
+    np.testing.assert_array_equal(ours, t5_expected(t5_reference, prompts, length))
+    assert (ours[0, -1], ours[2, 0], set(ours[2, 1:])) == (1, 1, set() if length == 1 else {0})
+
+
+def test_t5_from_either_of_its_files(t5_source: Path, t5_reference: Any, tmp_path: Path) -> None:
+    """A tokenizer.json, which newer checkpoints have, gives what spiece.model gives."""
+    t5_reference.save_pretrained(tmp_path / "newer")
+    assert not (tmp_path / "newer" / "spiece.model").exists()
+    prompts = generated(300, seed=6)
+    either: list[Any] = [read_tokenizer(path, "t5", "t5") for path in (t5_source, tmp_path / "newer")]
+    first, second = (each(prompts).input_ids for each in either)
+    assert first == second == t5_reference(prompts).input_ids
+
+
+def test_a_spiece_model_that_cannot_be_converted(
+    t5_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the package that reads it, without any file, and with a damaged one, a sentence says what to do."""
+    with pytest.raises(SourceError, match=r"t5 is incomplete: .* has neither tokenizer.json nor spiece.model"):
+        read_tokenizer(tmp_path, "t5", "t5")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError, match="t5 cannot be read") as caught:
+        read_tokenizer(tmp_path, "t5", "t5")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(exporters.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SourceError, match="pip install sentencepiece"):
+        read_tokenizer(t5_source, "t5", "t5")
+
+
+def test_clip_and_t5_are_not_taken_for_each_other(directory: Path, t5_directory: Path) -> None:
+    """A tokenizer of the other kind is refused, and so is a length without room for the end token."""
+    with pytest.raises(BundleError, match="expected T5's: 'Unigram'"):
+        load_tokenizer(directory, "t5", 512, 0)
+    with pytest.raises(BundleError, match="expected CLIP's: 'BPE'"):
+        load_tokenizer(t5_directory, "clip", 77, 0)
+    with pytest.raises(BundleError, match="a tokenizer of the kind 'bert', expected clip or t5"):
+        load_tokenizer(t5_directory, "bert", 77, 0)
+    with pytest.raises(BundleError, match="max_length is 0, expected at least 1"):
+        T5Tokenizer.load(t5_directory).encode("apple", 0)

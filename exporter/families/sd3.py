@@ -1,0 +1,188 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be missing, and a transformer over both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
+from latentrt.runtime.request import MAX_SIDE
+
+from ..components import Component, Roles
+from .base import Config, Family, Part, TokenizerPart, latent_factor
+from .checks import check_blocks, check_clip, check_size, check_vae, natural
+from .flow import FlowFamily
+from .parts import CLIP_TOKENIZERS, VAE, autoencoder, known, text_encoder
+from .sdxl import CLIP_TEXT_PROJECTED, STATES, HiddenStates
+from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges, transformer_axes
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+TRANSFORMER = Part(
+    ("SD3Transformer2DModel",),
+    "diffusion_pytorch_model",
+    lambda config: SD3Transformer2DModel(**known(config, SD3Transformer2DModel)),
+)
+_CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
+_SEQUENCE = 256  # tokens of T5 in a usual request
+_EXAMPLE_TEXT = 19  # states behind those of CLIP
+_PATCHES = (6, 10)  # of an example, down and across; half as many again must be a whole number
+_LEAST_POSITIONS = 16  # which those of an example of another size are below
+
+
+class Sd3Denoiser(nn.Module):
+    """MMDiT: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, states of texts and their pooled state."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer: Any = transformer
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+    ) -> Tensor:
+        """Predict the flow."""
+        prediction: Tensor = self.transformer(
+            sample, encoder_hidden_states, pooled_projections, timestep, return_dict=False
+        )[0]
+        return prediction
+
+
+class StableDiffusion3(FlowFamily):
+    """Esser et al. 2024, arXiv 2403.03206."""
+
+    name = "stable-diffusion-3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    parts: ClassVar[Mapping[str, Part]] = {
+        "text_encoder": CLIP_TEXT_PROJECTED,
+        "text_encoder_2": CLIP_TEXT_PROJECTED,
+        "text_encoder_3": T5_TEXT,
+        "transformer": TRANSFORMER,
+        "vae": VAE,
+    }
+    tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {
+        "tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder"),
+        "tokenizer_2": TokenizerPart(CLIP_TOKENIZERS, "text_encoder_2"),
+        "tokenizer_3": t5_tokenizer("text_encoder_3"),
+    }
+    components: ClassVar[tuple[str, ...]] = (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "transformer",
+        "vae_decoder",
+        "vae_encoder",
+    )
+    vectors = ("pooled_projections",)
+    guidance = 7.0
+
+    def variant(self, index: Config) -> Family:
+        """Without T5 where the source has none, whose states are then zeros, as in diffusers."""
+        return _WithoutT5() if index.get(_T5) in (None, [None, None]) else self
+
+    def check(self, configs: Mapping[str, Config]) -> None:
+        """Widths of texts, of the pooled texts, and of latents agree."""
+        transformer, vae = configs["transformer"], configs["vae"]
+        check_blocks("vae", vae)
+        width = natural("transformer", transformer, "joint_attention_dim", 4096)
+        clip = sum(check_clip(name, configs[name]) for name in _CLIP)
+        if clip > width:
+            raise SourceError(f"CLIP's states are {clip} wide together, but the transformer takes {width}")
+        for name in _CLIP:
+            if natural(name, configs[name], "num_hidden_layers", 12) < 2:
+                raise SourceError(f"{name}/config.json: 'num_hidden_layers' is 1, expected 2 or more")
+        lengths = {natural(name, configs[name], "max_position_embeddings", 77) for name in _CLIP}
+        if len(lengths) > 1:
+            raise SourceError(
+                f"the text encoders take {' and '.join(map(str, sorted(lengths)))} tokens, expected one length for both"
+            )
+        pooled = sum(natural(name, configs[name], "projection_dim", 512) for name in _CLIP)
+        taken = natural("transformer", transformer, "pooled_projection_dim", 2048)
+        if pooled != taken:
+            raise SourceError(f"CLIP's pooled states are {pooled} wide together, but the transformer takes {taken}")
+        if _T5 in configs:
+            check_t5(_T5, configs[_T5], width)
+        channels = natural("transformer", transformer, "in_channels", 16)
+        given = transformer.get("out_channels", 16)
+        if given not in (None, channels):
+            raise SourceError(f"the transformer takes {channels} channels and gives {given!r}, expected as many")
+        check_vae(vae, channels, "transformer")
+        check_size("transformer", transformer, latent_factor(vae))
+        positions = natural("transformer", transformer, "pos_embed_max_size", 96)
+        if positions < _LEAST_POSITIONS:
+            raise SourceError(
+                f"transformer/config.json: 'pos_embed_max_size' is {positions}, expected {_LEAST_POSITIONS} or more"
+            )
+
+    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+        """Text encoders, transformer, and both halves of the VAE."""
+        if name in _CLIP:
+            return text_encoder(source, name, HiddenStates, (*STATES, "text_embeds"), generator)
+        if name == _T5:
+            return t5_encoder(source, name, generator)
+        if name != "transformer":
+            return autoencoder(source, name, generator)
+        config, patch = source.configs["transformer"], _patch(source)
+        down, across = (count * patch for count in _PATCHES)
+        channels, width = int(config.get("in_channels", 16)), int(config.get("joint_attention_dim", 4096))
+        pooled = int(config.get("pooled_projection_dim", 2048))
+        example = {
+            "sample": torch.randn(2, channels, down, across, generator=generator),
+            "timestep": torch.rand(2, generator=generator) * 999,
+            "encoder_hidden_states": torch.randn(2, _clip_length(source) + _EXAMPLE_TEXT, width, generator=generator),
+            "pooled_projections": torch.randn(2, pooled, generator=generator),
+        }
+        conditioning = ("encoder_hidden_states", *self.vectors)
+        return Component(
+            name,
+            Sd3Denoiser(source.load(name)),
+            example,
+            transformer_axes(example),
+            ("out_sample",),
+            frozenset({"timestep"}),
+            Roles("sample", "out_sample", conditioning, ("timestep",), self.vectors),
+        )
+
+    def unit(self, source: Source) -> int:
+        """Pixels of a patch."""
+        return _patch(source) * super().unit(source)
+
+    def size(self, source: Source) -> tuple[int, int]:
+        """As ``sample_size`` says, 128 latents unless it does."""
+        side = int(source.configs["transformer"].get("sample_size") or 128) * latent_factor(source.configs["vae"])
+        return side, side
+
+    def lengths(self, source: Source) -> Mapping[str, Range]:
+        """Of T5's tokens, and of CLIP's and T5's states together."""
+        return text_ranges(_SEQUENCE, _clip_length(source))
+
+    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+        """Whether there is a T5, and the geometry of patches."""
+        positions = int(source.configs["transformer"].get("pos_embed_max_size", 96))
+        return {
+            **super().settings(source),
+            "t5": _T5 in self.parts,
+            "patch": _patch(source),
+            "largest_side": min(positions * self.unit(source), MAX_SIDE),
+        }
+
+
+class _WithoutT5(StableDiffusion3):
+    parts: ClassVar[Mapping[str, Part]] = {n: part for n, part in StableDiffusion3.parts.items() if n != _T5}
+    tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {
+        name: part for name, part in StableDiffusion3.tokenizers.items() if part.encoder != _T5
+    }
+    components: ClassVar[tuple[str, ...]] = tuple(name for name in StableDiffusion3.components if name != _T5)
+
+
+def _patch(source: Source) -> int:
+    return natural("transformer", source.configs["transformer"], "patch_size", 2)
+
+
+def _clip_length(source: Source) -> int:
+    return int(source.configs["text_encoder"].get("max_position_embeddings", 77))

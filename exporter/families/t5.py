@@ -1,0 +1,103 @@
+"""T5's encoder as a text encoder of SD3 and FLUX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
+from latentrt.runtime.request import LONGEST_SEQUENCE
+
+from ..components import Component
+from .base import Config, Part, TokenizerPart
+from .checks import natural
+from .parts import known
+
+if TYPE_CHECKING:
+    from ..source import Source
+
+LENGTH, TEXT_LENGTH = "length", "text_length"
+"""Names of the lengths that vary: tokens that T5 takes, and states that the denoiser takes."""
+
+_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
+_EXAMPLE_LENGTH = 22
+
+
+def t5_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Give T5's table of embeddings both of its names; files have one or the other."""
+    there = next((tensors[name] for name in _TABLE if name in tensors), None)
+    return tensors if there is None else {**dict.fromkeys(_TABLE, there), **tensors}
+
+
+T5_TEXT = Part(
+    ("T5EncoderModel",), "model", lambda config: T5EncoderModel(T5Config(**known(config, T5Config))), t5_names
+)
+
+
+def t5_tokenizer(encoder: str) -> TokenizerPart:
+    """The tokenizer of a T5 text encoder: a request says how many ids it wants, up to the length here."""
+    return TokenizerPart(("T5Tokenizer", "T5TokenizerFast"), encoder, "t5", LONGEST_SEQUENCE)
+
+
+class T5Encoder(nn.Module):
+    """T5's encoder: token ids ``[batch, length]`` to states. As the pipelines run it, padding is read like text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Encode to ``[batch, length, width]``."""
+        states: Tensor = self.model(input_ids, return_dict=False)[0]
+        return states
+
+
+def check_t5(where: str, config: Config, width: int) -> None:
+    """Check a T5 encoder.
+
+    Args:
+        where: Its part.
+        config: Its configuration.
+        width: Of the states that the denoiser takes.
+
+    Raises:
+        SourceError: if a number is none, or its states have another width.
+    """
+    for key, default in (("vocab_size", 32128), ("num_layers", 6), ("num_heads", 8), ("d_kv", 64), ("d_ff", 2048)):
+        natural(where, config, key, default)
+    own = natural(where, config, "d_model", 512)
+    if own != width:
+        raise SourceError(f"the states of {where} are {own} wide, but the transformer takes {width}")
+
+
+def t5_encoder(source: Source, name: str, generator: torch.Generator) -> Component:
+    """A T5 text encoder, for texts of any length."""
+    rows = int(source.configs[name].get("vocab_size", 32128))
+    ids = torch.randint(rows, (2, _EXAMPLE_LENGTH), generator=generator)
+    axes = {0: "batch", 1: LENGTH}
+    return Component(
+        name, T5Encoder(source.load(name)), {"input_ids": ids}, {"input_ids": axes}, ("last_hidden_state",)
+    )
+
+
+def text_ranges(usual: int, before: int = 0) -> Mapping[str, Range]:
+    """Ranges of the lengths of a text.
+
+    Args:
+        usual: Tokens of T5 in a usual request.
+        before: States of other encoders that the denoiser takes before T5's.
+    """
+    tokens = Range(1, usual, LONGEST_SEQUENCE)
+    return {LENGTH: tokens, TEXT_LENGTH: Range(before + 1, before + usual, before + LONGEST_SEQUENCE)}
+
+
+def transformer_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
+    """The dimensions of variable length of a transformer's inputs: rows, the latents' size, and the text's length."""
+    own = {"sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
+    own["encoder_hidden_states"] = {0: "batch", 1: TEXT_LENGTH}
+    return {name: own.get(name, {0: "batch"}) for name in example}

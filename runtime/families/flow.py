@@ -1,0 +1,88 @@
+"""What families of flow matching share: which samplers run from their scheduler's configuration, and its shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from latentrt.engines.errors import BundleError, InvalidRequestError
+
+from ..manifest import Manifest
+from ..samplers import Plan, flow_shift_mu
+from .base import Family
+
+if TYPE_CHECKING:
+    from ..request import Request
+
+SOLVERS = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde", "unipc", "deis")
+"""Samplers of other models that run flow models too, where they are told so."""
+SHIFTING = ("flow-euler", *SOLVERS)
+"""Samplers that can shift their levels by the size of the picture."""
+
+_LARGEST_PATCH = 16
+
+
+def flow_scheduler(scheduler: Mapping[str, Any], sampler: str) -> dict[str, Any]:
+    """A flow scheduler's configuration as a sampler takes it.
+
+    A solver of other models gets what one gives its diffusers class for a flow model: flow levels, a prediction that
+    is the flow, and the static shift under the name that it has there.
+
+    Args:
+        scheduler: A diffusers ``scheduler_config.json``.
+        sampler: The sampler's name.
+    """
+    if sampler not in SOLVERS or scheduler.get("use_flow_sigmas"):
+        return dict(scheduler)
+    told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": scheduler.get("shift", 1.0)}
+    return {**scheduler, **told}
+
+
+def flow_shift(scheduler: Mapping[str, Any], sampler: str, tokens: int) -> float | None:
+    """The dynamic shift for a picture, or ``None`` where the configuration asks for none.
+
+    Args:
+        scheduler: A diffusers ``scheduler_config.json``.
+        sampler: The sampler's name.
+        tokens: Tokens of the picture.
+
+    Raises:
+        InvalidRequestError: if the sampler cannot shift its levels that way.
+    """
+    if not scheduler.get("use_dynamic_shifting"):
+        return None
+    if sampler not in SHIFTING:
+        raise InvalidRequestError(
+            f"sampler {sampler!r} cannot shift its schedule by the size of the picture, as this model needs; "
+            f"expected one of {', '.join(SHIFTING)}"
+        )
+    return flow_shift_mu(scheduler, tokens)
+
+
+class FlowFamily(Family):
+    """A family whose denoiser predicts a flow and sees the latents as patches."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        if not 1 <= self.patch <= _LARGEST_PATCH:
+            raise BundleError(f"settings.patch is {self.patch}, expected 1 to {_LARGEST_PATCH}")
+
+    @property
+    def patch(self) -> int:
+        """Latents along one side of a patch, which is one token."""
+        return int(self.manifest.settings["patch"])
+
+    @property
+    def unit(self) -> int:
+        """Pixels of a patch."""
+        return self.manifest.latent.factor * self.patch
+
+    def sigmas(self, request: Request) -> Sequence[float] | None:
+        """Noise levels to visit where the request names none; ``None`` leaves them to the sampler."""
+        return None
+
+    def plan(self, request: Request) -> Plan:
+        """The plan of the request's sampler, shifted by the picture's size where the model was trained so."""
+        scheduler = self.manifest.scheduler
+        mu = flow_shift(scheduler, request.sampler, request.width // self.unit * (request.height // self.unit))
+        return request.compile_plan(flow_scheduler(scheduler, request.sampler), sigmas=self.sigmas(request), mu=mu)
