@@ -15,7 +15,7 @@ from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request, parse_request
 from .consistency import lcm, tcd
-from .cut import check_part, rows_of_part, steps_before
+from .cut import check_part, row_left_out, rows_of_part, steps_before
 from .ddim import ddim
 from .ddpm import ddpm
 from .deis import deis
@@ -51,8 +51,8 @@ _COMPILERS: dict[str, tuple[Callable[[Config, Request], Plan], tuple[str, ...]]]
     "dpmpp-3m-sde": (dpmpp_3m_sde, ("timesteps", "mu", "begin")),
     "unipc": (unipc, ("sigmas", "mu", "begin")),
     "deis": (deis, ("mu", "begin")),
-    "lcm": (lcm, ("timesteps",)),
-    "tcd": (tcd, ("timesteps", "eta")),
+    "lcm": (lcm, ("timesteps", "strength")),
+    "tcd": (tcd, ("timesteps", "eta", "strength")),
     "edm-euler": (edm_euler, ()),
     "flow-euler": (flow_euler, ("timesteps", "sigmas", "mu")),
     "flow-heun": (flow_heun, ()),
@@ -113,6 +113,8 @@ def compile_plan(
     mu: float | None = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
+    left_out: int = 0,
+    strength: float | None = None,
 ) -> Plan:
     """Compile a sampler, a noise schedule and a number of steps into a plan.
 
@@ -131,6 +133,8 @@ def compile_plan(
         denoising_start: Fraction of the trained timesteps, counted from pure noise, at which the plan begins: with the
             latent of a run that ended there. A sampler that keeps a history begins with none. ``None`` is the start.
         denoising_end: Fraction at which it ends: the steps that begin after it are left out.
+        left_out: Steps to leave out at the start, in place of ``denoising_start``.
+        strength: Share of the distilled timesteps, from the last on, among which ``lcm`` and ``tcd`` choose theirs.
 
     Raises:
         InvalidRequestError: if the sampler is unknown, a value of the config is wrong or contradicts another, or the
@@ -146,9 +150,9 @@ def compile_plan(
         )
     _check_kind(sampler, config)
     compiler, accepts = _COMPILERS[sampler]
-    request = parse_request(steps, timesteps, sigmas, eta, mu)
+    request = replace(parse_request(steps, timesteps, sigmas, eta, mu), strength=strength)
     start, end = check_part(denoising_start, denoising_end)
-    for name in ("timesteps", "sigmas", "eta", "mu"):
+    for name in ("timesteps", "sigmas", "eta", "mu", "strength"):
         if getattr(request, name) is not None and name not in accepts:
             raise InvalidRequestError(
                 f"sampler {sampler!r} takes no {name}; expected one of "
@@ -157,9 +161,12 @@ def compile_plan(
     try:
         with np.errstate(all="ignore"):
             plan = compiler(config, request)
-            if start is None and end is None:
+            if left_out:
+                first, last = row_left_out(plan, left_out, sampler), len(plan)
+            elif start is None and end is None:
                 return plan
-            first, last = rows_of_part(plan, start, end, _train_timesteps(sampler, config), sampler)
+            else:
+                first, last = rows_of_part(plan, start, end, _train_timesteps(sampler, config), sampler)
             if first and "begin" in accepts:
                 left_out, request = len(plan) - last, replace(request, begin=steps_before(plan, first))
                 plan = compiler(config, request)

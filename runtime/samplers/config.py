@@ -127,6 +127,7 @@ class Request:
         mu: Dynamic shift of a flow schedule, read where the config says ``use_dynamic_shifting``, or None.
         begin: Steps to leave out at the start: the plan then goes on from the latent that they leave, but knows no
             more of them. Only samplers that keep a history read it; the plans of others are cut afterwards.
+        strength: Share of the distilled timesteps, from the last on, among which samplers of distilled models choose.
     """
 
     steps: int | None
@@ -135,6 +136,7 @@ class Request:
     eta: float | None = None
     mu: float | None = None
     begin: int = 0
+    strength: float | None = None
 
     def custom_timesteps(self, train_timesteps: int) -> tuple[float, ...] | None:
         """The custom timesteps, checked to descend within the trained range.

@@ -35,7 +35,14 @@ def _schedule(config: Config, request: Request) -> tuple[NoiseSchedule, Floats]:
             "distilled on"
         )
     distilled = np.arange(1, original + 1) * (train // original) - 1
-    indices = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)
+    if request.strength is not None:  # as diffusers' classes count
+        distilled = distilled[: int(original * request.strength)]
+        if len(distilled) < steps:
+            raise InvalidRequestError(
+                f"strength is {request.strength:g}, which leaves {len(distilled)} of the {original} timesteps that the "
+                f"model was distilled on, fewer than {steps} steps; use a higher strength or fewer steps"
+            )
+    indices = np.floor(np.linspace(0, len(distilled), steps, endpoint=False)).astype(np.int64)
     return schedule, distilled[::-1][indices].astype(np.float64)
 
 
@@ -51,12 +58,13 @@ def lcm(config: Config, request: Request) -> Plan:
         # The boundary condition makes the consistency function the identity at timestep 0, with sigma_data 1/2.
         skip = 0.25 / ((t * scaling) ** 2 + 0.25)
         out = t * scaling / math.sqrt((t * scaling) ** 2 + 0.25)
-        clean = out * denoised(prediction, x, output, math.sqrt(bar), math.sqrt(1 - bar)) + skip * x
+        level = math.sqrt(bar), math.sqrt(1 - bar)
+        clean = out * denoised(prediction, x, output, *level) + skip * x
         if i + 1 == len(timesteps):
-            builder.append(t, [clean])
+            builder.append(t, [clean], level=level)
         else:
             bar = schedule.alpha_bar(timesteps[i + 1])
-            builder.append(t, [math.sqrt(bar) * clean + math.sqrt(1 - bar) * noise], draws=True)
+            builder.append(t, [math.sqrt(bar) * clean + math.sqrt(1 - bar) * noise], level=level, draws=True)
     return builder.build()
 
 
@@ -82,5 +90,5 @@ def tcd(config: Config, request: Request) -> Plan:
         latent = math.sqrt(bar_below) * x0 + math.sqrt(1 - bar_below) * epsilon
         if eta > 0 and not last:
             latent = math.sqrt(bar_next / bar_below) * latent + math.sqrt(max(1 - bar_next / bar_below, 0.0)) * noise
-        builder.append(t, [latent], draws=eta > 0 and not last)
+        builder.append(t, [latent], level=(alpha, sigma), draws=eta > 0 and not last)
     return builder.build()

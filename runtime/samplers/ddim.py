@@ -39,5 +39,5 @@ def ddim(config: Config, request: Request) -> Plan:
         deviation = eta * math.sqrt(max((1 - previous) / (1 - bar) * (1 - bar / previous), 0.0))
         direction = math.sqrt(max(1 - previous - deviation**2, 0.0))
         latent = math.sqrt(previous) * x0 + direction * epsilon + deviation * noise
-        builder.append(t, [latent], draws=eta > 0)
+        builder.append(t, [latent], level=(alpha, sigma), draws=eta > 0)
     return builder.build()

@@ -43,9 +43,10 @@ def ddpm(config: Config, request: Request) -> Plan:
         bar = schedule.alpha_bar(t)
         previous = schedule.alpha_bar(timesteps[i + 1]) if i + 1 < len(timesteps) else 1.0
         beta = 1 - bar / previous
-        x0 = denoised(prediction, x, output, math.sqrt(bar), math.sqrt(1 - bar))
+        level = math.sqrt(bar), math.sqrt(1 - bar)
+        x0 = denoised(prediction, x, output, *level)
         mean = (math.sqrt(previous) * beta * x0 + math.sqrt(bar / previous) * (1 - previous) * x) / (1 - bar)
         # The floor is the reference's: at the last step the small variance would be zero.
         deviation = math.sqrt(beta) if large else math.sqrt(max((1 - previous) / (1 - bar) * beta, 1e-20))
-        builder.append(t, [mean + (deviation if t > 0 else 0.0) * noise], draws=t > 0)
+        builder.append(t, [mean + (deviation if t > 0 else 0.0) * noise], level=level, draws=t > 0)
     return builder.build()

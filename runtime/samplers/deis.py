@@ -37,7 +37,8 @@ def deis(config: Config, request: Request) -> Plan:
         weights = _weights(rho[i - use + 1 : i + 1][::-1].tolist(), float(rho[i + 1]))
         noises = [noise, *history]
         latent = x / levels.alpha(i) + sum(weight * each for weight, each in zip(weights, noises, strict=False))
-        builder.append(levels.timesteps[i], [levels.alpha(i + 1) * latent, *noises[: order - 1]])
+        kept = noises[: order - 1]
+        builder.append(levels.timesteps[i], [levels.alpha(i + 1) * latent, *kept], level=levels.level(i))
     return builder.build()
 
 

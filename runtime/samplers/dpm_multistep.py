@@ -112,7 +112,8 @@ def _build(levels: VpSchedule, algorithm: str, heun: bool, orders: Sequence[int]
         differences = _differences(levels, i, [model, *history][:order])
         latent = _update(levels, i, algorithm, heun, x, differences, noise)
         kept = [model, *history][: most - 1]
-        builder.append(levels.timesteps[i], [latent, *kept], draws=algorithm.startswith("sde-"))
+        draws = algorithm.startswith("sde-")
+        builder.append(levels.timesteps[i], [latent, *kept], level=levels.level(i), draws=draws)
     return builder.build()
 
 

@@ -39,5 +39,5 @@ def edm_euler(config: Config, request: Request) -> Plan:
         variance = sigma**2 + data**2
         x0 = data**2 / variance * x + sign * sigma * data / math.sqrt(variance) * output
         latent = x + (x - x0) / sigma * (following - sigma)
-        builder.append(0.25 * math.log(sigma), [latent], input_scale=1 / math.sqrt(variance))
+        builder.append(0.25 * math.log(sigma), [latent], level=(1.0, sigma), input_scale=1 / math.sqrt(variance))
     return builder.build(math.hypot(high, 1.0))

@@ -6,7 +6,7 @@ import math
 
 from .config import Config, Request
 from .plan import Plan, PlanBuilder
-from .schedule import input_scale_ve, noise_schedule
+from .schedule import noise_schedule, ve_row
 from .ve import ve_schedule
 
 
@@ -20,7 +20,7 @@ def euler(config: Config, request: Request) -> Plan:
     x, output, _ = builder.basis
     for t, sigma, following in levels.steps():
         latent = x + levels.derivative(x, output, sigma) * (following - sigma)
-        builder.append(t, [latent], input_scale=input_scale_ve(sigma))
+        builder.append(t, [latent], **ve_row(sigma))
     return builder.build(levels.init_scale)
 
 
@@ -44,5 +44,5 @@ def euler_ancestral(config: Config, request: Request) -> Plan:
     for t, sigma, following in levels.steps():
         down, up = ancestral_split(sigma, following)
         latent = x + levels.derivative(x, output, sigma) * (down - sigma) + up * noise
-        builder.append(t, [latent], input_scale=input_scale_ve(sigma), draws=True)
+        builder.append(t, [latent], **ve_row(sigma), draws=True)
     return builder.build(levels.init_scale)

@@ -117,7 +117,7 @@ def flow_euler(config: Config, request: Request) -> Plan:
             latent = (1 - following) * (x - sigma * velocity) + following * noise
         else:
             latent = x + (following - sigma) * velocity
-        builder.append(t, [latent], draws=stochastic)
+        builder.append(t, [latent], level=(1 - sigma, sigma), draws=stochastic)
     return builder.build()
 
 
@@ -131,7 +131,8 @@ def flow_heun(config: Config, request: Request) -> Plan:
     x, kept, velocity, _ = builder.basis
     for sigma, following in itertools.pairwise(levels):
         width = following - sigma
-        builder.append(sigma * train, [x + width * velocity, x + width / 2 * velocity])
+        builder.append(sigma * train, [x + width * velocity, x + width / 2 * velocity], level=(1 - sigma, sigma))
         if following > 0:
-            builder.append(following * train, [kept + width / 2 * velocity], within=True)
+            latent = kept + width / 2 * velocity
+            builder.append(following * train, [latent], level=(1 - following, following), within=True)
     return builder.build()

@@ -7,7 +7,7 @@ from itertools import islice
 from .config import Config, Request
 from .lagrange import lagrange_basis
 from .plan import Plan, PlanBuilder
-from .schedule import input_scale_ve, noise_schedule
+from .schedule import noise_schedule, ve_row
 from .ve import ve_schedule
 
 ORDER = 4
@@ -28,7 +28,7 @@ def lms(config: Config, request: Request) -> Plan:
         order = min(i + 1 - request.begin, ORDER)
         weights = _weights(levels.sigmas[i + 1 - order : i + 1][::-1].tolist(), float(levels.sigmas[i + 1]))
         latent = x + sum(weight * derivative for weight, derivative in zip(weights, derivatives, strict=False))
-        builder.append(t, [latent, *derivatives[: ORDER - 1]], input_scale=input_scale_ve(sigma))
+        builder.append(t, [latent, *derivatives[: ORDER - 1]], **ve_row(sigma))
     return builder.build(levels.init_scale)
 
 

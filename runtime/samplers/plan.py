@@ -36,6 +36,8 @@ class Plan:
         uses_noise: bool [N], where a unit normal tensor is drawn.
         init_scale: The first latent is this times unit normal noise.
         within: Rows that go on with the step of the row before, as the second call of a sampler of second order does.
+        levels: float64 [N, 2], how much of the clean sample and how much unit noise register 0 holds before each row:
+            a sample is brought to a row as ``levels[i, 0] * sample + levels[i, 1] * noise``. ``None`` is not known.
     """
 
     timesteps: Floats
@@ -44,6 +46,7 @@ class Plan:
     uses_noise: NDArray[np.bool_]
     init_scale: float
     within: frozenset[int] = frozenset()
+    levels: Floats | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.timesteps)
@@ -55,6 +58,8 @@ class Plan:
                 raise InvalidRequestError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
         if self.update.ndim != 3 or self.update.shape[0] != rows or self.update.shape[2] != self.update.shape[1] + 2:
             raise InvalidRequestError(f"update has shape {self.update.shape}, expected [{rows}, R, R + 2]")
+        if self.levels is not None and self.levels.shape != (rows, 2):
+            raise InvalidRequestError(f"levels has shape {self.levels.shape}, expected {(rows, 2)}")
         for name, kind in {"timesteps": "f8", "input_scale": "f8", "update": "f8", "uses_noise": "?"}.items():
             array = getattr(self, name)
             if array.dtype != np.dtype(kind):
@@ -99,7 +104,24 @@ class Plan:
             uses_noise=self.uses_noise[first:last],
             init_scale=self.init_scale,
             within=frozenset(row - first for row in self.within if first < row < last),
+            levels=None if self.levels is None else self.levels[first:last],
         )
+
+    def noised(self, row: int, sample: Latents, noise: Latents) -> Latents:
+        """A clean sample as it is before a row; after the last, as it is.
+
+        Args:
+            row: A row, or their number.
+            sample: float32 [..., C, H, W].
+            noise: Unit normal, likewise.
+
+        Raises:
+            InvalidRequestError: if the plan's levels are not known.
+        """
+        if self.levels is None:
+            raise InvalidRequestError("the plan does not say how much noise there is at its rows")
+        signal, deviation = self.levels[row].tolist() if row < len(self) else (1.0, 0.0)
+        return np.asarray(np.float32(signal) * sample + np.float32(deviation) * noise)
 
     def start(self, noise: Latents) -> Latents:
         """Registers before the first row.
@@ -133,12 +155,14 @@ class PlanBuilder:
         self._update: list[Sequence[Floats]] = []
         self._draws: list[bool] = []
         self._within: set[int] = set()
+        self._levels: list[tuple[float, float]] = []
 
     def append(
         self,
         timestep: float,
         registers: Sequence[Floats],
         *,
+        level: tuple[float, float],
         input_scale: float = 1.0,
         draws: bool = False,
         within: bool = False,
@@ -148,6 +172,7 @@ class PlanBuilder:
         Args:
             timestep: What the model is told.
             registers: New value of each register, as a combination of ``basis``; those left out become zero.
+            level: How much of the clean sample, and how much unit noise, register 0 holds before the row.
             input_scale: Factor on register 0 before the model.
             draws: Whether the reference implementation draws noise here, even if its factor is zero.
             within: Whether the row goes on with the step of the row before.
@@ -159,6 +184,7 @@ class PlanBuilder:
         self._input_scale.append(input_scale)
         self._update.append([*registers, *padding])
         self._draws.append(draws)
+        self._levels.append(level)
 
     def build(self, init_scale: float = 1.0) -> Plan:
         """Finish the plan.
@@ -180,6 +206,7 @@ class PlanBuilder:
             uses_noise=draws,
             init_scale=float(init_scale),
             within=frozenset(self._within),
+            levels=np.array(self._levels, dtype=np.float64),
         )
 
 

@@ -56,16 +56,22 @@ def pndm(config: Config, request: Request) -> Plan:
             "pndm's Runge-Kutta steps begin a whole run and no part of one: "
             'set "skip_prk_steps": true in the scheduler config, or use another sampler'
         )
+
+    def level(t: float) -> tuple[float, float]:
+        bar = schedule.alpha_bar(t)
+        return math.sqrt(bar), math.sqrt(1 - bar)
+
     builder = PlanBuilder(4 if skip else 6)
     if skip:
-        _repeated_start(builder, timesteps[request.begin :].tolist(), stride, transfer, noise_of)
+        _repeated_start(builder, timesteps[request.begin :].tolist(), stride, transfer, noise_of, level)
     else:
-        _runge_kutta_start(builder, timesteps.tolist(), stride, transfer, noise_of)
+        _runge_kutta_start(builder, timesteps.tolist(), stride, transfer, noise_of, level)
     return builder.build()
 
 
 Transfer = Callable[[Floats, Floats, float, float], Floats]
 NoiseOf = Callable[[Floats, Floats, float], Floats]
+Level = Callable[[float], tuple[float, float]]
 
 # Adams-Bashforth weights, latest first.
 _WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -77,7 +83,7 @@ def _multistep(outputs: Sequence[Floats], count: int) -> Floats:
 
 
 def _repeated_start(
-    builder: PlanBuilder, timesteps: list[float], stride: int, transfer: Transfer, noise_of: NoiseOf
+    builder: PlanBuilder, timesteps: list[float], stride: int, transfer: Transfer, noise_of: NoiseOf, level: Level
 ) -> None:
     x, *history = builder.basis[:4]
     output = builder.basis[4]
@@ -86,28 +92,31 @@ def _repeated_start(
         e = noise_of(x, output, t)
         count = min(i + 1, 4)
         latent = transfer(x, _multistep([e, *history], count), t, t - stride)
-        builder.append(t, [latent, e, x if i == 0 else history[0], history[1]] if i else [latent, e, 0 * x, x])
+        registers = [latent, e, x if i == 0 else history[0], history[1]] if i else [latent, e, 0 * x, x]
+        builder.append(t, registers, level=level(t))
         if i == 0 and len(timesteps) > 1:
             # The second timestep again from the first latent, with the mean of both outputs.
             t = timesteps[1]
             mean = (noise_of(x, output, t) + history[0]) / 2
-            builder.append(t, [transfer(kept, mean, t + stride, t), history[0]], within=True)
+            builder.append(t, [transfer(kept, mean, t + stride, t), history[0]], level=level(t), within=True)
 
 
 def _runge_kutta_start(
-    builder: PlanBuilder, timesteps: list[float], stride: int, transfer: Transfer, noise_of: NoiseOf
+    builder: PlanBuilder, timesteps: list[float], stride: int, transfer: Transfer, noise_of: NoiseOf, level: Level
 ) -> None:
     x, h1, h2, h3, kept, total, output, _ = builder.basis
     half = stride // 2
     for start, end in pairwise(timesteps[:4]):
         # Four evaluations: at the start, twice between, and at the end of the step.
         e = noise_of(x, output, start)
-        builder.append(start, [transfer(x, e, start, start - half), e, h1, h2, x, e / 6])
-        e = noise_of(x, output, end + half)
-        builder.append(end + half, [transfer(kept, e, start, end + half), h1, h2, h3, kept, total + e / 3], within=True)
-        builder.append(end + half, [transfer(kept, e, start, end), h1, h2, h3, kept, total + e / 3], within=True)
+        builder.append(start, [transfer(x, e, start, start - half), e, h1, h2, x, e / 6], level=level(start))
+        middle = end + half
+        e = noise_of(x, output, middle)
+        for following in (middle, end):
+            registers = [transfer(kept, e, start, following), h1, h2, h3, kept, total + e / 3]
+            builder.append(middle, registers, level=level(middle), within=True)
         e = noise_of(x, output, end)
-        builder.append(end, [transfer(kept, total + e / 6, start, end), h1, h2, h3], within=True)
+        builder.append(end, [transfer(kept, total + e / 6, start, end), h1, h2, h3], level=level(end), within=True)
     for t in timesteps[3:]:
         e = noise_of(x, output, t)
-        builder.append(t, [transfer(x, _multistep([e, h1, h2, h3], 4), t, t - stride), e, h1, h2])
+        builder.append(t, [transfer(x, _multistep([e, h1, h2, h3], 4), t, t - stride), e, h1, h2], level=level(t))

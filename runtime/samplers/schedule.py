@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -270,6 +271,13 @@ def denoised_ve(prediction: str, x: Floats, output: Floats, sigma: float) -> Flo
     return output
 
 
-def input_scale_ve(sigma: float) -> float:
-    """Factor on an unscaled latent that gives it the variance the model was trained with."""
-    return 1 / math.sqrt(sigma**2 + 1)
+class VeRow(TypedDict):
+    """What a row's latent is, in the form that adds noise to an unscaled sample; see :meth:`PlanBuilder.append`."""
+
+    level: tuple[float, float]
+    input_scale: float
+
+
+def ve_row(sigma: float) -> VeRow:
+    """A row at a noise level, with the factor that gives the latent the variance the model was trained with."""
+    return {"level": (1.0, sigma), "input_scale": 1 / math.sqrt(sigma**2 + 1)}

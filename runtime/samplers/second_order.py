@@ -13,7 +13,7 @@ import numpy as np
 from .config import Config, Request
 from .euler import ancestral_split
 from .plan import Plan, PlanBuilder
-from .schedule import NoiseSchedule, denoised_ve, input_scale_ve, noise_schedule
+from .schedule import NoiseSchedule, denoised_ve, noise_schedule, ve_row
 from .ve import ve_schedule
 
 
@@ -32,10 +32,10 @@ def heun(config: Config, request: Request) -> Plan:
     for (t, sigma, following), next_t in zip(levels.steps(), following_timesteps, strict=True):
         width = following - sigma
         slope = levels.derivative(x, output, sigma)
-        builder.append(t, [x + slope * width, x + slope * width / 2], input_scale=input_scale_ve(sigma))
+        builder.append(t, [x + slope * width, x + slope * width / 2], **ve_row(sigma))
         if following > 0:
             slope = levels.derivative(x, output, following)
-            builder.append(next_t, [kept + slope * width / 2], input_scale=input_scale_ve(following), within=True)
+            builder.append(next_t, [kept + slope * width / 2], **ve_row(following), within=True)
     return builder.build(levels.init_scale)
 
 
@@ -50,13 +50,13 @@ def dpm2(config: Config, request: Request) -> Plan:
     for t, sigma, following in levels.steps():
         middle = math.sqrt(sigma * following)
         slope = levels.derivative(x, output, sigma)
-        builder.append(t, [x + slope * (middle - sigma), x], input_scale=input_scale_ve(sigma))
+        builder.append(t, [x + slope * (middle - sigma), x], **ve_row(sigma))
         if following > 0:
             slope = levels.derivative(x, output, middle)
             builder.append(
                 levels.timestep(middle),
                 [kept + slope * (following - sigma)],
-                input_scale=input_scale_ve(middle),
+                **ve_row(middle),
                 within=True,
             )
     return builder.build(levels.init_scale)
@@ -71,12 +71,10 @@ def dpm2_ancestral(config: Config, request: Request) -> Plan:
         down, up = ancestral_split(sigma, following)
         middle = math.sqrt(sigma * down)
         slope = levels.derivative(x, output, sigma)
-        builder.append(t, [x + slope * (middle - sigma), x], input_scale=input_scale_ve(sigma))
+        builder.append(t, [x + slope * (middle - sigma), x], **ve_row(sigma))
         if following > 0:
             latent = kept + levels.derivative(x, output, middle) * (down - sigma) + up * noise
-            builder.append(
-                levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True
-            )
+            builder.append(levels.timestep(middle), [latent], **ve_row(middle), draws=True, within=True)
     return builder.build(levels.init_scale)
 
 
@@ -94,13 +92,11 @@ def dpmpp_2s_ancestral(config: Config, request: Request) -> Plan:
         middle = math.sqrt(sigma * down)
         x0 = denoised_ve(levels.prediction, x, output, sigma)
         share = middle / sigma
-        builder.append(t, [share * x + (1 - share) * x0, down / sigma * x], input_scale=input_scale_ve(sigma))
+        builder.append(t, [share * x + (1 - share) * x0, down / sigma * x], **ve_row(sigma))
         if following > 0:
             x0 = denoised_ve(levels.prediction, x, output, middle)
             latent = kept + (1 - down / sigma) * x0 + up * noise
-            builder.append(
-                levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True
-            )
+            builder.append(levels.timestep(middle), [latent], **ve_row(middle), draws=True, within=True)
     return builder.build(levels.init_scale)
 
 
@@ -117,7 +113,7 @@ def dpmpp_sde(config: Config, request: Request) -> Plan:
     for t, sigma, following in levels.steps():
         x0 = denoised_ve(levels.prediction, x, output, sigma)
         if following == 0:
-            builder.append(t, [x0], input_scale=input_scale_ve(sigma))
+            builder.append(t, [x0], **ve_row(sigma))
             continue
         middle = math.sqrt(sigma * following)
         down, up = ancestral_split(sigma, middle)
@@ -125,8 +121,8 @@ def dpmpp_sde(config: Config, request: Request) -> Plan:
         down, up = ancestral_split(sigma, following)
         shared = (sigma - middle) / (sigma - following)
         rest = down / sigma * x + up * math.sqrt(shared) * noise
-        builder.append(t, [trial, rest], input_scale=input_scale_ve(sigma), draws=True)
+        builder.append(t, [trial, rest], **ve_row(sigma), draws=True)
         x0 = denoised_ve(levels.prediction, x, output, middle)
         latent = kept + (1 - down / sigma) * x0 + up * math.sqrt(1 - shared) * noise
-        builder.append(levels.timestep(middle), [latent], input_scale=input_scale_ve(middle), draws=True, within=True)
+        builder.append(levels.timestep(middle), [latent], **ve_row(middle), draws=True, within=True)
     return builder.build(levels.init_scale)

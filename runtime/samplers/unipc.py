@@ -63,7 +63,7 @@ def unipc(config: Config, request: Request) -> Plan:
         if i > begin and i - 1 not in uncorrected:
             corrected = _solve(levels, i - 1, orders[i - 1], bh1, clean, before, history, model)
         latent = _solve(levels, i, orders[i], bh1, clean, corrected, [model, *history], None)
-        builder.append(levels.timesteps[i], [latent, corrected, model, *history[:-1]])
+        builder.append(levels.timesteps[i], [latent, corrected, model, *history[:-1]], level=levels.level(i))
     return builder.build()
 
 

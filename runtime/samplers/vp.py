@@ -50,6 +50,10 @@ class VpSchedule:
         level = float(self.levels[i])
         return level if self.flow else level * self.alpha(i)
 
+    def level(self, i: int) -> tuple[float, float]:
+        """Both coefficients before step ``i``."""
+        return self.alpha(i), self.sigma(i)
+
     def log_snr(self, i: int) -> float:
         """Half the logarithm of the signal-to-noise ratio before step ``i``; infinite where no noise is left."""
         sigma = self.sigma(i)

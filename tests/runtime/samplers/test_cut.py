@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
 from latentrt.engines.errors import InvalidRequestError
-from latentrt.runtime.samplers import SAMPLERS, compile_plan, run_plan
+from latentrt.runtime.samplers import SAMPLERS, compile_plan, run_plan, step
 
 CONFIG: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -197,3 +197,75 @@ def test_rows_that_do_not_begin_anything_are_no_first_rows() -> None:
     for sampler, first in (("dpmpp-2m", 3), ("heun", 3), ("euler", 12), ("euler", -1)):
         with pytest.raises(InvalidRequestError, match="row"):
             compile_plan(sampler, CONFIG, STEPS).part(first, STEPS)
+
+
+def scheduler_of(sampler: str) -> Any:
+    """diffusers' scheduler with our configuration, before its first step."""
+    names = {**ONE_CALL, **TWO_CALLS, "lms": "LMSDiscreteScheduler", "pndm": "PNDMScheduler"}
+    names |= {"flow-euler": "FlowMatchEulerDiscreteScheduler", "flow-heun": "FlowMatchHeunDiscreteScheduler"}
+    extra = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp-2m-sde" else {}
+    kind = getattr(importlib.import_module("diffusers"), names[sampler])
+    scheduler = kind.from_config({**config_of(sampler), **extra})
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+WITH_NOISE = [*ONE_CALL, *TWO_CALLS, "lms", "pndm", "flow-euler"]
+
+
+@pytest.mark.parametrize("sampler", WITH_NOISE)
+@pytest.mark.parametrize("strength", [0.09, 0.5, 1.0])
+def test_a_sample_gets_the_noise_that_diffusers_gives_it(sampler: str, strength: float) -> None:
+    """A picture is brought to the step that diffusers' pipelines begin at, with as much noise as there."""
+    scheduler = scheduler_of(sampler)
+    left_out = STEPS - int(STEPS * strength)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, STEPS, strength, "cpu")  # type: ignore[arg-type]
+    plan = compile_plan(sampler, config_of(sampler), STEPS, left_out=left_out)
+    assert abs(plan.timesteps[0] - float(timesteps[0])) < 0.02
+    sample, noise = drawn(3)(), drawn(4)()
+    add = getattr(scheduler, "scale_noise", None) or scheduler.add_noise
+    order = (timesteps[:1], torch.from_numpy(noise))
+    expected = add(torch.from_numpy(sample), *(order if hasattr(scheduler, "scale_noise") else order[::-1]))
+    assert distance(plan.noised(0, sample, noise), expected.numpy()) < 1e-5
+    np.testing.assert_array_equal(plan.noised(len(plan), sample, noise), sample)
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "edm-euler"])
+def test_a_perfect_model_keeps_a_sample_at_its_levels(sampler: str) -> None:
+    """With a model that knows the sample, a step goes from noise at one row's level to noise at the next one's."""
+    config = {**config_of(sampler), "prediction_type": "sample"} if not sampler.startswith("flow") else FLOW
+    plan = compile_plan(sampler, config, STEPS, eta=0.0 if sampler == "tcd" else None)
+    if plan.uses_noise.any() or sampler == "lcm":
+        pytest.skip("fresh noise is another noise")
+    sample, noise = drawn(3)(), drawn(4)()
+    registers = np.zeros((plan.registers, *SHAPE), np.float32)
+    registers[0] = plan.noised(0, sample, noise)
+    for row in range(len(plan)):
+        assert plan.levels is not None
+        output = noise - sample if sampler.startswith("flow") else sample
+        registers = step(plan, row, registers, output)
+        signal = plan.levels[row + 1, 0] if row + 1 < len(plan) else 1.0
+        if row + 1 < len(plan) or not sampler.startswith(("deis", "ddim", "pndm", "tcd")):  # which end above no noise
+            assert distance(registers[0], plan.noised(row + 1, sample, noise)) < 5e-3, (row, signal)
+
+
+def test_a_strength_that_takes_no_step_is_refused() -> None:
+    """The sentence says what to change."""
+    for sampler, steps in (("euler", 4), ("heun", 4), ("pndm", 5)):
+        with pytest.raises(InvalidRequestError, match=f"none of the 4 steps of {sampler} would be taken: use more"):
+            compile_plan(sampler, CONFIG, 4, left_out=steps)
+    with pytest.raises(InvalidRequestError, match="strength is 0.1, which leaves 5 of the 50 timesteps"):
+        compile_plan("lcm", CONFIG, 6, strength=0.1)
+    with pytest.raises(InvalidRequestError, match="sampler 'euler' takes no strength"):
+        compile_plan("euler", CONFIG, 6, strength=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+def test_a_distilled_model_takes_all_its_steps_within_the_strength(sampler: str, strength: float) -> None:
+    """The timesteps are those of diffusers' scheduler with that strength."""
+    scheduler = scheduler_of(sampler)
+    scheduler.set_timesteps(4, strength=strength)
+    plan = compile_plan(sampler, CONFIG, 4, strength=strength)
+    assert plan.timesteps.tolist() == scheduler.timesteps.tolist()
