@@ -19,6 +19,7 @@ from .pipeline import components_for
 from .plans import planned
 from .request import MAX_PIXELS, MAX_SIDE, Request
 from .samplers import SAMPLERS
+from .tasks import tasks_of
 
 
 def abilities(bundle: Bundle) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
     family = family_of(manifest)
     return {
         **family.abilities(),
-        "tasks": list(family.tasks),
+        "tasks": tasks_of(family),
         "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
         "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],

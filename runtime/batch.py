@@ -15,6 +15,7 @@ from latentrt.engines.errors import InvalidRequestError
 from .latents import take_latents
 from .manifest import Manifest
 from .request import MAX_PIXELS, Request
+from .tasks import Given, prepare, take_pictures
 
 MOST_PROMPTS = 4096
 """Most prompts of a batch."""
@@ -28,11 +29,13 @@ class Batch:
         requests: One for each prompt.
         one_stream: Whether all their noise comes from one stream.
         latents: What the one request begins with, float32 ``[images, channels, h, w]``; ``None`` is the seed's noise.
+        given: Pictures of the one request.
     """
 
     requests: tuple[Request, ...]
     one_stream: bool = False
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
+    given: Given | None = None
 
     @classmethod
     def single(cls, manifest: Manifest, prompt: str, options: Mapping[str, Any]) -> Batch:
@@ -41,8 +44,11 @@ class Batch:
         Raises:
             InvalidRequestError: see :meth:`latentrt.runtime.request.Request.create`.
         """
-        rest, latents = take_latents(options, manifest.latent)
-        return cls((Request.create(manifest, prompt, **rest),), latents=latents)
+        rest, pictures = take_pictures(options, manifest)
+        rest, latents = take_latents(rest, manifest.latent)
+        request = Request.create(manifest, prompt, **rest)
+        given = None if pictures is None else prepare(request, pictures)
+        return cls((request,), latents=latents, given=given)
 
     @classmethod
     def create(cls, manifest: Manifest, prompts: Sequence[str], options: Mapping[str, Any]) -> Batch:
@@ -60,10 +66,10 @@ class Batch:
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list of strings")
-        for name in ("latents", "denoising_start"):
+        for name in ("latents", "denoising_start", "image", "mask"):
             if options.get(name) is not None:
                 raise InvalidRequestError(f"{name} is for one prompt at a time; leave it out")
-        options = {name: value for name, value in options.items() if name != "latents"}
+        options = {name: value for name, value in take_pictures(options, manifest)[0].items() if name != "latents"}
         count = len(prompts)
         if not 1 <= count <= MOST_PROMPTS:
             raise InvalidRequestError(f"{count} prompts are given, expected 1 to {MOST_PROMPTS}")

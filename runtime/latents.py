@@ -36,6 +36,8 @@ def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, 
                 "give the latents of a run with that denoising_end"
             )
         return rest, None
+    if rest.get("variation_strength"):
+        raise InvalidRequestError("latents are given, and variation_strength, which turns a seed's noise; give one")
     try:
         latents = np.array(given, np.float32)
     except (TypeError, ValueError):

@@ -43,6 +43,9 @@ MAX_JSON_BYTES = 4 << 20
 TINY_DECODER = "vae_decoder_tiny"
 """The component of a tiny autoencoder's decoder, which takes latents as the denoiser has them."""
 
+VAE_ENCODER = "vae_encoder"
+"""The component that turns pictures into latents, which not every request needs."""
+
 STAGES = ("prompt", "schedule", "step")
 """What a denoiser is split into; each is a component named after the denoiser, such as ``unet_step``."""
 

@@ -184,6 +184,35 @@ def torch_randn(seed: SupportsIndex, shape: Sequence[SupportsIndex]) -> NDArray[
     return TorchGenerator(seed).randn(shape)
 
 
+def varied_noise(
+    stream: Noise, shape: Sequence[SupportsIndex], seed: int | None, strength: float | None
+) -> NDArray[np.float32]:
+    """A draw from a stream, turned a part of the way towards the first draw of another seed.
+
+    The way is a great circle's (Shoemake 1985, "Animating rotation with quaternion curves", section 3.3, for vectors of
+    many dimensions): a straight line between two draws would lead through noise that is too weak.
+
+    Args:
+        stream: Where noise comes from.
+        shape: What to draw; the first dimension are pictures, each of which turns by an angle of its own.
+        seed: The other seed.
+        strength: 0 to 1; ``None`` is 0.
+
+    Returns:
+        float32 array of that shape.
+    """
+    noise = stream.randn(shape)
+    if not strength:
+        return noise
+    first, second = (each.reshape(len(each), -1).astype(np.float64) for each in (noise, torch_randn(seed or 0, shape)))
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    angle = np.arccos(np.clip((first * second).sum(axis=1) / lengths, -1, 1))[:, None]
+    apart = np.sin(angle) > 1e-6  # or they are one direction, and any way between them is the same
+    whole = np.where(apart, np.sin(angle), 1.0)
+    shares = [np.where(apart, np.sin(part * angle) / whole, part) for part in (1 - strength, strength)]
+    return np.asarray(shares[0] * first + shares[1] * second, np.float32).reshape(noise.shape)
+
+
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     """Transform whole blocks of 16 uniforms; in each, the first 8 give the radii and the last 8 the angles."""
     blocks = uniforms.reshape(-1, 2, _HALF)

@@ -1,10 +1,11 @@
-"""Text to image: from a prompt through the denoising loop to pixels."""
+"""From a prompt, and maybe a picture, through the denoising loop to pixels."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,12 +28,13 @@ from .cache import TensorCache
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
-from .manifest import TINY_DECODER, TOKENIZER_FILE
+from .manifest import TINY_DECODER, TOKENIZER_FILE, VAE_ENCODER
 from .noise import Noise, SharedNoise, TorchGenerator
 from .previews import PreviewOptions, Previews, take_previews
 from .request import Request, RequestOptions, check_decoder
 from .samplers import Plan
-from .tiling import Tiling, decode_tiles
+from .tasks import Begun, begin_from
+from .tiling import Tiling, decode_tiles, encode_tiles
 from .tokenizers import PromptTokenizer, load_tokenizer
 from .turns import TurnEngine, Turns
 
@@ -82,6 +84,7 @@ class Timings:
         schedule: Compiling the sampler's plan, and the denoiser's schedule stage where the bundle has one.
         step: Each step of the loop.
         vae_decoder: Decoding to pixels.
+        vae_encoder: Encoding of pictures that were given.
         total: All of it.
     """
 
@@ -90,6 +93,7 @@ class Timings:
     schedule: float = 0.0
     step: list[float] = field(default_factory=list)
     vae_decoder: float = 0.0
+    vae_encoder: float = 0.0
     total: float = 0.0
 
 
@@ -142,6 +146,7 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
+        open_more: Opens the engine of another component when a request needs it for the first time.
 
     Attributes:
         family: What the bundle's family does.
@@ -158,6 +163,7 @@ class Pipeline:
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
         turns: Turns | None = None,
+        open_more: Callable[[str], Engine] | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -170,6 +176,7 @@ class Pipeline:
         self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
+        self._open_more, self._opening = open_more, threading.Lock()
         self.tokenizers = _load_tokenizers(bundle, self.family)
 
     @classmethod
@@ -254,6 +261,7 @@ class Pipeline:
                 fixed_size=size,
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
+                open_more=lambda component: _open(bundle, (component,), chosen, turns)[component],
             )
             stack.pop_all()
         return pipeline
@@ -332,7 +340,7 @@ class Pipeline:
             total = len(first)
             while not first.done:
                 index, begin = first.index, time.perf_counter()
-                self.loop.advance(runs)
+                self._take_step(runs)
                 timings.step.append(time.perf_counter() - begin)
                 scale = 1.0 if first.done else float(first.plan.input_scale[first.index])
                 timestep, registers = float(first.plan.timesteps[index]), _registers(runs)
@@ -343,11 +351,12 @@ class Pipeline:
             images = np.empty((0, request.height, request.width, 3), np.uint8)
             if request.output == "image":
                 images = self.decode(latents, request.vae_tiling, request.decoder)
+                images = self._pasted(first, images)
             timings.vae_decoder = time.perf_counter() - begin
         finally:
             self._rest()
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
-        timings.total += timings.vae_decoder
+        timings.total += timings.vae_decoder + timings.vae_encoder
         found, count = [], first.request.images
         for number, (run, texts) in enumerate(zip(runs, prepared.texts, strict=True)):
             own = slice(number * count, (number + 1) * count)
@@ -385,10 +394,20 @@ class Pipeline:
         """
         self._require_open()
         try:
-            self.loop.advance(runs)
+            self._take_step(runs)
         except BaseException:
             self._rest()
             raise
+
+    def _take_step(self, runs: Sequence[Run]) -> None:
+        self.loop.advance(runs)
+        for run in runs:
+            if run.begun is not None and run.begun.kept is not None:
+                run.begun.kept.restore(run)
+
+    def _pasted(self, run: Run, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        paste = None if run.begun is None else run.begun.paste
+        return images if paste is None else paste.onto(images)
 
     def finish(self, run: Run) -> NDArray[np.uint8]:
         """Pixels ``[images, height, width, 3]`` of a run that is done.
@@ -398,7 +417,7 @@ class Pipeline:
         """
         if not run.done:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
-        return self.decode(run.latents, run.request.vae_tiling, run.request.decoder)
+        return self._pasted(run, self.decode(run.latents, run.request.vae_tiling, run.request.decoder))
 
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
@@ -443,28 +462,70 @@ class Pipeline:
     def _start(self, prepared: _Prepared) -> list[Run]:
         """Encode the texts and begin the loop, with a run for each request."""
         timings, requests = prepared.timings, prepared.batch.requests
+        first = requests[0]
+        noise: list[Noise | None] = [None] * len(requests)
+        if prepared.batch.one_stream:
+            noise = [*SharedNoise(TorchGenerator(first.seed), [first.images] * len(requests)).members()]
+        begun = self._begun(prepared, noise)
         begin = time.perf_counter()
+        extra = {} if begun is None else begun.conditioning
         wanted = [
-            (text, self.family.vectors(request, negative=request.guided and number == 0))
+            (text, {**self.family.vectors(request, negative=request.guided and number == 0), **extra})
             for request, texts in zip(requests, prepared.texts, strict=True)
             for number, text in enumerate(texts)
         ]
         conditioned = iter(self._condition(wanted, timings))
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
-        latent, first = self.manifest.latent, requests[0]
+        latent = self.manifest.latent
         shape = (first.images, latent.channels, first.height // latent.factor, first.width // latent.factor)
-        noise: list[Noise | None] = [None] * len(requests)
-        if prepared.batch.one_stream:
-            noise = [*SharedNoise(TorchGenerator(first.seed), [first.images] * len(requests)).members()]
+        latents = prepared.batch.latents
         runs = [
-            start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own, prepared.batch.latents)
+            start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own, latents, begun)
             for request, texts, own in zip(requests, prepared.texts, noise, strict=True)
         ]
         for run in runs:
             self.loop.begin(run)
         timings.schedule += time.perf_counter() - encoded
         return runs
+
+    def _begun(self, prepared: _Prepared, noise: list[Noise | None]) -> Begun | None:
+        """What the one request with a picture begins with; its stream of noise goes on from there."""
+        request, given = prepared.batch.requests[0], prepared.batch.given
+        if given is None:
+            return None
+        start = time.perf_counter()
+        noise[0] = stream = TorchGenerator(request.seed)
+        encode = functools.partial(self._encoded, request.vae_tiling)
+        inpaints = self.family.inpaints
+        found = begin_from(request, prepared.plan, given, self.manifest.latent, stream, encode, inpaints=inpaints)
+        prepared.timings.vae_encoder = time.perf_counter() - start
+        return found
+
+    def _encoded(self, tiling: Tiling | None, pixels: Floats) -> Floats:
+        engine = self.engine(VAE_ENCODER)
+
+        def encode(part: Floats) -> Floats:
+            return output_of(engine, VAE_ENCODER, "latent_parameters", {"sample": part})
+
+        if tiling is None or not tiling.splits(pixels.shape[3], pixels.shape[2]):
+            return encode(pixels)
+        return encode_tiles(encode, pixels, tiling, self.manifest.latent.factor)
+
+    def engine(self, component: str) -> Engine:
+        """The opened engine of a component; one that not every request needs is opened when it is first asked for.
+
+        Raises:
+            BundleError: if the bundle lacks it, or this pipeline's engines were opened by somebody else.
+            EngineUnavailableError: if the engine cannot run it here.
+        """
+        with self._opening:
+            self._require_open()
+            if component not in self.engines:
+                if component not in self.manifest.components or self._open_more is None:
+                    raise BundleError(f"{component} is needed, and the pipeline has no engine of that component")
+                self.engines[component] = self._open_more(component)
+            return self.engines[component]
 
     def _condition(self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings) -> list[Conditioning]:
         """What texts come to, from the cache where they are there, with the vectors that come with each.
@@ -544,10 +605,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
-        self._closed = True
-        self._texts.clear()
-        for engine in self.engines.values():
-            engine.close()
+        with self._opening:
+            self._closed = True
+            self._texts.clear()
+            for engine in self.engines.values():
+                engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -42,6 +42,8 @@ def hand_over_options(
             f"the latents of {base.source.name} and of {refiner.source.name} differ in number or scale; "
             "give a refiner that was made for this model"
         )
+    if options.get("image") is not None:
+        raise InvalidRequestError("image is for one model at a time; draw with the base first, then with the refiner")
     families = family_of(base), family_of(refiner)
     own, other = (
         {k: v for k, v in options.items() if k not in FAMILY_OPTIONS or k in family.options} for family in families

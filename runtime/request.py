@@ -17,8 +17,10 @@ from latentrt.engines.errors import InvalidRequestError
 
 from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
+from .pictures import Picture, PictureRecord
 from .samplers import SAMPLERS, Plan, compile_plan
 from .samplers.cut import check_part
+from .tasks import RESIZES, task_values
 from .tiling import Tiling
 
 MAX_SIDE = 16384
@@ -72,7 +74,28 @@ class FamilyOptions(TypedDict, total=False):
     max_sequence_length: int | None
 
 
-class RequestOptions(FamilyOptions, total=False):
+class TaskOptions(TypedDict, total=False):
+    """Keywords of a request that draws from a picture, or varies one; see :mod:`.tasks`.
+
+    ``image`` and ``mask`` are pictures where a pipeline is called, and records of them in :class:`Request`.
+    """
+
+    image: Picture | PictureRecord | None
+    mask: Picture | PictureRecord | None
+    strength: float | None
+    resize: str | None
+    mask_blur: float | None
+    mask_padding: int | None
+    keep_outside: bool | None
+    variation_seed: int | None
+    variation_strength: float | None
+
+
+class _SpecialOptions(FamilyOptions, TaskOptions, total=False):
+    pass
+
+
+class RequestOptions(_SpecialOptions, total=False):
     """Keywords of a request besides the prompt: fields of :class:`Request`; ``None`` is the bundle's default."""
 
     negative_prompt: str
@@ -140,6 +163,17 @@ class Request:
         negative_prompt_3: Likewise what to steer away from.
         max_sequence_length: Tokens of a T5 text encoder, padding included; ``None`` is the family's number.
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
+        image: The picture that it begins with.
+        mask: The picture that says what of it is painted anew: where it is white.
+        strength: How much of the picture is changed, above 0 and up to 1: the share of the steps that are taken.
+        resize: One of :data:`latentrt.runtime.tasks.RESIZES`.
+        mask_blur: Radius in pixels by which the mask is blurred.
+        mask_padding: Pixels around the mask: that part of the picture alone is drawn, at the size of the request, and
+            put back into its place. ``None`` draws all of it.
+        keep_outside: Whether the result is put into the picture through the mask, so that what is outside of it is the
+            picture's, bit for bit.
+        variation_seed: Seed of the noise that the seed's own is turned towards.
+        variation_strength: How far, 0 to 1.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -178,10 +212,25 @@ class Request:
     negative_prompt_3: str | None = None
     max_sequence_length: int | None = None
     vae_tiling: Tiling | None = None
+    image: PictureRecord | None = None
+    mask: PictureRecord | None = None
+    strength: float | None = None
+    resize: str | None = None
+    mask_blur: float | None = None
+    mask_padding: int | None = None
+    keep_outside: bool | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
     classifier_free: bool = True
 
     def compile_plan(
-        self, scheduler: Mapping[str, Any], *, sigmas: Sequence[float] | None = None, mu: float | None = None
+        self,
+        scheduler: Mapping[str, Any],
+        *,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        left_out: int = 0,
+        strength: float | None = None,
     ) -> Plan:
         """The sampler's plan for this request.
 
@@ -189,6 +238,8 @@ class Request:
             scheduler: The bundle's ``scheduler_config.json``.
             sigmas: Noise levels to visit if the request names neither levels nor timesteps.
             mu: Dynamic shift of a flow schedule.
+            left_out: Steps to leave out at the start.
+            strength: Share of the timesteps among which a distilled model's sampler chooses.
 
         Raises:
             InvalidRequestError: if the sampler cannot do what is asked.
@@ -205,6 +256,8 @@ class Request:
             mu=mu,
             denoising_start=self.denoising_start,
             denoising_end=self.denoising_end,
+            left_out=left_out,
+            strength=strength,
         )
 
     @property
@@ -242,7 +295,7 @@ class Request:
         output: str | None = None,
         decoder: str | None = None,
         vae_tiling: Tiling | int | bool | None = None,
-        **special: Unpack[FamilyOptions],
+        **special: Unpack[_SpecialOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
 
@@ -256,7 +309,7 @@ class Request:
                 first option that the bundle's family does not have.
             BundleError: if the family is unknown.
         """
-        if unknown := special.keys() - FAMILY_OPTIONS.keys():
+        if unknown := special.keys() - FAMILY_OPTIONS.keys() - TASK_OPTIONS.keys():
             known = ", ".join(
                 sorted(RequestOptions.__annotations__, key=FAMILY_OPTIONS.__contains__)
             )  # the special last
@@ -298,6 +351,7 @@ class Request:
             decoder=check_decoder(manifest, decoder),
             vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
+            **task_values({name: check(name, special.get(name)) for name, check in TASK_OPTIONS.items()}, family),
         )
         if request.sampler not in SAMPLERS:
             raise InvalidRequestError(
@@ -444,6 +498,44 @@ FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "max_sequence_length": _length,
 }
 """The options of :class:`FamilyOptions`, and what checks the value of each."""
+
+
+def _record(name: str, value: Any) -> PictureRecord | None:
+    if value is not None and not isinstance(value, PictureRecord):
+        raise InvalidRequestError(f"{name} is a {type(value).__name__}, expected the record of a picture that was read")
+    return value
+
+
+def _strength(name: str, value: Any) -> float | None:
+    if value is not None and _number(name, value, 1) == 0:
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected more than 0, which changes nothing, and up to 1")
+    return None if value is None else float(value)
+
+
+def _flag(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected true or false")
+    return value
+
+
+def _resize(name: str, value: Any) -> str | None:
+    if value not in (None, *RESIZES):
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected {' or '.join(RESIZES)}")
+    return value
+
+
+TASK_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
+    "image": _record,
+    "mask": _record,
+    "strength": _strength,
+    "resize": _resize,
+    "mask_blur": lambda name, value: None if value is None else _number(name, value, 1024),
+    "mask_padding": lambda name, value: None if value is None else _integer(name, value, 0, MAX_SIDE),
+    "keep_outside": _flag,
+    "variation_seed": lambda name, value: None if value is None else _integer(name, value, 0, 2**64 - 1),
+    "variation_strength": lambda name, value: None if value is None else _number(name, value, 1),
+}
+"""The options of :class:`TaskOptions`, likewise."""
 
 
 def _side(name: str, value: Any, unit: int) -> int:

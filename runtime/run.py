@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from latentrt.engines import Array
 from latentrt.engines.device import DeviceArray, to_numpy
 
-from .noise import Noise, TorchGenerator
+from .noise import Noise, TorchGenerator, varied_noise
 from .request import Request
 from .samplers.plan import Plan
+from .tasks import Begun
 
 Floats = NDArray[np.float32]
 Conditioning: TypeAlias = Mapping[str, Array]
@@ -35,6 +36,7 @@ class Run:
         index: Number of the plan's row to run next.
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
         schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
+        begun: What it began with, if it was given a picture.
     """
 
     request: Request
@@ -45,6 +47,7 @@ class Run:
     index: int = 0
     rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
     schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    begun: Begun | None = None
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -144,6 +147,7 @@ def start_run(
     shape: tuple[int, int, int, int],
     generator: Noise | None = None,
     latents: Floats | None = None,
+    begun: Begun | None = None,
 ) -> Run:
     """A run before its first step, with noise from the request's seed or from latents that are there.
 
@@ -154,16 +158,20 @@ def start_run(
         shape: Of the latents: images, channels, height, width.
         generator: Source of all its noise; ``None`` is one of its own, of the request's seed.
         latents: Unit normal noise in place of the seed's; or, with ``denoising_start``, what the run goes on from.
+        begun: What it begins with instead of all that, if it was given a picture.
     """
     generator = generator or TorchGenerator(request.seed)
     registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)
-    if latents is not None and request.denoising_start is not None:
+    if begun is not None:
+        registers[:, 0] = begun.latents
+    elif latents is not None and request.denoising_start is not None:
         registers[:, 0] = latents
     else:
-        noise = generator.randn(shape) if latents is None else latents
+        seed, strength = request.variation_seed, request.variation_strength
+        noise = varied_noise(generator, shape, seed, strength) if latents is None else latents
         np.multiply(noise, np.float32(plan.init_scale), out=registers[:, 0])
     rows = {
         name: np.concatenate([text[name].repeat(request.images, axis=0) for text in conditioning])
         for name in conditioning[-1]
     }
-    return Run(request, plan, conditioning, generator, registers, rows=rows)
+    return Run(request, plan, conditioning, generator, registers, rows=rows, begun=begun)

@@ -70,6 +70,8 @@ class Family(ABC):
     """Text encoders, and the tokenizer of each."""
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
     """What its models are for."""
+    strength: ClassVar[float] = 0.8
+    """How much a picture that is given is changed unless a request says so, as in diffusers."""
     options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
     :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""
@@ -122,7 +124,20 @@ class Family(ABC):
         Raises:
             InvalidRequestError: if the sampler cannot do what is asked.
         """
-        return request.compile_plan(self.manifest.scheduler)
+        return request.compile_plan(self.manifest.scheduler, left_out=self.left_out(request))
+
+    def left_out(self, request: Request) -> int:
+        """Steps to leave out, so as to change a picture that is given no more than the request's strength says."""
+        if request.strength is None:
+            return 0
+        return request.steps - min(int(request.steps * request.strength), request.steps)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser was made for inpainting: it takes the mask and what is outside of it."""
+        denoiser = self.manifest.components.get(self.denoiser)
+        graphs = () if denoiser is None else denoiser.graphs.values()
+        return any(spec.name == "inpaint" for graph in graphs for spec in graph.inputs)
 
     def abilities(self) -> dict[str, Any]:
         """What a request may ask of the bundle: kind of guidance, options of its own, and settings."""

@@ -62,6 +62,8 @@ def flow_shift(scheduler: Mapping[str, Any], sampler: str, tokens: int) -> float
 class FlowFamily(Family):
     """A family whose denoiser predicts a flow and sees the latents as patches."""
 
+    strength = 0.6
+
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
         if not 1 <= self.patch <= _LARGEST_PATCH:
@@ -81,8 +83,15 @@ class FlowFamily(Family):
         """Noise levels to visit where the request names none; ``None`` leaves them to the sampler."""
         return None
 
+    def left_out(self, request: Request) -> int:
+        """As diffusers' pipelines of these models count: a step that is taken in part is taken."""
+        if request.strength is None:
+            return 0
+        return int(max(request.steps - min(request.steps * request.strength, request.steps), 0))
+
     def plan(self, request: Request) -> Plan:
         """The plan of the request's sampler, shifted by the picture's size where the model was trained so."""
         scheduler = self.manifest.scheduler
         mu = flow_shift(scheduler, request.sampler, request.width // self.unit * (request.height // self.unit))
-        return request.compile_plan(flow_scheduler(scheduler, request.sampler), sigmas=self.sigmas(request), mu=mu)
+        sigmas, left_out = self.sigmas(request), self.left_out(request)
+        return request.compile_plan(flow_scheduler(scheduler, request.sampler), sigmas=sigmas, mu=mu, left_out=left_out)

@@ -30,6 +30,7 @@ class StableDiffusionXl(Family):
         {"negative_prompt", "clip_skip", "prompt_2", "negative_prompt_2"}
         | {"original_size", "crop", "target_size", "negative_crop", *_NEGATIVE}
     )
+    strength = 0.3
     settings: ClassVar[Mapping[str, type]] = {"force_zeros_for_empty_prompt": bool}
 
     def check(self, request: Request) -> None:

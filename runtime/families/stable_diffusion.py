@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ..manifest import Manifest
+from ..samplers import Plan
 from ..tokenizers import PromptTokenizer
 from .base import Family, Text
 
@@ -28,6 +29,12 @@ class StableDiffusion(Family):
         super().__init__(manifest)
         if not self.gives("text_encoder", _PENULTIMATE):
             self.options -= {"clip_skip"}
+
+    def plan(self, request: Request) -> Plan:
+        """A latent consistency model takes all its steps, among fewer timesteps, as in diffusers' pipeline of these."""
+        if request.strength is None or self.guidance != "embedded" or request.sampler not in ("lcm", "tcd"):
+            return super().plan(request)
+        return request.compile_plan(self.manifest.scheduler, strength=request.strength)
 
     def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
         """As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers."""
