@@ -54,6 +54,22 @@ class Denoiser(nn.Module):
         return prediction
 
 
+class InpaintingDenoiser(nn.Module):
+    """U-Net that was made for inpainting: its latents, the mask and what is outside of it are joined by channel.
+
+    Takes ``inpaint``, ``[batch, 1 + channels, h, w]``, after the latents, and then what any :class:`Denoiser` takes.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(unet)
+
+    def forward(self, sample: Tensor, inpaint: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """Predict as the denoiser does."""
+        prediction: Tensor = self.denoiser(torch.cat([sample, inpaint], dim=1), timestep, encoder_hidden_states)
+        return prediction
+
+
 class Decoder(nn.Module):
     """VAE decoder: latents ``[batch, channels, h, w]``, already divided by the scaling factor, to pixels in [-1, 1]."""
 
@@ -90,6 +106,7 @@ class Roles:
         conditioning: Inputs that stay the same throughout a request.
         time: Inputs that change with the step alone.
         vectors: The inputs among ``conditioning`` with one vector a row.
+        latents: Inputs like the latents that stay the same throughout a request, with one row a sample.
     """
 
     sample: str
@@ -97,6 +114,7 @@ class Roles:
     conditioning: tuple[str, ...]
     time: tuple[str, ...]
     vectors: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,14 @@ def check_stages(component: Component, engines: Mapping[str, Engine], precision:
         raise VerificationError(f"{component.name} has no stages: it is not a denoiser")
     worst = math.inf
     for inputs in (dict(component.example), other_size(component, batch=2)):
-        first = {n: t[:1] if n == roles.sample or n in roles.time else t for n, t in inputs.items()}
+        of_samples = (roles.sample, *roles.time, *roles.latents)
+        first = {n: t[:1] if n in of_samples else t for n, t in inputs.items()}
         both = {n: torch.cat([t, t]) if len(t) == 1 else t for n, t in first.items()}
         unconditional, conditional = np.split(reference_outputs(component, both)[roles.prediction], 2)
         expected = unconditional + _GUIDANCE * (conditional - unconditional)
         sample = np.asarray(first[roles.sample].float().numpy())
         known = {n: t.numpy() for n, t in cast_inputs(component, inputs, "fp32").items()}
-        known |= {n: known[n][:1] for n in roles.time}
+        known |= {n: known[n][:1] for n in (*roles.time, *roles.latents)}
         step = engines[f"{component.name}_step"]
         for name in (f"{component.name}_prompt", f"{component.name}_schedule"):
             if name in engines:

@@ -215,6 +215,10 @@ class FusedLoop(Loop):
         if prompt is not None:
             self.prompt_inputs = frozenset(prompt.inputs)
         self._on_device = getattr(step, "on_device", False)
+        # What both halves share, as latents: a mask, and what is outside of it.
+        self._of_samples = frozenset(
+            name for name, spec in step.inputs.items() if name not in _STEP and spec.shape[:1] == ("batch",)
+        )
         self._from_schedule = frozenset(() if schedule is None else schedule.outputs)
         # The schedule may take vectors of the conditioning in; what it computes then differs between the halves.
         self._vectors = () if schedule is None else tuple(name for name in schedule.inputs if name != "timestep")
@@ -356,7 +360,10 @@ class FusedLoop(Loop):
             "unconditional": first_row + each,
             "conditional": first_row + (each + samples if run.guided else each),
         }
-        return feeds | {name: v for name, v in share.conditioning_rows().items() if name in self._step.inputs}
+        for name, values in share.conditioning_rows().items():
+            if name in self._step.inputs:
+                feeds[name] = values[:samples] if name in self._of_samples else values
+        return feeds
 
 
 @dataclass(frozen=True)

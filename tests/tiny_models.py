@@ -22,6 +22,7 @@ from diffusers import (
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -146,6 +147,16 @@ def stable_diffusion(path: Path, *, modern: bool) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path, safe_serialization=True)
+
+
+def inpainting(path: Path) -> None:
+    """SD 1.x for inpainting: a U-Net of nine channels, all else that of :func:`stable_diffusion`."""
+    stable_diffusion(path, modern=False)
+    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    config = {**pipe.unet.config, "in_channels": 9}
+    parts = {**pipe.components, "unet": UNet2DConditionModel.from_config(config).eval()}
+    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(path)
 
 
 def lcm_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -349,6 +360,7 @@ def _enliven(transformer: Any) -> None:
 WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sd1": lambda path: stable_diffusion(path, modern=False),
     "sd2": lambda path: stable_diffusion(path, modern=True),
+    "sd1-inpaint": inpainting,
     "lcm": latent_consistency,
     "sdxl": stable_diffusion_xl,
     "sdxl-lcm": lambda path: stable_diffusion_xl(path, consistent=True),
@@ -361,6 +373,7 @@ WRITERS: Mapping[str, Callable[[Path], None]] = {
 
 _VAE_PARTS = ("vae_decoder", "vae_encoder")
 LENDERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "sd1-inpaint": ("sd1", ("text_encoder", *_VAE_PARTS)),
     "sd3": ("sd35", ("text_encoder", "text_encoder_2", "transformer", *_VAE_PARTS)),
     "flux-dev": ("sd35", _VAE_PARTS),
     "flux-schnell": ("flux-dev", ("text_encoder", "text_encoder_2", *_VAE_PARTS)),

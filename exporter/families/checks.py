@@ -59,6 +59,28 @@ def check_clip(where: str, config: Config) -> int:
     return natural(where, config, "hidden_size", 512)
 
 
+def inpaints(unet: Config, vae: Config) -> bool:
+    """Whether a U-Net takes the mask and what is outside of it besides the latents."""
+    channels = natural("vae", vae, "latent_channels", 4)
+    return natural("unet", unet, "in_channels", 4) == 2 * channels + 1
+
+
+def check_unet_channels(unet: Config, vae: Config) -> None:
+    """Check that a U-Net takes the VAE's latents, alone or for inpainting.
+
+    Raises:
+        SourceError: if it does not, or for inpainting and with a scale of guidance.
+    """
+    if not inpaints(unet, vae):
+        check_vae(vae, natural("unet", unet, "in_channels", 4))
+        return
+    check_vae(vae, natural("vae", vae, "latent_channels", 4))
+    if unet.get("time_cond_proj_dim") is not None:
+        raise SourceError(
+            "unet/config.json: a U-Net for inpainting that takes the scale of guidance in is not supported"
+        )
+
+
 def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
     """Check a VAE whose blocks are sound.
 
@@ -74,7 +96,7 @@ def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
     if latents != channels:
         raise SourceError(
             f"the VAE's latents have {latents} channels, but the {denoiser} takes {channels}; "
-            f"{denoiser}s for inpainting or editing, which take more, are not supported"
+            f"{denoiser}s for editing, which take more, are not supported"
         )
     if any(vae.get(key) is not None for key in ("latents_mean", "latents_std")):
         raise SourceError(

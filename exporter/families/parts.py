@@ -118,8 +118,12 @@ def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict
     # meets it, and the graph serves every size rather than multiples of that factor alone.
     side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
     width = int(unet.get("cross_attention_dim", 1280))
+    latents = int(source.configs["vae"].get("latent_channels", 4))
+    masks = int(unet.get("in_channels", 4)) - latents  # the mask, and what is outside of it
+    inpaint = {"inpaint": torch.randn(2, masks, side, side + 2, generator=generator)} if masks else {}
     return {
-        "sample": torch.randn(2, int(unet.get("in_channels", 4)), side, side + 2, generator=generator),
+        "sample": torch.randn(2, latents, side, side + 2, generator=generator),
+        **inpaint,
         "timestep": torch.rand(2, generator=generator) * 999,
         "encoder_hidden_states": torch.randn(2, length, width, generator=generator),
     }
@@ -137,5 +141,5 @@ def guidance_kind(source: Source) -> str:
 
 
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions of variable length of a denoiser's inputs: all have rows, the latents a size as well."""
-    return {name: LATENT_AXES if name == "sample" else {0: "batch"} for name in example}
+    """The dimensions of variable length of a denoiser's inputs: all have rows, latents a size as well."""
+    return {name: LATENT_AXES if name in ("sample", "inpaint") else {0: "batch"} for name in example}

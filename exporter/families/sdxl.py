@@ -13,7 +13,7 @@ from latentrt.engines.errors import SourceError
 
 from ..components import Component, Roles
 from .base import Config, Family, Part, TokenizerPart, latent_factor
-from .checks import check_blocks, check_clip, check_guidance, check_size, check_vae, natural
+from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
@@ -97,11 +97,33 @@ class SizedDenoiser(nn.Module):
         return prediction
 
 
+class SizedInpaintingDenoiser(nn.Module):
+    """U-Net of SDXL that was made for inpainting: takes the mask and what is outside of it after the latents."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = SizedDenoiser(unet)
+
+    def forward(
+        self,
+        sample: Tensor,
+        inpaint: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        """Predict as the denoiser does."""
+        joined = torch.cat([sample, inpaint], dim=1)
+        prediction: Tensor = self.denoiser(joined, timestep, encoder_hidden_states, text_embeds, time_ids)
+        return prediction
+
+
 class StableDiffusionXl(Family):
     """Podell et al. 2023, arXiv 2307.01952; SDXL-Turbo is a model of this family too."""
 
     name = "stable-diffusion-xl"
-    pipelines = ("StableDiffusionXLPipeline",)
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": CLIP_TEXT,
         "text_encoder_2": CLIP_TEXT_PROJECTED,
@@ -150,7 +172,7 @@ class StableDiffusionXl(Family):
         added = pooled + self.time_ids * natural("unet", unet, "addition_time_embed_dim", 256)
         if added != (taken := natural("unet", unet, "projection_class_embeddings_input_dim", 0)):
             raise SourceError(f"pooled text and {self.time_ids} sizes are {added} wide, but the U-Net takes {taken}")
-        check_vae(vae, natural("unet", unet, "in_channels", 4))
+        check_unet_channels(unet, vae)
         check_size("unet", unet, latent_factor(vae))
         check_guidance(unet)
 
@@ -167,8 +189,11 @@ class StableDiffusionXl(Family):
         example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
         example |= guidance_input(source, generator)
         vectors = tuple(name for name in (*self.vectors, "timestep_cond") if name in example)
-        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors)
-        module, keep = SizedDenoiser(source.load(name)), frozenset({"timestep", "time_ids"})
+        masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors, masks)
+        unet = source.load(name)
+        module = SizedInpaintingDenoiser(unet) if masks else SizedDenoiser(unet)
+        keep = frozenset({"timestep", "time_ids"})
         return Component(name, module, example, denoiser_axes(example), ("out_sample",), keep, roles)
 
     def usual(self, source: Source) -> tuple[int, float]:

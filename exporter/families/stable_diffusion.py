@@ -9,9 +9,9 @@ import torch
 
 from latentrt.engines.errors import SourceError
 
-from ..components import Component, Denoiser, Roles, TextEncoder
+from ..components import Component, Denoiser, InpaintingDenoiser, Roles, TextEncoder
 from .base import Config, Family, Part, TokenizerPart, latent_factor
-from .checks import check_blocks, check_clip, check_guidance, check_size, check_vae, natural
+from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
@@ -34,7 +34,7 @@ class StableDiffusion(Family):
     """Rombach et al. 2022, arXiv 2112.10752; latent consistency models (Luo et al. 2023, arXiv 2310.04378) too."""
 
     name = "stable-diffusion"
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionInpaintPipeline")
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": VAE}
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {"tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder")}
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -49,7 +49,7 @@ class StableDiffusion(Family):
         width, expected = check_clip("text_encoder", text), natural("unet", unet, "cross_attention_dim", 1280)
         if width != expected:
             raise SourceError(f"the text encoder's states are {width} wide, but the U-Net takes {expected}")
-        check_vae(vae, natural("unet", unet, "in_channels", 4))
+        check_unet_channels(unet, vae)
         check_size("unet", unet, latent_factor(vae))
         check_guidance(unet)
 
@@ -65,10 +65,12 @@ class StableDiffusion(Family):
         guidance = guidance_input(source, generator)
         vectors = tuple(guidance)
         example |= guidance
-        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors)
+        masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
+        roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors, masks)
+        unet = source.load(name)
         return Component(
             name,
-            Denoiser(source.load(name)),
+            InpaintingDenoiser(unet) if masks else Denoiser(unet),
             example,
             denoiser_axes(example),
             ("out_sample",),

@@ -255,7 +255,7 @@ def test_a_strength_that_takes_no_step_is_refused() -> None:
     for sampler, steps in (("euler", 4), ("heun", 4), ("pndm", 5)):
         with pytest.raises(InvalidRequestError, match=f"none of the 4 steps of {sampler} would be taken: use more"):
             compile_plan(sampler, CONFIG, 4, left_out=steps)
-    with pytest.raises(InvalidRequestError, match="strength is 0.1, which leaves 5 of the 50 timesteps"):
+    with pytest.raises(InvalidRequestError, match=r"strength is 0.1, which leaves 5 of the 50 timesteps"):
         compile_plan("lcm", CONFIG, 6, strength=0.1)
     with pytest.raises(InvalidRequestError, match="sampler 'euler' takes no strength"):
         compile_plan("euler", CONFIG, 6, strength=0.1)
