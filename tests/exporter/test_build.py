@@ -41,6 +41,7 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
 
 EditJson = Callable[..., None]
+COMPONENTS = tuple(part for name in StableDiffusion.components for part in StableDiffusion().with_stages(name))
 FORM = "opset20-fp32"
 FILES = (
     *("text_encoder/model.onnx", "unet/model.onnx", "unet/prompt.onnx", "unet/schedule.onnx", "unet/step.onnx"),
@@ -75,11 +76,11 @@ def unverified(source: Path, output: Path) -> BuildReport:
 def test_bundle_is_whole_and_good(tiny_bundles: dict[str, Path], kind: str) -> None:
     """A bundle opens with every hash right, and each of its graphs has a figure above the gate."""
     bundle = Bundle.open(tiny_bundles[kind], verify_hash=True)
-    assert tuple(bundle.manifest.components) == StableDiffusion().all_components()
+    assert tuple(bundle.manifest.components) == COMPONENTS
     assert set(bundle.manifest.quality) == set(FILES)
     assert min(bundle.manifest.quality.values()) >= GATES["fp32"]
     assert bundle.manifest.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
-    for name in StableDiffusion().all_components():
+    for name in COMPONENTS:
         graph = onnx.load(bundle.graph_path(name, FORM))
         onnx.checker.check_model(graph, full_check=True)
         assert not any(node.metadata_props for node in graph.graph.node)
@@ -201,7 +202,7 @@ def exported_in_fp16(
     told: list[str] = []
     reporter = Silent()
     monkeypatch.setattr(reporter, "result", told.append)
-    graphs: dict[str, dict[str, Graph]] = {part: {} for part in StableDiffusion().all_components()}
+    graphs: dict[str, dict[str, Graph]] = {part: {} for part in COMPONENTS}
     made = Construction(
         Source.open(source), directory, True, reporter, graphs, {}, lambda: pytest.fail("not asked for")
     )
