@@ -70,6 +70,12 @@ def optimum_layout() -> Any:
     return _module("optimum_layout")
 
 
+@pytest.fixture(scope="session")
+def doc_table() -> Any:
+    """The module ``tests/doc_table.py``: tables of the manual that tests write."""
+    return _module("doc_table")
+
+
 class TinyModels:
     """Random tiny sources and their bundles for ONNX Runtime, each made when it is first asked for; not to be changed.
 

@@ -15,13 +15,15 @@ from ..bundle import Bundle
 from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
+from ..pictures import PictureRecord
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..previews import PREVIEW_EVERY, Preview
 from ..refine import HAND_OVER, hand_over_options
-from ..request import DECODERS, FAMILY_OPTIONS, Request, RequestOptions
+from ..request import DECODERS, FAMILY_OPTIONS, TASK_OPTIONS, Request, RequestOptions
 from ..samplers import SAMPLERS
 from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
+from .task_arguments import LABELS, add_task_arguments, record_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preview-every", type=int, metavar="N", help=f"steps between two previews; default {PREVIEW_EVERY}"
     )
+    add_task_arguments(parser)
     parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
     parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
     parser.add_argument(
@@ -276,15 +279,18 @@ def _two(text: str, between: str, expected: str) -> tuple[int, int]:
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
+    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS, *TASK_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
-    return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    labels = {name: LABELS.get(name, name.replace("_", " ").capitalize()) for name in given}
+    return {labels[name]: _written(name, value) for name, value in given.items()}
 
 
 def _written(name: str, value: Any) -> Any:
     """A value as a web UI's parameters have it: a size as ``1024x768``, other numbers between spaces."""
     if isinstance(value, Tiling):
         return f"{value.size} overlap {value.overlap} {value.edges}"
+    if isinstance(value, PictureRecord):
+        return record_text(value)
     if not isinstance(value, tuple):
         return value
     return ("x" if name.endswith("size") else " ").join(f"{each:g}" for each in value)
