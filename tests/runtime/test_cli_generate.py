@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -126,6 +127,37 @@ def test_the_file_says_how_it_was_made(bundle: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_picture_and_a_mask(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
+    """What is drawn into a picture is what Pipeline draws, and text and JSON say from what and how."""
+    picture, mask = np.full((24, 40, 3), 180, np.uint8), np.zeros((24, 40), np.uint8)
+    mask[8:16, 8:32] = 255
+    files = {"image": tmp_path / "a, b.png", "mask": tmp_path / "mask.png"}
+    for name, pixels in (("image", picture), ("mask", mask)):
+        Image.fromarray(pixels).save(files[name])
+    options: dict[str, Any] = {"strength": 0.7, "mask_blur": 1.5, "keep_outside": True, "variation_strength": 0.2}
+    options |= {"steps": 3, "seed": 7, "variation_seed": 8, **files}
+    flags = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
+    assert generate(bundle, tmp_path / "o.png", *flags, "--json") == 0
+    told = json.loads(capsys.readouterr().out)["request"]
+    assert told["image"] == {
+        "sha256": hashlib.sha256(files["image"].read_bytes()).hexdigest(),
+        "path": str(files["image"]),
+    }
+    assert (told["width"], told["height"], told["keep_outside"], told["resize"]) == (40, 24, True, "stretch")
+    with Pipeline.load(bundle) as pipe:
+        expected = pipe("a red apple", sampler="euler", **options).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "o.png")), expected)
+    text = read_parameters(tmp_path / "o.png")
+    assert text is not None
+    for entry in ("Denoising strength: 0.7", "Mask blur: 1.5", "Variation seed: 8", "Variation seed strength: 0.2"):
+        assert entry in text
+    assert f'Image: "{files["image"]} ' in text
+
+
 def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     """One JSON document with the whole request, the engine and all timings."""
     prompt = 'ein "Apfel" \N{RED APPLE}\n'
@@ -136,7 +168,8 @@ def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert (report["request"]["seed"], report["request"]["width"], report["truncated_tokens"]) == (7, 32, 0)
     assert (report["engine"], report["loop"]) == ("unet_step (onnxruntime)", "fused")
     assert report["engine_choice"].keys() == {"name", "reason", "passed_over"}
-    assert report["seconds"].keys() == {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "total"}
+    stages = {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "vae_encoder"}
+    assert report["seconds"].keys() == {*stages, "total"}
     assert len(report["seconds"]["step"]) == 1
 
 
@@ -188,6 +221,8 @@ def test_a_long_prompt_draws_with_a_note(bundle: Path, tmp_path: Path, capsys: C
         (["--seed", "-1"], "seed is -1, expected 0 to 18446744073709551615"),
         (["--seed", "9" * 30], "seed is 999999999999999999999999999999, expected 0 to"),
         (["--images", "0"], "images is 0, expected 1 to 4096"),
+        (["--strength", "0.5"], "strength is given without image, the picture to begin with"),
+        (["--image", "missing.png"], "cannot read image from 'missing.png': No such file or directory"),
         (["--clip-skip", "2"], "clip_skip is 2, expected 0 to 1"),
         (["--threads", "-1"], "threads is -1, expected 0 (automatic) to 1024"),
         (["--width", "16384", "--height", "16384", "--images", "9"], "at most 268,435,456 fit one request"),

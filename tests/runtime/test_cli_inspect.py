@@ -61,12 +61,12 @@ def test_inspect_names_what_a_bundle_can_do(tiny: Any, kind: str, capsys: Captur
     told = json.loads(capsys.readouterr().out)["abilities"]
     manifest = Bundle.open(bundle).manifest
     assert next(iter(lines.values())).startswith(f"{manifest.family}, ")
-    assert lines["tasks"] == "text-to-image; loops: fused plain"
+    assert lines["tasks"] == "text-to-image image-to-image inpainting; loops: fused plain"
     assert lines["sizes"].startswith("any multiples of 2 up to 16384 pixels a side, ")
     assert lines["samplers"].split() == told["samplers"]
     assert lines["engines"].startswith("onnxruntime fp32, openvino fp32 bf16, onnxruntime-cuda fp32, ")
     assert (told["tasks"], told["guidance"], told["loops"]) == (
-        ["text-to-image"],
+        ["text-to-image", "image-to-image", "inpainting"],
         "classifier-free",
         ["fused", "plain"],
     )

@@ -11,7 +11,7 @@ import pytest
 
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.manifest import Defaults, Latent, Manifest
-from latentrt.runtime.request import FAMILY_OPTIONS, MAX_PIXELS, MAX_SIDE, Request, RequestOptions
+from latentrt.runtime.request import FAMILY_OPTIONS, MAX_PIXELS, MAX_SIDE, TASK_OPTIONS, Request, RequestOptions
 from latentrt.runtime.samplers import SAMPLERS
 from latentrt.runtime.tiling import Tiling
 
@@ -64,7 +64,7 @@ def test_what_is_given_is_kept() -> None:
         "output": "image",
         "decoder": "full",
     }
-    assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys()
+    assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys() - TASK_OPTIONS.keys()
     request = create(**options)
     assert {name: getattr(request, name) for name in options} == options
 
