@@ -519,7 +519,9 @@ def _flag(name: str, value: Any) -> bool | None:
 
 
 def _resize(name: str, value: Any) -> str | None:
-    if value not in (None, *RESIZES):
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in RESIZES:
         raise InvalidRequestError(f"{name} is {_show(value)}, expected {' or '.join(RESIZES)}")
     return value
 

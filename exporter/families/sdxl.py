@@ -123,7 +123,7 @@ class StableDiffusionXl(Family):
     """Podell et al. 2023, arXiv 2307.01952; SDXL-Turbo is a model of this family too."""
 
     name = "stable-diffusion-xl"
-    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": CLIP_TEXT,
         "text_encoder_2": CLIP_TEXT_PROJECTED,
