@@ -6,7 +6,7 @@ Names of inputs and outputs are those of Optimum's exports, so that other tools 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +90,8 @@ class Roles:
         conditioning: Inputs that stay the same throughout a request.
         time: Inputs that change with the step alone.
         vectors: The inputs among ``conditioning`` with one vector a row.
+        beside: Further inputs that go with the latents.
+        residuals: Of a ControlNet its outputs, with channels and the names of height and width; it has no prediction.
     """
 
     sample: str
@@ -97,6 +99,8 @@ class Roles:
     conditioning: tuple[str, ...]
     time: tuple[str, ...]
     vectors: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    residuals: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Component:
         dynamic: For each input the names of its dimensions of variable length.
         outputs: Names of the outputs.
         keep_fp32: Inputs that stay fp32 at any precision.
-        roles: For the denoiser, which is then also exported in stages.
+        roles: For the denoiser, or a ControlNet, which is then also exported in stages.
     """
 
     name: str
@@ -133,4 +137,7 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     generator = torch.Generator().manual_seed(seed)
     if source.tiny_vae is not None and name == TINY_DECODER:
         return source.tiny_vae.component(generator)
+    for net in source.controlnets:
+        if name in net.components:
+            return net.component(source, name, generator)
     return source.family.component(source, name, generator)

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -252,6 +253,23 @@ def stable_diffusion_xl_refiner(path: Path) -> None:
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     ).save_pretrained(path, safe_serialization=True)
+
+
+def controlnet(path: Path, source: Path, seed: int = 0, order: str = "rgb") -> Path:
+    """A ControlNet for the U-Net of a source, with connections that are not zero, or it would do nothing."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True)
+    net = ControlNetModel.from_unet(
+        unet,
+        controlnet_conditioning_channel_order=order,
+        conditioning_embedding_out_channels=(16, 32),
+        load_weights_from_unet=False,
+    )
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        for weight in block.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    net.eval().save_pretrained(path, safe_serialization=True)
+    return path
 
 
 def tiny_vae(path: Path, factor: int = 2, seed: int = 0) -> Path:
