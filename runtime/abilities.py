@@ -10,6 +10,7 @@ from latentrt.engines.errors import BundleError, InvalidRequestError
 from latentrt.engines.trt import SDK_MODULES
 
 from .bundle import Bundle
+from .control import controlnets_of
 from .engine_choice import ENGINES, EngineSettings, graph_for
 from .engine_probe import SUPPORTED
 from .families import Family, family_of
@@ -25,9 +26,10 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
     """What may be asked of a bundle.
 
     Returns:
-        What :meth:`~latentrt.runtime.families.Family.abilities` says, and ``tasks``, ``samplers``, ``sizes`` (what
-        sides are multiples of, the longest, and the most pixels of a request), ``loops``, and for each of ``engines``
-        that could run the bundle its precisions. Whether an engine runs on this machine is another question.
+        What :meth:`~latentrt.runtime.families.Family.abilities` says, and ``tasks``, ``controlnets``, ``samplers``,
+        ``sizes`` (what sides are multiples of, the longest, and the most pixels of a request), ``loops``, and for each
+        of ``engines`` that could run the bundle its precisions. Whether an engine runs on this machine is another
+        question.
 
     Raises:
         BundleError: if the family is unknown.
@@ -37,6 +39,7 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
     return {
         **family.abilities(),
         "tasks": list(family.tasks),
+        "controlnets": list(controlnets_of(manifest)),
         "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
         "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],

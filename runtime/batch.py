@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .control import take_controls
 from .latents import take_latents
 from .manifest import Manifest
 from .request import MAX_PIXELS, Request
@@ -28,11 +29,13 @@ class Batch:
         requests: One for each prompt.
         one_stream: Whether all their noise comes from one stream.
         latents: What the one request begins with, float32 ``[images, channels, h, w]``; ``None`` is the seed's noise.
+        control_images: Of each entry of the requests' ``control``, uint8 ``[h, w, 3]``.
     """
 
     requests: tuple[Request, ...]
     one_stream: bool = False
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
+    control_images: tuple[NDArray[np.uint8], ...] = field(default=(), repr=False)
 
     @classmethod
     def single(cls, manifest: Manifest, prompt: str, options: Mapping[str, Any]) -> Batch:
@@ -42,7 +45,8 @@ class Batch:
             InvalidRequestError: see :meth:`latentrt.runtime.request.Request.create`.
         """
         rest, latents = take_latents(options, manifest.latent)
-        return cls((Request.create(manifest, prompt, **rest),), latents=latents)
+        rest, pictures = take_controls(rest, manifest)
+        return cls((Request.create(manifest, prompt, **rest),), latents=latents, control_images=pictures)
 
     @classmethod
     def create(cls, manifest: Manifest, prompts: Sequence[str], options: Mapping[str, Any]) -> Batch:
@@ -63,7 +67,9 @@ class Batch:
         for name in ("latents", "denoising_start"):
             if options.get(name) is not None:
                 raise InvalidRequestError(f"{name} is for one prompt at a time; leave it out")
-        options = {name: value for name, value in options.items() if name != "latents"}
+        options, pictures = take_controls(
+            {name: value for name, value in options.items() if name != "latents"}, manifest
+        )
         count = len(prompts)
         if not 1 <= count <= MOST_PROMPTS:
             raise InvalidRequestError(f"{count} prompts are given, expected 1 to {MOST_PROMPTS}")
@@ -86,7 +92,7 @@ class Batch:
                 f"{count * first.images} pictures of {first.width}x{first.height} have {pixels:,} pixels, "
                 f"at most {MAX_PIXELS:,} fit one batch; ask for fewer or smaller ones"
             )
-        return cls(requests, one_stream="seed" not in own)
+        return cls(requests, one_stream="seed" not in own, control_images=pictures)
 
 
 def _each(name: str, value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,8 @@ from latentrt.engines.trt import share_arena
 from .batch import Batch
 from .bundle import Bundle
 from .cache import TensorCache
+from .control import Control
+from .controlnets import ControlNets
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
@@ -142,6 +145,7 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
+        opener: Opens the engine of a component that is not among ``engines``, once a request needs it.
 
     Attributes:
         family: What the bundle's family does.
@@ -158,6 +162,7 @@ class Pipeline:
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
         turns: Turns | None = None,
+        opener: Callable[[str], Engine] | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -167,6 +172,10 @@ class Pipeline:
         self.family = family_of(self.manifest)
         self.max_batch = fixed_size.images if fixed_size else max_batch
         self.loop = _make_loop(self.engines, self.family, self.max_batch)
+        self._opener, self._opening = opener, threading.Lock()
+        self.loop.control = ControlNets(
+            self.opened, tuple(self.manifest.components), self.family.denoiser, fused=self.loop.name == "fused"
+        )
         self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
@@ -254,6 +263,7 @@ class Pipeline:
                 fixed_size=size,
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
+                opener=lambda component: _open(bundle, [component], chosen, turns)[component],
             )
             stack.pop_all()
         return pipeline
@@ -400,6 +410,24 @@ class Pipeline:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
         return self.decode(run.latents, run.request.vae_tiling, run.request.decoder)
 
+    def opened(self, component: str) -> Engine:
+        """The engine of a component, opened now if no request needed it before.
+
+        Raises:
+            BundleError: if the bundle has no such component.
+            EngineClosedError: if the pipeline was closed.
+            EngineUnavailableError: if the engine cannot run it.
+        """
+        if (engine := self.engines.get(component)) is not None:
+            return engine
+        with self._opening:
+            self._require_open()
+            if component not in self.engines:
+                if self._opener is None:
+                    raise BundleError(f"no engine of {component} was opened; load the bundle with Pipeline.load")
+                self.engines[component] = self._opener(component)
+            return self.engines[component]
+
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
         if self._turns is not None:
@@ -449,7 +477,7 @@ class Pipeline:
             for request, texts in zip(requests, prepared.texts, strict=True)
             for number, text in enumerate(texts)
         ]
-        conditioned = iter(self._condition(wanted, timings))
+        conditioned = iter(self._condition(wanted, timings, requests[0].control))
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
         latent, first = self.manifest.latent, requests[0]
@@ -463,16 +491,25 @@ class Pipeline:
         ]
         for run in runs:
             self.loop.begin(run)
+            if run.request.control and self.loop.control is not None:
+                self.loop.control.begin(run, prepared.batch.control_images)
         timings.schedule += time.perf_counter() - encoded
         return runs
 
-    def _condition(self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings) -> list[Conditioning]:
+    def _condition(
+        self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings, controls: Sequence[Control] = ()
+    ) -> list[Conditioning]:
         """What texts come to, from the cache where they are there, with the vectors that come with each.
 
         Each component serves all texts before the next one does, for where components take turns.
         """
+        names = tuple(each.name for each in controls)
         keys = [
-            (text.key, tuple((n, values.tobytes()) for n, values in vectors.items() if n in self.loop.prompt_inputs))
+            (
+                text.key,
+                names,
+                tuple((n, v.tobytes()) for n, v in vectors.items() if names or n in self.loop.prompt_inputs),
+            )
             for text, vectors in wanted
         ]
         found = {key: self._texts.get(key) for key in keys}
@@ -486,7 +523,10 @@ class Pipeline:
                     encoded[key][name] = outputs_of(self.engines[name], name, text.outputs[name], feeds)
         begin = time.perf_counter()
         for key, (text, vectors) in missing.items():
-            conditioning = self.loop.condition({**self.family.condition(text, encoded[key]), **vectors})
+            raw = {**self.family.condition(text, encoded[key]), **vectors}
+            conditioning = self.loop.condition(raw)
+            if controls and self.loop.control is not None:
+                conditioning |= self.loop.control.condition(controls, raw)
             self._texts.put(key, conditioning)
             found[key] = conditioning
         if missing:
@@ -544,10 +584,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
-        self._closed = True
-        self._texts.clear()
-        for engine in self.engines.values():
-            engine.close()
+        with self._opening:
+            self._closed = True
+            self._texts.clear()
+            for engine in self.engines.values():
+                engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .control import Control
 from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
@@ -95,6 +96,8 @@ class RequestOptions(FamilyOptions, total=False):
     output: str | None
     decoder: str | None
     vae_tiling: Tiling | int | bool | None
+    control: Sequence[Control] | None
+    guess_mode: bool
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,9 @@ class Request:
         negative_prompt_3: Likewise what to steer away from.
         max_sequence_length: Tokens of a T5 text encoder, padding included; ``None`` is the family's number.
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
+        control: ControlNets that steer, with records of their pictures.
+        guess_mode: Whether they act on the prompt's half of guidance alone, and less on finer levels (Zhang et al.
+            2023, arXiv 2302.05543, section 3.4 as of its first version).
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -178,6 +184,8 @@ class Request:
     negative_prompt_3: str | None = None
     max_sequence_length: int | None = None
     vae_tiling: Tiling | None = None
+    control: tuple[Control, ...] = ()
+    guess_mode: bool = False
     classifier_free: bool = True
 
     def compile_plan(
@@ -242,6 +250,8 @@ class Request:
         output: str | None = None,
         decoder: str | None = None,
         vae_tiling: Tiling | int | bool | None = None,
+        control: Sequence[Control] | None = None,
+        guess_mode: bool = False,
         **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
@@ -297,12 +307,16 @@ class Request:
             output=output or ("image" if end is None else "latent"),
             decoder=check_decoder(manifest, decoder),
             vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
+            control=tuple(control or ()),
+            guess_mode=_flag("guess_mode", guess_mode),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:
             raise InvalidRequestError(
                 f"unknown sampler {_show(request.sampler)}; known samplers: {', '.join(SAMPLERS)}"
             )
+        if request.guess_mode and not request.control:
+            raise InvalidRequestError("guess_mode is for ControlNets, and none is asked for; leave it out")
         if request.guidance_start >= request.guidance_end:
             raise InvalidRequestError(
                 f"guidance_start is {request.guidance_start:g}, expected less than guidance_end, "
@@ -375,6 +389,12 @@ def _number(name: str, value: Any, most: int, hint: str = "") -> float:
     if not 0 <= number <= most:  # NaN compares false
         raise InvalidRequestError(f"{name} is {_show(value)}, expected 0 to {most}{hint}")
     return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected true or false")
+    return bool(value)
 
 
 def _levels(name: str, values: Any) -> tuple[float, ...] | None:

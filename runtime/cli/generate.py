@@ -12,6 +12,7 @@ from typing import Any
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle import Bundle
+from ..control import Control
 from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
@@ -74,6 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--aesthetic-score", type=float, metavar="A", help="score, 0 to 10, that a refiner is told")
     parser.add_argument("--negative-aesthetic-score", type=float, metavar="A", help="score to steer away from")
+    parser.add_argument(
+        "--control",
+        action="append",
+        type=_control,
+        metavar="NAME=FILE[:SCALE[:START[:END]]]",
+        help="picture that a ControlNet of the bundle steers by; may be repeated",
+    )
+    parser.add_argument(
+        "--guess-mode", action="store_true", help="let ControlNets act on the prompt alone, and less on details"
+    )
     parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
     parser.add_argument(
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
@@ -261,6 +272,22 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected numbers between commas") from None
 
 
+def _control(text: str) -> Control:
+    """A ControlNet, its picture, and up to three numbers behind colons."""
+    name, equals, rest = text.partition("=")
+    if not equals or not name or not rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected NAME=FILE")
+    file, numbers = rest, list[float]()
+    while len(numbers) < 3 and ":" in file:
+        before, _, last = file.rpartition(":")
+        try:
+            numbers.insert(0, float(last))
+        except ValueError:
+            break  # a colon of the file's name
+        file = before
+    return Control(file, name, *numbers)
+
+
 def _size(text: str) -> tuple[int, int]:
     """A width and a height as ``1024x768``."""
     return _two(text, "x", "a width and a height as 1024x768")
@@ -281,9 +308,10 @@ def _two(text: str, between: str, expected: str) -> tuple[int, int]:
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
-    usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
+    usual |= {**dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS)), "guess_mode": False}
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
-    return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    found = {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    return {**found, **{f"ControlNet {number}": each.told() for number, each in enumerate(request.control)}}
 
 
 def _written(name: str, value: Any) -> Any:
