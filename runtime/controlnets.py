@@ -151,11 +151,18 @@ class ControlNets:
 
     def _unchanging(self, share: Share, place: int, engine: Engine) -> dict[str, Array]:
         """Inputs of one ControlNet that stay the same as long as guidance is on or off."""
-        state = share.run.active_controls[place]
-        prefix = f"{state.name}:"
+        run = share.run
+        state = run.active_controls[place]
+        key = (state.name, run.guided)
+        if share.whole and (kept := run.kept.get(key)) is not None:
+            return dict(kept)
+        prefix, inputs = f"{state.name}:", engine.inputs
         rows = {name.removeprefix(prefix): values for name, values in share.conditioning_rows().items()}
-        found = {name: values for name, values in rows.items() if name in engine.inputs}
-        return {**found, "control": state.embedded[share.first : share.last], _SCALE: _scales(share, state)}
+        found = {name: values for name, values in rows.items() if name in inputs}
+        found |= {"control": state.embedded[share.first : share.last], _SCALE: _scales(share, state)}
+        if share.whole:
+            run.kept[key] = found
+        return dict(found)
 
     def _made_zeros(self, engine: Engine, rows: int, size: Sequence[int]) -> dict[str, Array]:
         """What the first ControlNet adds to; made once for calls of one size."""

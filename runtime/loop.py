@@ -338,6 +338,10 @@ class FusedLoop(Loop):
     def _constant(self, share: Share, first_sample: int, first_row: int) -> dict[str, Array]:
         """Inputs that stay the same for one share of a call, as long as guidance is on or off."""
         run, samples = share.run, len(share)
+        key = ("denoiser", run.guided)
+        alone = share.whole and first_sample == first_row == 0
+        if alone and (kept := run.kept.get(key)) is not None:
+            return dict(kept)
         guidance = run.request.guidance if run.guided else 1.0
         rescale = run.request.guidance_rescale if run.guided else 0.0
         each = np.arange(samples)
@@ -348,7 +352,11 @@ class FusedLoop(Loop):
             "unconditional": first_row + each,
             "conditional": first_row + (each + samples if run.guided else each),
         }
-        return feeds | {name: v for name, v in share.conditioning_rows().items() if name in self._step.inputs}
+        inputs = self._step.inputs
+        feeds |= {name: v for name, v in share.conditioning_rows().items() if name in inputs}
+        if alone:
+            run.kept[key] = feeds
+        return dict(feeds)
 
 
 @dataclass(frozen=True)
@@ -415,7 +423,7 @@ def schedule_rows(run: Run, table: Mapping[str, Array], samples: int) -> dict[st
         halves = values[run.index]  # one for all rows, or one for each text
         if len(halves) == 2 and not run.guided:
             halves = halves[1:]
-        found[name] = np.repeat(halves, samples, axis=0)
+        found[name] = halves if samples == 1 else np.repeat(halves, samples, axis=0)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -55,6 +55,7 @@ class Run:
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
         schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
         controls: Its ControlNets.
+        kept: Inputs that its steps have in common, once they were put together.
     """
 
     request: Request
@@ -66,6 +67,7 @@ class Run:
     rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
     schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
     controls: Sequence[ControlState] = field(default=(), repr=False)
+    kept: dict[Hashable, Mapping[str, Array]] = field(default_factory=dict, init=False, repr=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
