@@ -26,6 +26,7 @@ from .calibration import Calibration
 from .construction import Construction, picture_key
 from .controlnet import ControlNetFile, control_ranges, with_controlnets
 from .graph_folders import GraphFolders
+from .ip_adapter import IpAdapterFiles, with_ip_adapter
 from .lora import LoraFile, with_loras
 from .progress import Reporter, Silent
 from .reduce import Quantization
@@ -63,6 +64,7 @@ class BuildRequest:
         loras: LoRAs to fuse into the weights, one after the other.
         tiny_vae: A directory of diffusers' AutoencoderTiny, whose decoder the bundle gets beside the model's own.
         controlnets: Directories of diffusers' ControlNetModel, and what requests call them.
+        ip_adapter: An IP-Adapter and its image encoder.
         reading: What the source does not say itself.
     """
 
@@ -82,6 +84,7 @@ class BuildRequest:
     loras: Sequence[LoraFile] = ()
     tiny_vae: Path | None = None
     controlnets: Sequence[ControlNetFile] = ()
+    ip_adapter: IpAdapterFiles | None = None
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -151,7 +154,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     reporter = reporter or Silent()
     source = with_loras(Source.open(request.source, request.reading), request.loras)
     source = with_tiny_vae(source, request.tiny_vae)
-    source = with_controlnets(source, request.controlnets)
+    source = with_ip_adapter(with_controlnets(source, request.controlnets), request.ip_adapter)
     if source.notes:
         reporter.stage(source.name)
         reporter.result("; ".join(source.notes))
@@ -389,6 +392,7 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         "vae_decoder": {"batch": pictures, **latents},
         m.TINY_DECODER: {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
+        m.IMAGE_ENCODER: {"batch": Range.fixed(1)},
     }
     if source.controlnets:
         ranges |= control_ranges(source, ranges, pixels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
-from latentrt.runtime.manifest import TINY_DECODER
+from latentrt.runtime.manifest import IMAGE_ENCODER, TINY_DECODER
 
 if TYPE_CHECKING:
     from .source import Source
@@ -140,4 +140,9 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     for net in source.controlnets:
         if name in net.components:
             return net.component(source, name, generator)
-    return source.family.component(source, name, generator)
+    adapter = source.ip_adapter
+    if adapter is not None and name == IMAGE_ENCODER:
+        return adapter.encoder(generator)
+    component = source.family.component(source, name, generator)
+    pictured = adapter is not None and name == source.family.denoiser
+    return adapter.extended(component, generator) if adapter is not None and pictured else component

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.runtime.manifest import STAGES, TINY_DECODER, controlled
+from latentrt.runtime.manifest import IMAGE_ENCODER, STAGES, TINY_DECODER, controlled
 
 from . import hub, single_file
 from .description import SCHEDULER, Description, TokenizerFolder, family_of
@@ -31,6 +31,7 @@ from .weights import PICKLED, assign, empty_module, opened, read_weights, weight
 
 if TYPE_CHECKING:
     from .controlnet import ControlNet
+    from .ip_adapter import IpAdapter
     from .lora import Lora
     from .tiny_vae import TinyVae
 
@@ -103,6 +104,7 @@ class Source:
         loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.lora`.
         tiny_vae: A decoder beside the model's own.
         controlnets: Beside its denoiser.
+        ip_adapter: In its denoiser.
     """
 
     name: str
@@ -118,12 +120,15 @@ class Source:
     loras: tuple[Lora, ...] = ()
     tiny_vae: TinyVae | None = None
     controlnets: tuple[ControlNet, ...] = ()
+    ip_adapter: IpAdapter | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
         """Components that are exported, in the order in which a bundle has them."""
         beside = [name for net in self.controlnets for name in net.components]
-        return (*self.family.components, *([] if self.tiny_vae is None else [TINY_DECODER]), *beside)
+        tiny = [] if self.tiny_vae is None else [TINY_DECODER]
+        image_encoder = [] if self.ip_adapter is None else [IMAGE_ENCODER]
+        return (*self.family.components, *tiny, *image_encoder, *beside)
 
     @property
     def all_components(self) -> tuple[str, ...]:

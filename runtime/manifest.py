@@ -46,6 +46,9 @@ TINY_DECODER = "vae_decoder_tiny"
 STAGES = ("prompt", "schedule", "step")
 """What a denoiser is split into; each is a component named after the denoiser, such as ``unet_step``."""
 
+IMAGE_ENCODER = "image_encoder"
+"""The component that turns a picture into tokens of a prompt, for an IP-Adapter."""
+
 CONTROLNET = "controlnet_"
 """What the components of a ControlNet begin with; its name follows."""
 

@@ -29,8 +29,9 @@ from .control import Control
 from .controlnets import ControlNets
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
+from .image_prompt import encode_picture, no_picture
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
-from .manifest import TINY_DECODER, TOKENIZER_FILE
+from .manifest import IMAGE_ENCODER, TINY_DECODER, TOKENIZER_FILE
 from .noise import Noise, SharedNoise, TorchGenerator
 from .previews import PreviewOptions, Previews, take_previews
 from .request import Request, RequestOptions, check_decoder
@@ -472,8 +473,15 @@ class Pipeline:
         """Encode the texts and begin the loop, with a run for each request."""
         timings, requests = prepared.timings, prepared.batch.requests
         begin = time.perf_counter()
+        told = self._told(prepared.batch)
         wanted = [
-            (text, self.family.vectors(request, negative=request.guided and number == 0))
+            (
+                text,
+                {
+                    **self.family.vectors(request, negative=request.guided and number == 0),
+                    **told[0 if request.guided and number == 0 else 1],
+                },
+            )
             for request, texts in zip(requests, prepared.texts, strict=True)
             for number, text in enumerate(texts)
         ]
@@ -495,6 +503,14 @@ class Pipeline:
                 self.loop.control.begin(run, prepared.batch.control_images)
         timings.schedule += time.perf_counter() - encoded
         return runs
+
+    def _told(self, batch: Batch) -> tuple[Conditioning, Conditioning]:
+        """What the denoiser is told of a picture in the prompt: in the unconditional half, and in the other."""
+        if batch.image_prompt is None:
+            none = no_picture(self.family)
+            return none, none
+        scale = batch.requests[0].ip_adapter_scale
+        return encode_picture(self.opened(IMAGE_ENCODER), batch.image_prompt, 1.0 if scale is None else scale)
 
     def _condition(
         self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings, controls: Sequence[Control] = ()

@@ -18,6 +18,7 @@ from latentrt.engines.errors import InvalidRequestError
 from .control import Control
 from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
+from .pictures import PictureRecord
 from .samplers import SAMPLERS, Plan, compile_plan
 from .samplers.cut import check_part
 from .tiling import Tiling
@@ -98,6 +99,8 @@ class RequestOptions(FamilyOptions, total=False):
     vae_tiling: Tiling | int | bool | None
     control: Sequence[Control] | None
     guess_mode: bool
+    ip_adapter_image: PictureRecord | None
+    ip_adapter_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class Request:
         control: ControlNets that steer, with records of their pictures.
         guess_mode: Whether they act on the prompt's half of guidance alone, and less on finer levels (Zhang et al.
             2023, arXiv 2302.05543, section 3.4 as of its first version).
+        ip_adapter_image: What is kept of a picture that is part of the prompt.
+        ip_adapter_scale: How much of it, 0 to 10; 1 unless given.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -186,6 +191,8 @@ class Request:
     vae_tiling: Tiling | None = None
     control: tuple[Control, ...] = ()
     guess_mode: bool = False
+    ip_adapter_image: PictureRecord | None = None
+    ip_adapter_scale: float | None = None
     classifier_free: bool = True
 
     def compile_plan(
@@ -252,6 +259,8 @@ class Request:
         vae_tiling: Tiling | int | bool | None = None,
         control: Sequence[Control] | None = None,
         guess_mode: bool = False,
+        ip_adapter_image: PictureRecord | None = None,
+        ip_adapter_scale: float | None = None,
         **special: Unpack[FamilyOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
@@ -309,6 +318,10 @@ class Request:
             vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
             control=tuple(control or ()),
             guess_mode=_flag("guess_mode", guess_mode),
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_scale=None
+            if ip_adapter_image is None
+            else _number("ip_adapter_scale", 1.0 if ip_adapter_scale is None else ip_adapter_scale, 10),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
         )
         if request.sampler not in SAMPLERS:

@@ -85,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guess-mode", action="store_true", help="let ControlNets act on the prompt alone, and less on details"
     )
+    parser.add_argument("--ip-adapter-image", type=Path, metavar="FILE", help="picture that is part of the prompt")
+    parser.add_argument("--ip-adapter-scale", type=float, metavar="S", help="how much of it, 0 to 10; default 1")
     parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
     parser.add_argument(
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
@@ -311,6 +313,9 @@ def _extra(request: Request) -> dict[str, object]:
     usual |= {**dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS)), "guess_mode": False}
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     found = {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    if request.ip_adapter_image is not None:
+        picture, scale = request.ip_adapter_image, request.ip_adapter_scale
+        found["IP-Adapter"] = f"Weight: {scale:g}, Image: {picture.path or picture.sha256}"
     return {**found, **{f"ControlNet {number}": each.told() for number, each in enumerate(request.control)}}
 
 

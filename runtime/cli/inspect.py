@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if controlnets := abilities["controlnets"]:
         print(f"ControlNets: {' '.join(controlnets)}")
+    if abilities["ip_adapter"]:
+        print("IP-Adapter: pictures may be part of prompts")
     print(f"samplers: {' '.join(abilities['samplers'])}")
     print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
     if abilities["loops"] == ["plain"]:
@@ -117,7 +119,7 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
-_OF_THEIR_OWN = ("guidance", "options", "tasks", "controlnets", "samplers", "sizes", "loops", "engines")
+_OF_THEIR_OWN = ("guidance", "options", "tasks", "controlnets", "ip_adapter", "samplers", "sizes", "loops", "engines")
 
 
 def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:

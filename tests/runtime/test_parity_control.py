@@ -80,8 +80,13 @@ def expect(parts: Options, kind: str, variant: Variant) -> NDArray[np.uint8]:
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(parts["base"].scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
-        **{"num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "a green leaf", "output_type": "np"},
-        **{"width": 48, "height": 24, "generator": torch.Generator().manual_seed(7)},
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "negative_prompt": "a green leaf",
+        "output_type": "np",
+        "width": 48,
+        "height": 24,
+        "generator": torch.Generator().manual_seed(7),
     }
     pictures = pipe("a red apple", image=images[0] if single else images, **{**arguments, **variant.theirs}).images
     return np.round(pictures * 255).astype(np.uint8)
@@ -97,8 +102,13 @@ def test_steered_pictures_are_diffusers(kind: str, tiny: Any) -> None:
     nets = {each: load(tiny.controlnet(kind, order), local_files_only=True) for each, order in orders.items()}
     base = diffusers.DiffusionPipeline.from_pretrained(tiny.source(kind), local_files_only=True)
     options = {
-        **{"steps": 4, "guidance": 4.0, "negative_prompt": "a green leaf", "sampler": "euler"},
-        **{"width": 48, "height": 24, "seed": 7},
+        "steps": 4,
+        "guidance": 4.0,
+        "negative_prompt": "a green leaf",
+        "sampler": "euler",
+        "width": 48,
+        "height": 24,
+        "seed": 7,
     }
     path, figures = tiny.controlled(kind), {}
     with Pipeline.load(path, "onnxruntime") as fused, Pipeline.load(path, "onnxruntime", loop="plain") as plain:
