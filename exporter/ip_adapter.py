@@ -1,8 +1,8 @@
 """An IP-Adapter: a picture as part of the prompt.
 
 Ye et al. 2023 (arXiv 2308.06721): a CLIP image encoder and a projection turn a picture into a few tokens. Every
-cross-attention of the U-Net attends to them beside the text, with keys and values of its own; the results are added. The
-values carry the scale, so it belongs to what is computed once a request, and is a request's own.
+cross-attention of the U-Net attends to them beside the text, with keys and values of its own; the results are added.
+The values carry the scale, so it belongs to what is computed once a request, and is a request's own.
 """
 
 from __future__ import annotations
