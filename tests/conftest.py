@@ -100,14 +100,19 @@ class TinyModels:
         path = self._sources / f"{kind}-{order}"
         return path if path.exists() else Path(self._module.controlnet(path, self.source(kind), order=order))
 
+    def ip_adapter(self, kind: str) -> Path:
+        """A folder with ``ip-adapter.safetensors`` for a kind, and its ``image_encoder``."""
+        path = self._sources / f"{kind}-ip-adapter"
+        return path if path.exists() else Path(self._module.ip_adapter(path, self.source(kind)))
+
     def controlled(self, kind: str) -> Path:
-        """Its bundle with two ControlNets, ``edges`` and ``depth``."""
+        """Its bundle with an IP-Adapter and two ControlNets, ``edges`` and ``depth``."""
         path = self._bundles / f"{kind}-controlled"
         if str(path) not in self._built:
             nets = {"edges": self.controlnet(kind), "depth": self.controlnet(kind, "bgr")}
-            parts = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+            parts = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
             with _borrowing(self.bundle(kind), parts, {"controlnet_depth": "controlnet_edges"}):
-                _build(self.source(kind), path, controlnets=nets)
+                _build(self.source(kind), path, controlnets=nets, ip_adapter=self.ip_adapter(kind))
             self._built.add(str(path))
         return path
 
@@ -188,15 +193,21 @@ def _borrowing(lender: Path, parts: Collection[str], alike: Mapping[str, str] | 
 
 
 def _build(
-    source: Path, output: Path, tiny_vae: Path | None = None, controlnets: Mapping[str, Path] | None = None
+    source: Path,
+    output: Path,
+    tiny_vae: Path | None = None,
+    controlnets: Mapping[str, Path] | None = None,
+    ip_adapter: Path | None = None,
 ) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
     from latentrt.exporter.controlnet import ControlNetFile
+    from latentrt.exporter.ip_adapter import IpAdapterFiles
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
         nets = [ControlNetFile(name, path) for name, path in (controlnets or {}).items()]
-        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae, controlnets=nets))
+        adapter = ip_adapter and IpAdapterFiles(ip_adapter / "ip-adapter.safetensors", ip_adapter / "image_encoder")
+        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae, controlnets=nets, ip_adapter=adapter))
     return output
 
 

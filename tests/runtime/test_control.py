@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from latentrt.engines import FakeEngine, TensorSpec
 from latentrt.engines.errors import BundleError, InvalidRequestError
@@ -17,6 +18,7 @@ from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import main
 from latentrt.runtime.control import control_image, take_controls
 from latentrt.runtime.controlnets import ControlNets
+from latentrt.runtime.image_prompt import clip_pixels, take_image_prompt
 from latentrt.runtime.loop import FusedLoop
 from latentrt.runtime.manifest import Component
 
@@ -131,20 +133,58 @@ def test_the_command_line_steers(tiny: Any, tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "out.png"
     size = ["--width", "48", "--height", "24", "--steps", "2", "--seed", "7", "--engine", "onnxruntime"]
     steer = ["--control", f"edges={tmp_path / 'edges.png'}:0.8:0.1:0.9", "--guess-mode", "--json"]
+    steer += ["--ip-adapter-image", str(tmp_path / "edges.png"), "--ip-adapter-scale", "0.5"]
     assert main(["generate", str(tiny.controlled("sd1")), "a red apple", "--output", str(out), *size, *steer]) == 0
     request = json.loads(capsys.readouterr().out)["request"]
     (control,) = request["control"]
     assert (control["name"], control["scale"], control["start"], control["end"]) == ("edges", 0.8, 0.1, 0.9)
     assert control["image"]["path"] == str(tmp_path / "edges.png")
+    assert (request["ip_adapter_scale"], request["ip_adapter_image"]["path"]) == (0.5, str(tmp_path / "edges.png"))
     text = Image.open(out).info["parameters"]
     assert "ControlNet 0" in text
     assert "Guess mode: True" in text
+    assert "IP-Adapter" in text
     assert main(["generate", str(tiny.controlled("sd1")), "a", "--output", str(out), "--control", "edges"]) == 2
 
 
-def test_a_bundle_tells_its_controlnets(tiny: Any) -> None:
-    """They are among its abilities."""
-    assert abilities(Bundle.open(tiny.controlled("sd1")))["controlnets"] == ["edges", "depth"]
+def test_a_bundle_tells_what_steers(tiny: Any, tiny_bundles: dict[str, Path]) -> None:
+    """ControlNets and an IP-Adapter are among its abilities."""
+    told = abilities(Bundle.open(tiny.controlled("sd1")))
+    assert (told["controlnets"], told["ip_adapter"]) == (["edges", "depth"], True)
+    told = abilities(Bundle.open(tiny_bundles["sd1"]))
+    assert (told["controlnets"], told["ip_adapter"]) == ([], False)
+
+
+@pytest.mark.parametrize("size", [(71, 50), (31, 60), (33, 33), (32, 200), (5, 4)])
+def test_clip_sees_what_transformers_prepares(size: tuple[int, int]) -> None:
+    """Wide, high, small and square pictures agree to rounding."""
+    picture = np.random.default_rng(5).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    expected = CLIPImageProcessor(size=32, crop_size=32)(Image.fromarray(picture), return_tensors="np").pixel_values
+    np.testing.assert_allclose(clip_pixels(picture, 32), expected, atol=1e-5)
+
+
+def test_a_picture_in_the_prompt_needs_an_adapter(tiny_bundles: dict[str, Path]) -> None:
+    """A bundle without one says how to get it; a scale alone means nothing."""
+    manifest = Bundle.open(tiny_bundles["sd1"]).manifest
+    with pytest.raises(InvalidRequestError, match="--ip-adapter FILE --image-encoder DIR"):
+        take_image_prompt({"ip_adapter_image": PICTURE}, manifest)
+    with pytest.raises(InvalidRequestError, match="without ip_adapter_image"):
+        take_image_prompt({"ip_adapter_scale": 1.0}, manifest)
+
+
+@pytest.mark.heavy
+def test_without_a_picture_an_adapter_changes_nothing(tiny: Any) -> None:
+    """Pictures are bit for bit those of a scale of 0, and near those of a bundle without; scales are checked."""
+    with Pipeline.load(tiny.controlled("sd1"), "onnxruntime") as pipe:
+        plain = pipe("a red apple", **OPTIONS).latents
+        none = pipe("a red apple", **OPTIONS, ip_adapter_image=PICTURE, ip_adapter_scale=0)
+        np.testing.assert_array_equal(none.latents, plain)
+        assert none.request.ip_adapter_image is not None
+        assert none.request.ip_adapter_scale == 0
+        with pytest.raises(InvalidRequestError, match="ip_adapter_scale is -1"):
+            pipe("a red apple", **OPTIONS, ip_adapter_image=PICTURE, ip_adapter_scale=-1)
+    with Pipeline.load(tiny.bundle("sd1"), "onnxruntime") as pipe:
+        np.testing.assert_allclose(pipe("a red apple", **OPTIONS).latents, plain, atol=1e-4)
 
 
 def test_a_pipeline_of_own_engines_names_what_is_missing(tiny: Any) -> None:
