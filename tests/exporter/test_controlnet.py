@@ -68,7 +68,7 @@ def test_controlnets_are_named(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         with_controlnets(source, [ControlNetFile("edges", tmp_path / "none")])
     assert with_controlnets(source, []) is source
-    with pytest.raises(SourceError, match="it is one for another model|but that of sdxl is"):
+    with pytest.raises(SourceError, match=r"it is one for another model|but that of sdxl is"):
         with_controlnets(Source.open(tiny.source("sdxl")), [ControlNetFile("edges", path)])
     with pytest.raises(InvalidRequestError, match="family stable-diffusion-xl-refiner are not supported"):
         with_controlnets(Source.open(tiny.source("sdxl-refiner")), [ControlNetFile("edges", path)])
@@ -81,7 +81,7 @@ def test_weights_of_a_controlnet_are_checked(tiny: Any, tmp_path: Path) -> None:
     tensors = load_file(file)
     save_file({name: values for name, values in tensors.items() if "mid_block" not in name}, file)
     source = with_controlnets(Source.open(tiny.source("sd1")), [ControlNetFile("edges", copy)])
-    with pytest.raises(SourceError, match="weights of edges do not fit its config.json"):
+    with pytest.raises(SourceError, match=r"weights of edges do not fit its config\.json"):
         load_component(source, "controlnet_edges")
 
 
@@ -204,7 +204,7 @@ def test_an_ip_adapter_comes_with_its_encoder(tiny: Any, tmp_path: Path) -> None
         with_ip_adapter(source, IpAdapterFiles(tmp_path / "ip.bin", given / "image_encoder"))
     with pytest.raises(SourceError, match="does not exist"):
         with_ip_adapter(source, IpAdapterFiles(tmp_path / "none.safetensors", given / "image_encoder"))
-    with pytest.raises(SourceError, match="the image encoder .* does not exist"):
+    with pytest.raises(SourceError, match=r"the image encoder .* does not exist"):
         with_ip_adapter(source, IpAdapterFiles(given / "ip-adapter.safetensors", tmp_path / "none"))
     files = IpAdapterFiles(given / "ip-adapter.safetensors", given / "image_encoder")
     with pytest.raises(InvalidRequestError, match="takes its guidance in"):
