@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
 
+_DTYPES = {name: np.dtype(name) for name in ("float32", "float16", "int64", "int32")}
 _WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
 
 FINITE_CHECK_EVERY = 8
@@ -456,6 +457,8 @@ def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _cast(array: Any, dtype: str) -> Array:
+    if array.dtype is _DTYPES.get(dtype):  # of the usual ones there is one object each
+        return cast(Array, array)
     if not isinstance(array, np.ndarray):
         if str(array.dtype) == dtype:
             return cast(Array, array)  # stays on the device
