@@ -17,7 +17,6 @@ from latentrt.engines.store import RECORD_NAME, EngineRecord, EngineStore, engin
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target, load_sdk
 from latentrt.runtime import manifest as m
 from latentrt.runtime.bundle import Bundle, write_bundle
-from latentrt.runtime.families import family_of
 from latentrt.runtime.loop import TIMESTEPS_AT_ONCE
 from latentrt.runtime.request import MAX_SIDE
 from latentrt.runtime.samplers import SAMPLERS, default_sampler
@@ -25,7 +24,9 @@ from latentrt.runtime.samplers import SAMPLERS, default_sampler
 from .adoption import adopt
 from .calibration import Calibration
 from .construction import Construction, loaded_as, picture_key
+from .controlnet import ControlNetFile, control_ranges, with_controlnets
 from .graph_folders import GraphFolders
+from .ip_adapter import IpAdapterFiles, with_ip_adapter
 from .lora import LoraFile, with_loras
 from .progress import Reporter, Silent
 from .reduce import Quantization
@@ -64,6 +65,8 @@ class BuildRequest:
         accept_quality: Keep a reduced precision whose pictures are below the gate.
         loras: LoRAs to fuse into the weights, one after the other.
         tiny_vae: A directory of diffusers' AutoencoderTiny, whose decoder the bundle gets beside the model's own.
+        controlnets: Directories of diffusers' ControlNetModel, and what requests call them.
+        ip_adapter: An IP-Adapter and its image encoder.
         reading: What the source does not say itself.
     """
 
@@ -82,6 +85,8 @@ class BuildRequest:
     accept_quality: bool = False
     loras: Sequence[LoraFile] = ()
     tiny_vae: Path | None = None
+    controlnets: Sequence[ControlNetFile] = ()
+    ip_adapter: IpAdapterFiles | None = None
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -160,6 +165,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     reporter = reporter or Silent()
     source = with_loras(Source.open(request.source, request.reading), request.loras)
     source = with_tiny_vae(source, request.tiny_vae)
+    source = with_ip_adapter(with_controlnets(source, request.controlnets), request.ip_adapter)
     if source.notes:
         reporter.stage(source.name)
         reporter.result("; ".join(source.notes))
@@ -211,10 +217,9 @@ def _adopt(
 
 
 def _to_compile(bundle: Bundle) -> list[str]:
-    """Components that a compiled engine is of use for: of a denoiser its stages rather than the whole."""
-    family = family_of(bundle.manifest)
-    split = family.stages()[-1] in bundle.manifest.components
-    return [name for name in bundle.manifest.components if not (split and name == family.denoiser)]
+    """Components that a compiled engine is of use for: of what has stages these rather than the whole."""
+    there = bundle.manifest.components
+    return [name for name in there if f"{name}_{m.STAGES[-1]}" not in there]
 
 
 def tool_versions(tools: Sequence[str] = _TOOLS) -> dict[str, str]:
@@ -247,7 +252,7 @@ def _export(
         (name, form)
         for name in source.components
         for form in exports
-        if lacks(name, form) or lacks(family.with_stages(name)[-1], form)
+        if lacks(name, form) or lacks(source.with_stages(name)[-1], form)
     ]
     defaults = _defaults(request, source, older.manifest.defaults if older else None)
     origin = m.Source(source.name, source.licence, source.fingerprint, tuple(lora.adapter for lora in source.loras))
@@ -400,7 +405,10 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         "vae_decoder": {"batch": pictures, **latents},
         m.TINY_DECODER: {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
+        m.IMAGE_ENCODER: {"batch": Range.fixed(1)},
     }
+    if source.controlnets:
+        ranges |= control_ranges(source, ranges, pixels)
     return {name: {**symbols, **family.lengths(source)} for name, symbols in ranges.items()}
 
 

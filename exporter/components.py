@@ -6,14 +6,14 @@ Names of inputs and outputs are those of Optimum's exports, so that other tools 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
-from latentrt.runtime.manifest import TINY_DECODER
+from latentrt.runtime.manifest import IMAGE_ENCODER, TINY_DECODER
 
 if TYPE_CHECKING:
     from .source import Source
@@ -107,6 +107,8 @@ class Roles:
         time: Inputs that change with the step alone.
         vectors: The inputs among ``conditioning`` with one vector a row.
         latents: Inputs like the latents that stay the same throughout a request, with one row a sample.
+        beside: Further inputs that go with the latents.
+        residuals: Of a ControlNet its outputs, with channels and the names of height and width; it has no prediction.
     """
 
     sample: str
@@ -115,6 +117,8 @@ class Roles:
     time: tuple[str, ...]
     vectors: tuple[str, ...] = ()
     latents: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    residuals: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Component:
         dynamic: For each input the names of its dimensions of variable length.
         outputs: Names of the outputs.
         keep_fp32: Inputs that stay fp32 at any precision.
-        roles: For the denoiser, which is then also exported in stages.
+        roles: For the denoiser, or a ControlNet, which is then also exported in stages.
     """
 
     name: str
@@ -151,4 +155,12 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     generator = torch.Generator().manual_seed(seed)
     if source.tiny_vae is not None and name == TINY_DECODER:
         return source.tiny_vae.component(generator)
-    return source.family.component(source, name, generator)
+    for net in source.controlnets:
+        if name in net.components:
+            return net.component(source, name, generator)
+    adapter = source.ip_adapter
+    if adapter is not None and name == IMAGE_ENCODER:
+        return adapter.encoder(generator)
+    component = source.family.component(source, name, generator)
+    pictured = adapter is not None and name == source.family.denoiser
+    return adapter.extended(component, generator) if adapter is not None and pictured else component

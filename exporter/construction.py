@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from latentrt.runtime.bundle import Bundle
-from latentrt.runtime.manifest import Graph
+from latentrt.runtime.manifest import STAGES, Graph
 
 from .calibration import Calibration
 from .components import Component, load_component
+from .controlnet import controlled_component, export_controlled
 from .onnx_export import HALVES, cast_inputs, export_component, parameter_count
 from .progress import Reporter
 from .quality import compare_engine, require
@@ -117,7 +118,25 @@ class Construction:
         if self.verify:
             psnr = stages_psnr(component, stages, self.directory)
             self.quality |= {stage.file: psnr for stage in stages.values()}
+        if self.source.controlnets and component.name == self.source.family.denoiser:
+            self._control(stages, Form(form.opset, whole.precision), form.name)
         return stages
+
+    def _control(self, stages: Mapping[str, Graph], form: Form, name: str) -> None:
+        """Give the denoiser its twin for ControlNets."""
+        denoiser = self.source.family.denoiser
+        step = self.source.family.stages()[-1]
+        twins = export_controlled(self.source, self.graphs[denoiser][name], stages[step], form, self.directory)
+        for part, graph in twins.items():
+            self.graphs[part][name] = graph
+        self.exported += [graph.file for graph in twins.values() if graph.file not in self.exported]
+        if self.verify:
+            component = controlled_component(self.source)
+            whole, last = twins.values()
+            self.quality[whole.file] = graph_psnr(component, whole, self.directory)
+            others = {part.replace(denoiser, component.name, 1): each for part, each in stages.items() if part != step}
+            together = {**others, f"{component.name}_{STAGES[-1]}": last}
+            self.quality[last.file] = stages_psnr(component, together, self.directory)
 
     def widen_where_needed(self, form: Form, calibration: Calibration, size: Size) -> None:
         """Keep in fp32 what leaves the range of fp16 while pictures are drawn; a denoiser is then split again.
@@ -130,7 +149,7 @@ class Construction:
         found = ranges_of_pictures(self.preview(), form, calibration, **size)
         told = []
         for name in self.source.components:
-            parts = [found.get(part, {}) for part in self.source.family.with_stages(name)]
+            parts = [found.get(part, {}) for part in self.source.with_stages(name)]
             values = {value: reached for part in parts for value, reached in part.items()}
             if not values:
                 continue

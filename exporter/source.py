@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.runtime.manifest import TINY_DECODER
+from latentrt.runtime.manifest import IMAGE_ENCODER, STAGES, TINY_DECODER, controlled
 
 from . import hub, single_file
 from .description import SCHEDULER, Description, TokenizerFolder, family_of
@@ -31,6 +31,8 @@ from .tokenizers import KINDS, read_tokenizer
 from .weights import PICKLED, assign, empty_module, opened, read_weights, weight_files
 
 if TYPE_CHECKING:
+    from .controlnet import ControlNet
+    from .ip_adapter import IpAdapter
     from .lora import Lora
     from .tiny_vae import TinyVae
 
@@ -102,6 +104,8 @@ class Source:
         notes: What was assumed, a sentence each.
         loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.lora`.
         tiny_vae: A decoder beside the model's own.
+        controlnets: Beside its denoiser.
+        ip_adapter: In its denoiser.
         dtype: What weights are loaded as.
     """
 
@@ -117,17 +121,30 @@ class Source:
     notes: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
     tiny_vae: TinyVae | None = None
+    controlnets: tuple[ControlNet, ...] = ()
+    ip_adapter: IpAdapter | None = None
     dtype: torch.dtype = torch.float32
 
     @property
     def components(self) -> tuple[str, ...]:
         """Components that are exported, in the order in which a bundle has them."""
-        return (*self.family.components, *([] if self.tiny_vae is None else [TINY_DECODER]))
+        beside = [name for net in self.controlnets for name in net.components]
+        tiny = [] if self.tiny_vae is None else [TINY_DECODER]
+        image_encoder = [] if self.ip_adapter is None else [IMAGE_ENCODER]
+        return (*self.family.components, *tiny, *image_encoder, *beside)
 
     @property
     def all_components(self) -> tuple[str, ...]:
         """Every component of a bundle, the denoiser's stages too."""
-        return tuple(part for name in self.components for part in self.family.with_stages(name))
+        return tuple(part for name in self.components for part in self.with_stages(name))
+
+    def with_stages(self, name: str) -> tuple[str, ...]:
+        """A component, and its stages if it is the denoiser or a ControlNet; with those, the denoiser has a twin."""
+        if any(name == net.body for net in self.controlnets):
+            return (name, *(f"{name}_{stage}" for stage in STAGES))
+        twin = controlled(name)
+        has_twin = self.controlnets and name == self.family.denoiser
+        return (*self.family.with_stages(name), *((twin, f"{twin}_{STAGES[-1]}") if has_twin else ()))
 
     @classmethod
     def open(cls, path: Path, reading: Reading | None = None) -> Source:

@@ -14,8 +14,9 @@ from .onnx_export import graph_entry
 from .passes.borders import float_borders
 from .passes.guidance import share_guidance
 from .passes.lengths import measure_elsewhere
+from .passes.residuals import chain_residuals
 from .passes.stages import split_stages
-from .passes.update import fuse_update
+from .passes.update import fuse_update, read_registers
 from .targets import Form
 from .type_check import check_graph
 
@@ -23,10 +24,12 @@ from .type_check import check_graph
 def export_stages(component: Component, whole: Graph, form: Form, directory: Path) -> dict[str, Graph]:
     """Split an exported denoiser, share what guidance leaves equal, and fuse the sampler's update into the step.
 
+    A ControlNet is split alike; its step reads the sampler's registers, and adds up residuals.
+
     The graphs are written beside the whole one and use its file of weights.
 
     Args:
-        component: The denoiser, with its roles.
+        component: The denoiser, or a ControlNet, with its roles.
         whole: Its exported graph.
         form: Operator set and precision of that.
         directory: The bundle under construction.
@@ -50,7 +53,11 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
         conditioned = [*stages.prompt_tensors, *(stages.schedule_tensors if schedule_is_a_row else ())]
         left = [str(value.name) for value in stages.step.inputs if value.name in roles.conditioning]
         share_guidance(stages.step, conditioned=[*conditioned, *left])
-        fuse_update(stages.step, sample=roles.sample, prediction=roles.prediction)
+        if roles.residuals:
+            read_registers(stages.step, sample=roles.sample)
+            chain_residuals(stages.step, roles.residuals)
+        else:
+            fuse_update(stages.step, sample=roles.sample, prediction=roles.prediction)
     except ValueError as error:
         raise ExportError(f"{component.name} could not be split into stages: {error}") from error
     graphs = {}

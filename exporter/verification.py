@@ -9,9 +9,10 @@ from pathlib import Path
 
 from latentrt.engines.errors import BundleError
 from latentrt.runtime.bundle import Bundle
-from latentrt.runtime.manifest import Graph
+from latentrt.runtime.manifest import STAGES, Graph, controlled
 
 from .components import Component, load_component
+from .controlnet import controlled_component
 from .emulate import EmulatedEngine, widened_copy
 from .progress import Reporter, Silent
 from .source import Source
@@ -77,10 +78,12 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
     figures: dict[str, float] = {}
     components = bundle.manifest.components
     with tempfile.TemporaryDirectory(prefix="latentrt-verify-") as scratch:
-        for name in source.components:
+        denoiser = source.family.denoiser
+        for name in (*source.components, controlled(denoiser)):
             if name not in components:
                 continue
-            component = load_component(source, name)
+            twin = name not in source.components
+            component = controlled_component(source) if twin else load_component(source, name)
             for form, graph in components[name].graphs.items():
                 if graph.file in figures:
                     continue  # serves several forms
@@ -89,15 +92,16 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
                 figures[graph.file] = graph_psnr(component, graph, bundle.path, Path(scratch))
                 reporter.result(f"{figures[graph.file]:.1f} dB")
             for form in components[f"{name}_step"].graphs if f"{name}_step" in components else ():
-                there = [part for part in source.family.stages() if part in components]
-                parts = [part for part in there if form in components[part].graphs]
-                stages = {part: components[part].graphs[form] for part in parts}
+                # A twin for ControlNets has a step of its own, and otherwise the denoiser's stages.
+                parts = {f"{name}_{s}": f"{denoiser if twin and s != STAGES[-1] else name}_{s}" for s in STAGES}
+                parts = {as_: part for as_, part in parts.items() if part in components}
+                stages = {as_: c.graphs[form] for as_, p in parts.items() if form in (c := components[p]).graphs}
                 precision = stages[f"{name}_step"].precision
                 reporter.stage(f"{name}: {form}, stages of the loop")
                 for part in stages:
-                    bundle.graph_path(part, form)
+                    bundle.graph_path(parts[part], form)
                 psnr = stages_psnr(component, stages, bundle.path, Path(scratch))
-                new = [f"{name}_step"] if precision in QUANTIZED else stages
+                new = [f"{name}_step"] if twin or precision in QUANTIZED else stages
                 figures |= {stages[part].file: psnr for part in new}
                 reporter.result(f"{psnr:.1f} dB")
     return figures

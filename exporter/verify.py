@@ -124,14 +124,13 @@ def check_stages(component: Component, engines: Mapping[str, Engine], precision:
         raise VerificationError(f"{component.name} has no stages: it is not a denoiser")
     worst = math.inf
     for inputs in (dict(component.example), other_size(component, batch=2)):
-        of_samples = (roles.sample, *roles.time, *roles.latents)
+        of_samples = (roles.sample, *roles.time, *roles.latents, *roles.beside)
         first = {n: t[:1] if n in of_samples else t for n, t in inputs.items()}
         both = {n: torch.cat([t, t]) if len(t) == 1 else t for n, t in first.items()}
-        unconditional, conditional = np.split(reference_outputs(component, both)[roles.prediction], 2)
-        expected = unconditional + _GUIDANCE * (conditional - unconditional)
+        reference = reference_outputs(component, both)
         sample = np.asarray(first[roles.sample].float().numpy())
         known = {n: t.numpy() for n, t in cast_inputs(component, inputs, "fp32").items()}
-        known |= {n: known[n][:1] for n in (*roles.time, *roles.latents)}
+        known |= {n: known[n][:1] for n in (*roles.time, *roles.latents, *roles.beside)}
         step = engines[f"{component.name}_step"]
         for name in (f"{component.name}_prompt", f"{component.name}_schedule"):
             if name in engines:
@@ -152,9 +151,25 @@ def check_stages(component: Component, engines: Mapping[str, Engine], precision:
             "unconditional": np.array([0]),
             "conditional": np.array([1]),
         }
+        if roles.residuals:
+            scales = np.linspace(0.5, 1.5, 2 * len(reference), dtype=np.float32).reshape(2, -1)
+            sums = {name: values[::-1] for name, values in reference.items()}
+            known |= {"control_scale": scales}
+            known |= {name.replace("residual", "sum"): values for name, values in sums.items()}
+            expected = {
+                name: sums[name] + scales[:, number, None, None, None] * values
+                for number, (name, values) in enumerate(reference.items())
+            }
+        else:
+            unconditional, conditional = np.split(reference[roles.prediction], 2)
+            expected = {"updated_registers": unconditional + _GUIDANCE * (conditional - unconditional)}
         if missing := [n for n in step.inputs if n not in known]:
             raise VerificationError(f"{component.name} in stages needs {missing[0]!r}, which no stage computes")
-        value = psnr(expected, step.run({n: known[n] for n in step.inputs})["updated_registers"][:, 0])
+        found = step.run({n: known[n] for n in step.inputs})
+        if not roles.residuals:
+            found = {name: values[:, 0] for name, values in found.items()}
+        figures = [psnr(values, found[name]) if name in found else math.nan for name, values in expected.items()]
+        value = math.nan if any(map(math.isnan, figures)) else min(figures)
         if not value >= GATES[precision]:
             raise VerificationError(
                 f"{component.name} in stages ({precision}) does not compute what its source computes: a guided step "

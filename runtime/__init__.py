@@ -32,6 +32,7 @@ from latentrt.engines.errors import (
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .control import Control
     from .loop import Run
     from .pipeline import Pipeline, Result, StepInfo, Timings
     from .previews import Preview
@@ -44,6 +45,7 @@ __all__ = [
     "BundleError",
     "BundleIntegrityError",
     "BundleVersionError",
+    "Control",
     "EngineClosedError",
     "EngineError",
     "EngineMemoryError",
@@ -69,6 +71,7 @@ __all__ = [
 
 _HOMES = {
     "Bundle": "bundle",
+    "Control": "control",
     "Pipeline": "pipeline",
     "Preview": "previews",
     "Request": "request",

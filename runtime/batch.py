@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .control import take_controls
+from .image_prompt import take_image_prompt
 from .latents import take_latents
 from .manifest import Manifest
 from .request import MAX_PIXELS, Request
@@ -30,12 +32,16 @@ class Batch:
         one_stream: Whether all their noise comes from one stream.
         latents: What the one request begins with, float32 ``[images, channels, h, w]``; ``None`` is the seed's noise.
         given: Pictures of the one request.
+        control_images: Of each entry of the requests' ``control``, uint8 ``[h, w, 3]``.
+        image_prompt: Picture that is part of all prompts, uint8 ``[h, w, 3]``.
     """
 
     requests: tuple[Request, ...]
     one_stream: bool = False
     latents: NDArray[np.float32] | None = field(default=None, repr=False)
     given: Given | None = None
+    control_images: tuple[NDArray[np.uint8], ...] = field(default=(), repr=False)
+    image_prompt: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @classmethod
     def single(cls, manifest: Manifest, prompt: str, options: Mapping[str, Any]) -> Batch:
@@ -46,9 +52,11 @@ class Batch:
         """
         rest, pictures = take_pictures(options, manifest)
         rest, latents = take_latents(rest, manifest.latent)
+        rest, controls = take_controls(rest, manifest)
+        rest, prompted = take_image_prompt(rest, manifest)
         request = Request.create(manifest, prompt, **rest)
         given = None if pictures is None else prepare(request, pictures)
-        return cls((request,), latents=latents, given=given)
+        return cls((request,), latents=latents, given=given, control_images=controls, image_prompt=prompted)
 
     @classmethod
     def create(cls, manifest: Manifest, prompts: Sequence[str], options: Mapping[str, Any]) -> Batch:
@@ -70,6 +78,8 @@ class Batch:
             if options.get(name) is not None:
                 raise InvalidRequestError(f"{name} is for one prompt at a time; leave it out")
         options = {name: value for name, value in take_pictures(options, manifest)[0].items() if name != "latents"}
+        options, controls = take_controls(options, manifest)
+        options, prompted = take_image_prompt(options, manifest)
         count = len(prompts)
         if not 1 <= count <= MOST_PROMPTS:
             raise InvalidRequestError(f"{count} prompts are given, expected 1 to {MOST_PROMPTS}")
@@ -92,7 +102,7 @@ class Batch:
                 f"{count * first.images} pictures of {first.width}x{first.height} have {pixels:,} pixels, "
                 f"at most {MAX_PIXELS:,} fit one batch; ask for fewer or smaller ones"
             )
-        return cls(requests, one_stream="seed" not in own)
+        return cls(requests, one_stream="seed" not in own, control_images=controls, image_prompt=prompted)
 
 
 def _each(name: str, value: Any) -> bool:

@@ -24,7 +24,7 @@ from latentrt.engines.trt.cuda import cuda_devices
 
 from .bundle import Bundle
 from .engine_probe import SUPPORTED, check_engine, check_precision
-from .manifest import PRECISIONS, TINY_DECODER, Component, Graph
+from .manifest import IMAGE_ENCODER, PRECISIONS, TINY_DECODER, Component, Graph
 from .plans import find_plan
 
 CACHES = ("read", "write", "off")
@@ -290,7 +290,7 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
         return {}
     factor = bundle.manifest.latent.factor
     known = {"latent_height": size.height // factor, "latent_width": size.width // factor}
-    if component.startswith("text_encoder") or component.endswith("_prompt"):
+    if component.startswith(("text_encoder", IMAGE_ENCODER)) or component.endswith("_prompt"):
         known["batch"] = 1  # texts come one by one
     elif component.endswith("_step") or component in ("vae_decoder", TINY_DECODER):
         known["batch"] = size.images

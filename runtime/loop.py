@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,13 +18,17 @@ from latentrt.engines.errors import BundleError, EngineError, InvalidRequestErro
 from .run import Conditioning as Conditioning
 from .run import Floats as Floats
 from .run import Run as Run
-from .run import Share, shared_out
+from .run import Share, apart_by_controls, joined, shared_out
 from .run import start_run as start_run
 from .samplers.plan import Plan, step
+
+if TYPE_CHECKING:
+    from .controlnets import ControlNets
 
 TIMESTEPS_AT_ONCE = 64
 """Most rows that the schedule stage is given in one call."""
 
+_DTYPES = {name: np.dtype(name) for name in ("float32", "float16", "int64", "int32")}
 _WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
 
 FINITE_CHECK_EVERY = 8
@@ -42,6 +46,8 @@ class Loop(ABC):
     """What it is called where a pipeline is loaded."""
     prompt_inputs: frozenset[str] = frozenset()
     """Conditioning from which :meth:`condition` computes more; all else it passes on as it is."""
+    control: ControlNets | None = None
+    """The bundle's ControlNets; needed for runs that have any."""
 
     def __init__(self, max_batch: int | None = None) -> None:
         self.max_batch = max_batch
@@ -132,7 +138,7 @@ class PlainLoop(Loop):
     def advance(self, runs: Sequence[Run]) -> None:
         """Take every run a step further, with one call for each timestep where the graph takes but one."""
         check_together(runs)
-        calls = shared_out(runs, self.max_batch)
+        calls = [part for call in shared_out(runs, self.max_batch) for part in apart_by_controls(call)]
         self._advance([part for call in calls for part in self._apart(call)])
 
     def _apart(self, shares: Sequence[Share]) -> list[list[Share]]:
@@ -155,8 +161,12 @@ class PlainLoop(Loop):
         times = np.concatenate(timesteps)
         times = np.rint(times) if self._whole else times
         feeds = {"sample": np.concatenate(samples), "timestep": times[:1].reshape(()) if self._one_timestep else times}
-        feeds |= _concatenated(share.conditioning_rows() for share in shares)
-        predictions = output_of(self._engine, self._denoiser, "out_sample", feeds)
+        feeds |= joined(share.conditioning_rows() for share in shares)
+        engine, label = self._engine, self._denoiser
+        if self.control is not None and shares[0].run.active_controls:
+            feeds |= self.control.plain(shares, feeds)
+            engine, label = self.control.twin, self.control.label
+        predictions = output_of(engine, label, "out_sample", feeds)
         new, first = [], 0
         for share in shares:
             run, rows = share.run, len(share) * (2 if share.run.guided else 1)
@@ -233,7 +243,7 @@ class FusedLoop(Loop):
         if self._prompt is not None:
             known = {name: values for name, values in found.items() if name in self._prompt.inputs}
             # To the host, where texts are cached and put together for a run; that is once a text.
-            found |= _hosted(self._prompt.run(cast_feeds(self._prompt, known)))
+            found |= hosted(self._prompt.run(cast_feeds(self._prompt, known)))
         wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
         if missing := sorted(wanted - found.keys()):
             raise BundleError(
@@ -245,24 +255,12 @@ class FusedLoop(Loop):
         """Run the schedule stage on all timesteps of the run, as one batch or a few."""
         if self._schedule is None:
             return
-        texts = run.conditioning if self._vectors else run.conditioning[-1:]
-        feeds = {"timestep": np.repeat(run.plan.timesteps, len(texts))}
-        for name in self._vectors:
-            feeds[name] = np.concatenate([text[name] for text in texts] * len(run))
-        feeds = cast_feeds(self._schedule, feeds)
-        parts = [
-            _hosted(
-                self._schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()})
-            )
-            for first in range(0, len(feeds["timestep"]), TIMESTEPS_AT_ONCE)
-        ]
-        table = parts[0] if len(parts) == 1 else _concatenated(parts)
-        run.schedule = {name: v.reshape(len(run), len(texts), *v.shape[1:]) for name, v in table.items()}
+        run.schedule = schedule_table(self._schedule, run)
 
     def advance(self, runs: Sequence[Run]) -> None:
         """Take every run a step further."""
         check_together(runs)
-        calls = shared_out(runs, self.max_batch)
+        calls = [part for call in shared_out(runs, self.max_batch) for part in apart_by_controls(call)]
         if self._on_device and len(calls) == len(calls[0]) == 1:
             self._advance_on_device(runs[0])
             return
@@ -278,7 +276,11 @@ class FusedLoop(Loop):
             parts.append(state | self._constant(share, samples, rows))
             samples += len(share)
             rows += len(parts[-1]["rows"])
-        result = output_of(self._step, self._label, "updated_registers", _concatenated(parts))
+        feeds, engine, label = joined(parts), self._step, self._label
+        if self.control is not None and shares[0].run.active_controls:
+            feeds |= self.control.residuals(shares, feeds)
+            engine, label = self.control.twin, self.control.label
+        result = output_of(engine, label, "updated_registers", feeds)
         new, first = [], 0
         for share in shares:
             new.append(result[first : first + len(share), : share.run.plan.registers])
@@ -287,38 +289,34 @@ class FusedLoop(Loop):
 
     def _advance_on_device(self, run: Run) -> None:
         share = Share(run, 0, run.request.images)
-        bound = self._bind(share)
+        controlled = self.control is not None and bool(run.active_controls)
+        engine, label = self._step, self._label
+        if self.control is not None and controlled:
+            engine, label = self.control.twin, self.control.label
+        bound = bound_to(engine, run, lambda: self._bindable(share))
         # Array stands for device arrays too.
         changing = self._changing(share, run.plan.registers, cast(Floats, run.registers))
         feeds = {name: values for name, values in changing.items() if name not in bound}
-        outputs = self._step.run(cast_feeds(self._step, feeds))
-        result = output_named(outputs, self._label, "updated_registers")
+        if self.control is not None and controlled:
+            feeds |= self.control.residuals_on_device(share, changing, self._constant(share, 0, 0)["rows"])
+        outputs = engine.run(cast_feeds(engine, feeds))
+        result = output_named(outputs, label, "updated_registers")
         # Every register is a sum over all registers, the prediction and the noise, and zero times NaN or infinity is
         # NaN: what was not finite once never becomes finite again. So the last step shows it all; the looks in between
         # only end a lost run early.
         if (run.index + 1) % FINITE_CHECK_EVERY == 0 or run.index + 1 == len(run):
-            require_finite(to_numpy(result), self._label)
+            require_finite(to_numpy(result), label)
         if str(result.dtype) != "float32":
             result = to_numpy(result).astype(np.float32)
         run.registers = result
         run.index += 1
 
-    def _bind(self, share: Share) -> frozenset[str]:
-        """Bind what the steps of a whole run have in common, unless it is bound already; returns its names."""
-        run = share.run
-        bound: weakref.WeakKeyDictionary[Engine, _Bound] = _local.__dict__.setdefault(
-            "bound", weakref.WeakKeyDictionary()
-        )
-        last = bound.pop(self._step, None)
-        if last is not None and last.run() is run and last.guided == run.guided:
-            bound[self._step] = last
-            return last.names
+    def _bindable(self, share: Share) -> dict[str, Array]:
+        """What the steps of a whole run have in common."""
         feeds = self._constant(share, 0, 0)
-        if not np.any(run.plan.uses_noise):
-            feeds["noise"] = np.zeros(run.latent_shape, np.float32)
-        self._step.bind(cast_feeds(self._step, feeds))
-        bound[self._step] = _Bound(weakref.ref(run), run.guided, frozenset(feeds))
-        return bound[self._step].names
+        if not np.any(share.run.plan.uses_noise):
+            feeds["noise"] = np.zeros(share.run.latent_shape, np.float32)
+        return feeds
 
     def _changing(self, share: Share, registers: int, state: Floats) -> dict[str, Array]:
         """Inputs that every step has anew for one share of a call, with room for as many ``registers`` as asked for.
@@ -340,16 +338,15 @@ class FusedLoop(Loop):
             "update": np.repeat(update[None], samples, axis=0),
             "input_scale": np.full(samples, run.plan.input_scale[index], np.float32),
         }
-        for name, table in run.schedule.items():
-            halves = table[index]  # one for all rows, or one for each text
-            if len(halves) == 2 and not run.guided:
-                halves = halves[1:]
-            feeds[name] = np.repeat(halves, samples, axis=0)
-        return feeds
+        return feeds | schedule_rows(run, run.schedule, samples)
 
     def _constant(self, share: Share, first_sample: int, first_row: int) -> dict[str, Array]:
         """Inputs that stay the same for one share of a call, as long as guidance is on or off."""
         run, samples = share.run, len(share)
+        key = ("denoiser", run.guided)
+        alone = share.whole and first_sample == first_row == 0
+        if alone and (kept := run.kept.get(key)) is not None:
+            return dict(kept)
         guidance = run.request.guidance if run.guided else 1.0
         rescale = run.request.guidance_rescale if run.guided else 0.0
         each = np.arange(samples)
@@ -363,7 +360,9 @@ class FusedLoop(Loop):
         for name, values in share.conditioning_rows().items():
             if name in self._step.inputs:
                 feeds[name] = values[:samples] if name in self._of_samples else values
-        return feeds
+        if alone:
+            run.kept[key] = feeds
+        return dict(feeds)
 
 
 @dataclass(frozen=True)
@@ -381,6 +380,57 @@ _STEP = (
     *("registers", "noise", "update", "input_scale", "guidance", "guidance_rescale"),
     *("rows", "unconditional", "conditional"),
 )
+
+
+def bound_to(engine: Engine, run: Run, constant: Callable[[], Mapping[str, Array]]) -> frozenset[str]:
+    """Bind what the steps of a whole run have in common to an engine, unless it is bound already.
+
+    Args:
+        engine: The engine.
+        run: The run.
+        constant: Gives these inputs, which stay the same as long as guidance is on or off.
+
+    Returns:
+        Their names.
+    """
+    bound: weakref.WeakKeyDictionary[Engine, _Bound] = _local.__dict__.setdefault("bound", weakref.WeakKeyDictionary())
+    last = bound.pop(engine, None)
+    if last is not None and last.run() is run and last.guided == run.guided:
+        bound[engine] = last
+        return last.names
+    feeds = constant()
+    engine.bind(cast_feeds(engine, feeds))
+    bound[engine] = _Bound(weakref.ref(run), run.guided, frozenset(feeds))
+    return bound[engine].names
+
+
+def schedule_table(schedule: Engine, run: Run) -> dict[str, Array]:
+    """Run a schedule stage on all timesteps of a run: by name ``[rows of the plan, 1 or texts, ...]``.
+
+    It may take vectors of the conditioning in; what it computes then differs between the texts.
+    """
+    vectors = [name for name in schedule.inputs if name != "timestep"]
+    texts = run.conditioning if vectors else run.conditioning[-1:]
+    feeds: dict[str, Array] = {"timestep": np.repeat(run.plan.timesteps, len(texts))}
+    for name in vectors:
+        feeds[name] = np.concatenate([text[name] for text in texts] * len(run))
+    feeds = cast_feeds(schedule, feeds)
+    table = joined(
+        hosted(schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()}))
+        for first in range(0, len(feeds["timestep"]), TIMESTEPS_AT_ONCE)
+    )
+    return {name: values.reshape(len(run), len(texts), *values.shape[1:]) for name, values in table.items()}
+
+
+def schedule_rows(run: Run, table: Mapping[str, Array], samples: int) -> dict[str, Array]:
+    """What a schedule stage computed for the next step, for each row of some pictures."""
+    found: dict[str, Array] = {}
+    for name, values in table.items():
+        halves = values[run.index]  # one for all rows, or one for each text
+        if len(halves) == 2 and not run.guided:
+            halves = halves[1:]
+        found[name] = halves if samples == 1 else np.repeat(halves, samples, axis=0)
+    return found
 
 
 def check_together(runs: Sequence[Run]) -> None:
@@ -412,6 +462,8 @@ def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _cast(array: Any, dtype: str) -> Array:
+    if array.dtype is _DTYPES.get(dtype):  # of the usual ones there is one object each
+        return cast(Array, array)
     if not isinstance(array, np.ndarray):
         if str(array.dtype) == dtype:
             return cast(Array, array)  # stays on the device
@@ -462,16 +514,9 @@ def require_finite(values: Floats, component: str) -> None:
         )
 
 
-def _hosted(outputs: Mapping[str, Array]) -> dict[str, Array]:
+def hosted(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs of an engine, on the host."""
     return {name: to_numpy(values) for name, values in outputs.items()}
-
-
-def _concatenated(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
-    """The parts' tensors one behind the other; those of a single part as they are."""
-    listed = list(parts)
-    if len(listed) == 1:
-        return dict(listed[0])
-    return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
 
 
 def _contrast_factor(combined: Floats, conditional: Floats, share: float) -> Floats:

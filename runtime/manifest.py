@@ -49,6 +49,21 @@ VAE_ENCODER = "vae_encoder"
 STAGES = ("prompt", "schedule", "step")
 """What a denoiser is split into; each is a component named after the denoiser, such as ``unet_step``."""
 
+IMAGE_ENCODER = "image_encoder"
+"""The component that turns a picture into tokens of a prompt, for an IP-Adapter."""
+
+CONTROLNET = "controlnet_"
+"""What the components of a ControlNet begin with; its name follows."""
+
+CONTROL_NAME = r"[a-z0-9][a-z0-9-]{0,39}"
+"""What a ControlNet may be called, as a regular expression."""
+
+
+def controlled(denoiser: str) -> str:
+    """The twin of a denoiser that takes the residuals of ControlNets."""
+    return f"{denoiser}_control"
+
+
 _MAX_NESTING = 16
 _MAX_SETTINGS = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)

@@ -25,10 +25,13 @@ from latentrt.engines.trt import share_arena
 from .batch import Batch
 from .bundle import Bundle
 from .cache import TensorCache
+from .control import Control
+from .controlnets import ControlNets
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
+from .image_prompt import encode_picture, no_picture
 from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
-from .manifest import TINY_DECODER, TOKENIZER_FILE, VAE_ENCODER
+from .manifest import IMAGE_ENCODER, TINY_DECODER, TOKENIZER_FILE, VAE_ENCODER
 from .noise import Noise, SharedNoise, TorchGenerator
 from .previews import PreviewOptions, Previews, take_previews
 from .request import Request, RequestOptions, check_decoder
@@ -146,7 +149,7 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
-        open_more: Opens the engine of another component when a request needs it for the first time.
+        opener: Opens the engine of a component that is not among ``engines``, once a request needs it.
 
     Attributes:
         family: What the bundle's family does.
@@ -163,7 +166,7 @@ class Pipeline:
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
         turns: Turns | None = None,
-        open_more: Callable[[str], Engine] | None = None,
+        opener: Callable[[str], Engine] | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -173,10 +176,13 @@ class Pipeline:
         self.family = family_of(self.manifest)
         self.max_batch = fixed_size.images if fixed_size else max_batch
         self.loop = _make_loop(self.engines, self.family, self.max_batch)
+        self._opener, self._opening = opener, threading.Lock()
+        self.loop.control = ControlNets(
+            self.opened, tuple(self.manifest.components), self.family.denoiser, fused=self.loop.name == "fused"
+        )
         self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
-        self._open_more, self._opening = open_more, threading.Lock()
         self.tokenizers = _load_tokenizers(bundle, self.family)
 
     @classmethod
@@ -261,7 +267,7 @@ class Pipeline:
                 fixed_size=size,
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
-                open_more=lambda component: _open(bundle, (component,), chosen, turns)[component],
+                opener=lambda component: _open(bundle, [component], chosen, turns)[component],
             )
             stack.pop_all()
         return pipeline
@@ -419,6 +425,24 @@ class Pipeline:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
         return self._pasted(run, self.decode(run.latents, run.request.vae_tiling, run.request.decoder))
 
+    def opened(self, component: str) -> Engine:
+        """The engine of a component, opened now if no request needed it before.
+
+        Raises:
+            BundleError: if the bundle has no such component.
+            EngineClosedError: if the pipeline was closed.
+            EngineUnavailableError: if the engine cannot run it.
+        """
+        if (engine := self.engines.get(component)) is not None:
+            return engine
+        with self._opening:
+            self._require_open()
+            if component not in self.engines:
+                if component not in self.manifest.components or self._opener is None:
+                    raise BundleError(f"{component} is needed, and the pipeline has no engine of that component")
+                self.engines[component] = self._opener(component)
+            return self.engines[component]
+
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
         if self._turns is not None:
@@ -469,12 +493,20 @@ class Pipeline:
         begun = self._begun(prepared, noise)
         begin = time.perf_counter()
         extra = {} if begun is None else begun.conditioning
+        told = self._told(prepared.batch)
         wanted = [
-            (text, {**self.family.vectors(request, negative=request.guided and number == 0), **extra})
+            (
+                text,
+                {
+                    **self.family.vectors(request, negative=request.guided and number == 0),
+                    **told[0 if request.guided and number == 0 else 1],
+                    **extra,
+                },
+            )
             for request, texts in zip(requests, prepared.texts, strict=True)
             for number, text in enumerate(texts)
         ]
-        conditioned = iter(self._condition(wanted, timings))
+        conditioned = iter(self._condition(wanted, timings, requests[0].control))
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
         latent = self.manifest.latent
@@ -486,6 +518,8 @@ class Pipeline:
         ]
         for run in runs:
             self.loop.begin(run)
+            if run.request.control and self.loop.control is not None:
+                self.loop.control.begin(run, prepared.batch.control_images)
         timings.schedule += time.perf_counter() - encoded
         return runs
 
@@ -503,7 +537,7 @@ class Pipeline:
         return found
 
     def _encoded(self, tiling: Tiling | None, pixels: Floats) -> Floats:
-        engine = self.engine(VAE_ENCODER)
+        engine = self.opened(VAE_ENCODER)
 
         def encode(part: Floats) -> Floats:
             return output_of(engine, VAE_ENCODER, "latent_parameters", {"sample": part})
@@ -512,28 +546,28 @@ class Pipeline:
             return encode(pixels)
         return encode_tiles(encode, pixels, tiling, self.manifest.latent.factor)
 
-    def engine(self, component: str) -> Engine:
-        """The opened engine of a component; one that not every request needs is opened when it is first asked for.
+    def _told(self, batch: Batch) -> tuple[Conditioning, Conditioning]:
+        """What the denoiser is told of a picture in the prompt: in the unconditional half, and in the other."""
+        if batch.image_prompt is None:
+            none = no_picture(self.family)
+            return none, none
+        scale = batch.requests[0].ip_adapter_scale
+        return encode_picture(self.opened(IMAGE_ENCODER), batch.image_prompt, 1.0 if scale is None else scale)
 
-        Raises:
-            BundleError: if the bundle lacks it, or this pipeline's engines were opened by somebody else.
-            EngineUnavailableError: if the engine cannot run it here.
-        """
-        with self._opening:
-            self._require_open()
-            if component not in self.engines:
-                if component not in self.manifest.components or self._open_more is None:
-                    raise BundleError(f"{component} is needed, and the pipeline has no engine of that component")
-                self.engines[component] = self._open_more(component)
-            return self.engines[component]
-
-    def _condition(self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings) -> list[Conditioning]:
+    def _condition(
+        self, wanted: Sequence[tuple[Text, Conditioning]], timings: Timings, controls: Sequence[Control] = ()
+    ) -> list[Conditioning]:
         """What texts come to, from the cache where they are there, with the vectors that come with each.
 
         Each component serves all texts before the next one does, for where components take turns.
         """
+        names = tuple(each.name for each in controls)
         keys = [
-            (text.key, tuple((n, values.tobytes()) for n, values in vectors.items() if n in self.loop.prompt_inputs))
+            (
+                text.key,
+                names,
+                tuple((n, v.tobytes()) for n, v in vectors.items() if names or n in self.loop.prompt_inputs),
+            )
             for text, vectors in wanted
         ]
         found = {key: self._texts.get(key) for key in keys}
@@ -547,7 +581,10 @@ class Pipeline:
                     encoded[key][name] = outputs_of(self.engines[name], name, text.outputs[name], feeds)
         begin = time.perf_counter()
         for key, (text, vectors) in missing.items():
-            conditioning = self.loop.condition({**self.family.condition(text, encoded[key]), **vectors})
+            raw = {**self.family.condition(text, encoded[key]), **vectors}
+            conditioning = self.loop.condition(raw)
+            if controls and self.loop.control is not None:
+                conditioning |= self.loop.control.condition(controls, raw)
             self._texts.put(key, conditioning)
             found[key] = conditioning
         if missing:

@@ -11,6 +11,9 @@ from .families import family_of
 from .manifest import Manifest
 from .request import FAMILY_OPTIONS, Request
 
+STEERING = ("control", "guess_mode", "ip_adapter_image", "ip_adapter_scale")
+"""Options of pictures that steer, of which a refiner takes none."""
+
 HAND_OVER = 0.8
 """Where a refiner goes on unless told otherwise: it was trained on the last fifth of the noise levels."""
 
@@ -22,7 +25,7 @@ def hand_over_options(
 
     Both have the same sampler and steps. The refiner's default guidance is its own; noise that its sampler draws is
     that of the next seed, so that it is not once more the noise that the picture began with. Options that only one of
-    the two families has are that family's.
+    the two families has are that family's; pictures steer the base alone.
 
     Args:
         base: Manifest of the base model.
@@ -48,6 +51,7 @@ def hand_over_options(
     own, other = (
         {k: v for k, v in options.items() if k not in FAMILY_OPTIONS or k in family.options} for family in families
     )
+    other = {name: value for name, value in other.items() if name not in STEERING}
     neither = families[0].options | families[1].options
     unknown = {k: v for k, v in options.items() if v is not None and k in FAMILY_OPTIONS and k not in neither}
     own |= {**unknown, "denoising_end": hand_over, "output": "latent", "decoder": None}

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
+from .control import Control
 from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
 from .pictures import Picture, PictureRecord
@@ -118,6 +119,10 @@ class RequestOptions(_SpecialOptions, total=False):
     output: str | None
     decoder: str | None
     vae_tiling: Tiling | int | bool | None
+    control: Sequence[Control] | None
+    guess_mode: bool
+    ip_adapter_image: PictureRecord | None
+    ip_adapter_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,11 @@ class Request:
             picture's, bit for bit.
         variation_seed: Seed of the noise that the seed's own is turned towards.
         variation_strength: How far, 0 to 1.
+        control: ControlNets that steer, with records of their pictures.
+        guess_mode: Whether they act on the prompt's half of guidance alone, and less on finer levels (Zhang et al.
+            2023, arXiv 2302.05543, section 3.4 as of its first version).
+        ip_adapter_image: What is kept of a picture that is part of the prompt.
+        ip_adapter_scale: How much of it, 0 to 10; 1 unless given.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
     """
@@ -221,6 +231,10 @@ class Request:
     keep_outside: bool | None = None
     variation_seed: int | None = None
     variation_strength: float | None = None
+    control: tuple[Control, ...] = ()
+    guess_mode: bool = False
+    ip_adapter_image: PictureRecord | None = None
+    ip_adapter_scale: float | None = None
     classifier_free: bool = True
 
     def compile_plan(
@@ -295,6 +309,10 @@ class Request:
         output: str | None = None,
         decoder: str | None = None,
         vae_tiling: Tiling | int | bool | None = None,
+        control: Sequence[Control] | None = None,
+        guess_mode: bool = False,
+        ip_adapter_image: PictureRecord | None = None,
+        ip_adapter_scale: float | None = None,
         **special: Unpack[_SpecialOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
@@ -350,6 +368,12 @@ class Request:
             output=output or ("image" if end is None else "latent"),
             decoder=check_decoder(manifest, decoder),
             vae_tiling=_tiling(vae_tiling, manifest.latent.factor),
+            control=tuple(control or ()),
+            guess_mode=_flag("guess_mode", guess_mode),
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_scale=None
+            if ip_adapter_image is None
+            else _number("ip_adapter_scale", 1.0 if ip_adapter_scale is None else ip_adapter_scale, 10),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
             **task_values({name: check(name, special.get(name)) for name, check in TASK_OPTIONS.items()}, family),
         )
@@ -357,6 +381,8 @@ class Request:
             raise InvalidRequestError(
                 f"unknown sampler {_show(request.sampler)}; known samplers: {', '.join(SAMPLERS)}"
             )
+        if request.guess_mode and not request.control:
+            raise InvalidRequestError("guess_mode is for ControlNets, and none is asked for; leave it out")
         if request.guidance_start >= request.guidance_end:
             raise InvalidRequestError(
                 f"guidance_start is {request.guidance_start:g}, expected less than guidance_end, "
@@ -429,6 +455,12 @@ def _number(name: str, value: Any, most: int, hint: str = "") -> float:
     if not 0 <= number <= most:  # NaN compares false
         raise InvalidRequestError(f"{name} is {_show(value)}, expected 0 to {most}{hint}")
     return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidRequestError(f"{name} is {_show(value)}, expected true or false")
+    return bool(value)
 
 
 def _levels(name: str, values: Any) -> tuple[float, ...] | None:

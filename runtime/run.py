@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,6 +22,25 @@ Conditioning: TypeAlias = Mapping[str, Array]
 """What one text comes to for the denoiser: tensors by name, with a leading dimension of 1."""
 
 
+@dataclass(frozen=True)
+class ControlState:
+    """A ControlNet of a request in flight.
+
+    Attributes:
+        name: Which.
+        embedded: What its control image comes to, float32 ``[images, channels, h, w]``.
+        scales: How much of each of its residuals, float32 ``[residuals]``.
+        steers: Whether it does, for each row of the plan.
+        schedule: As of :class:`Run`.
+    """
+
+    name: str
+    embedded: Floats = field(repr=False)
+    scales: Floats = field(repr=False)
+    steers: Sequence[bool] = field(repr=False)
+    schedule: Mapping[str, Array] = field(repr=False)
+
+
 @dataclass(eq=False)
 class Run:
     """A request in flight, from its noise to its latents.
@@ -37,6 +56,8 @@ class Run:
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
         schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
         begun: What it began with, if it was given a picture.
+        controls: Its ControlNets.
+        kept: Inputs that its steps have in common, once they were put together.
     """
 
     request: Request
@@ -48,6 +69,8 @@ class Run:
     rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
     schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
     begun: Begun | None = None
+    controls: Sequence[ControlState] = field(default=(), repr=False)
+    kept: dict[Hashable, Mapping[str, Array]] = field(default_factory=dict, init=False, repr=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -73,6 +96,13 @@ class Run:
     def guided(self) -> bool:
         """Whether the next step runs the unconditional half."""
         return self.request.guided_at(self.index, len(self.plan))
+
+    @property
+    def active_controls(self) -> Sequence[ControlState]:
+        """ControlNets that steer the next step."""
+        if not self.controls:
+            return ()
+        return tuple(each for each in self.controls if each.steers[self.index])
 
     def draw(self) -> Floats | None:
         """Noise for the next step, float32 ``[images, channels, h, w]``; ``None`` where the plan draws none.
@@ -138,6 +168,24 @@ def shared_out(runs: Sequence[Run], most: int | None) -> list[list[Share]]:
                 room = most
             first = last
     return [call for call in calls if call]
+
+
+def apart_by_controls(shares: Sequence[Share]) -> list[list[Share]]:
+    """Shares in calls of the same ControlNets each."""
+    if not any(share.run.controls for share in shares):
+        return [list(shares)]
+    found: dict[tuple[str, ...], list[Share]] = {}
+    for share in shares:
+        found.setdefault(tuple(each.name for each in share.run.active_controls), []).append(share)
+    return list(found.values())
+
+
+def joined(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
+    """The parts' tensors one behind the other; those of a single part as they are."""
+    listed = list(parts)
+    if len(listed) == 1:
+        return dict(listed[0])
+    return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
 
 
 def start_run(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers sha
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
+_STAGE_FILES = [f"{stage}.onnx" for stage in ("prompt", "schedule", "step")]
 
 
 def _module(name: str) -> Any:
@@ -99,6 +101,27 @@ class TinyModels:
         path = self._sources / "taesd"
         return path if path.exists() else Path(self._module.tiny_vae(path))
 
+    def controlnet(self, kind: str, order: str = "rgb") -> Path:
+        """A ControlNet for a kind, which takes colours in that order; its weights are the same for any."""
+        path = self._sources / f"{kind}-{order}"
+        return path if path.exists() else Path(self._module.controlnet(path, self.source(kind), order=order))
+
+    def ip_adapter(self, kind: str) -> Path:
+        """A folder with ``ip-adapter.safetensors`` for a kind, and its ``image_encoder``."""
+        path = self._sources / f"{kind}-ip-adapter"
+        return path if path.exists() else Path(self._module.ip_adapter(path, self.source(kind)))
+
+    def controlled(self, kind: str) -> Path:
+        """Its bundle with an IP-Adapter and two ControlNets, ``edges`` and ``depth``."""
+        path = self._bundles / f"{kind}-controlled"
+        if str(path) not in self._built:
+            nets = {"edges": self.controlnet(kind), "depth": self.controlnet(kind, "bgr")}
+            parts = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+            with _borrowing(self.bundle(kind), parts, {"controlnet_depth": "controlnet_edges"}):
+                _build(self.source(kind), path, controlnets=nets, ip_adapter=self.ip_adapter(kind))
+            self._built.add(str(path))
+        return path
+
     def bundle(self, kind: str) -> Path:
         """Its bundle."""
         if kind not in self._built:
@@ -143,16 +166,28 @@ def bundle_cache(pytestconfig: pytest.Config) -> Path:
 
 
 @contextlib.contextmanager
-def _borrowing(lender: Path, parts: Collection[str]) -> Iterator[None]:
-    """Copy the graphs of some components instead of exporting them; the build still compares them with torch."""
+def _borrowing(lender: Path, parts: Collection[str], alike: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Copy the graphs of some components instead of exporting them; the build still compares them with torch.
+
+    Args:
+        lender: A bundle.
+        parts: Components to copy from it.
+        alike: Components to copy from one that was exported before, whose name follows.
+    """
     from latentrt.exporter import construction
     from latentrt.runtime import Bundle
 
     bundle, export = Bundle.open(lender), construction.export_component
+    made: dict[str, Any] = {}
 
     def borrow(component: Any, form: Any, directory: Path) -> Any:
+        if (other := (alike or {}).get(component.name)) is not None:
+            shutil.copytree(directory / other, directory / component.name, ignore=lambda *_: _STAGE_FILES)
+            own = [file.replace(other, component.name, 1) for file in (made[other].file, *made[other].external)]
+            return dataclasses.replace(made[other], file=own[0], external=tuple(own[1:]))
         if component.name not in parts:
-            return export(component, form, directory)
+            made[component.name] = export(component, form, directory)
+            return made[component.name]
         graph = bundle.graph(component.name, form.name)
         for file in (graph.file, *graph.external):
             (directory / file).parent.mkdir(exist_ok=True)
@@ -163,12 +198,22 @@ def _borrowing(lender: Path, parts: Collection[str]) -> Iterator[None]:
         yield
 
 
-def _build(source: Path, output: Path, tiny_vae: Path | None = None) -> Path:
+def _build(
+    source: Path,
+    output: Path,
+    tiny_vae: Path | None = None,
+    controlnets: Mapping[str, Path] | None = None,
+    ip_adapter: Path | None = None,
+) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
+    from latentrt.exporter.controlnet import ControlNetFile
+    from latentrt.exporter.ip_adapter import IpAdapterFiles
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
-        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae))
+        nets = [ControlNetFile(name, path) for name, path in (controlnets or {}).items()]
+        adapter = ip_adapter and IpAdapterFiles(ip_adapter / "ip-adapter.safetensors", ip_adapter / "image_encoder")
+        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae, controlnets=nets, ip_adapter=adapter))
     return output
 
 

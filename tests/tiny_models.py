@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -28,11 +29,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -263,6 +267,57 @@ def stable_diffusion_xl_refiner(path: Path) -> None:
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     ).save_pretrained(path, safe_serialization=True)
+
+
+def controlnet(path: Path, source: Path, seed: int = 0, order: str = "rgb") -> Path:
+    """A ControlNet for the U-Net of a source, with connections that are not zero, or it would do nothing."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True)
+    net = ControlNetModel.from_unet(
+        unet,
+        controlnet_conditioning_channel_order=order,
+        conditioning_embedding_out_channels=(16, 32),
+        load_weights_from_unet=False,
+    )
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        for weight in block.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    net.eval().save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def ip_adapter(path: Path, source: Path, seed: int = 0) -> Path:
+    """An IP-Adapter ``ip-adapter.safetensors`` for the U-Net of a source, with its image encoder ``image_encoder``."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(source / "unet", local_files_only=True)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=24,
+    )
+    encoder = CLIPVisionModelWithProjection(config).eval()
+    for weight in encoder.parameters():
+        weight.data *= 3  # or all pictures would look alike
+    encoder.save_pretrained(path / "image_encoder", safe_serialization=True)
+    width, number = unet.config.cross_attention_dim, 1
+    tensors = {
+        "image_proj.proj.weight": torch.randn(4 * width, config.projection_dim),
+        "image_proj.proj.bias": torch.randn(4 * width),
+        "image_proj.norm.weight": torch.ones(width) * 2,
+        "image_proj.norm.bias": torch.randn(width),
+    }
+    for name in unet.attn_processors:
+        if not name.endswith("attn1.processor"):
+            rows = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for layer in ("to_k_ip", "to_v_ip"):
+                tensors[f"ip_adapter.{number}.{layer}.weight"] = torch.randn(rows, width) * 0.3
+            number += 2
+    save_file(tensors, path / "ip-adapter.safetensors")
+    return path
 
 
 def tiny_vae(path: Path, factor: int = 2, seed: int = 0) -> Path:

@@ -17,6 +17,8 @@ from latentrt.runtime.engine_probe import check_engine
 
 from ..build import BuildReport, BuildRequest, BuiltEngine, build_bundle
 from ..calibration import PROMPTS, Calibration, read_prompts
+from ..controlnet import ControlNetFile
+from ..ip_adapter import IpAdapterFiles
 from ..lora import LoraFile
 from ..reduce import Quantization
 from ..targets import PRECISIONS, TARGETS
@@ -71,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="AutoencoderTiny, whose decoder draws previews or, if asked, pictures",
     )
+    parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="ControlNetModel that requests may steer pictures with; may be repeated",
+    )
+    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter, for pictures in prompts")
+    parser.add_argument(
+        "--image-encoder", type=Path, metavar="DIR", help="CLIPVisionModelWithProjection that the IP-Adapter goes with"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument(
         "--calibration",
@@ -122,6 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
         tiny_vae=arguments.tiny_vae,
+        ip_adapter=IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder),
+        controlnets=tuple(map(ControlNetFile.parse, arguments.controlnet)),
         loras=tuple(map(LoraFile.parse, arguments.lora)),
         reading=reading(arguments),
     )

@@ -12,6 +12,8 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json
 
 from ..bisect import RUNNERS, find_drift
+from ..controlnet import ControlNetFile, with_controlnets
+from ..ip_adapter import IpAdapterFiles, with_ip_adapter
 from ..lora import LoraFile, with_loras
 from ..source import Source
 from ..targets import PRECISIONS
@@ -37,6 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tiny-vae", type=Path, metavar="DIR", help="AutoencoderTiny that it was built with")
     parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="ControlNet that it was built with; may be repeated, in the same order",
+    )
+    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter that it was built with")
+    parser.add_argument("--image-encoder", type=Path, metavar="DIR", help="image encoder that goes with that")
+    parser.add_argument(
         "--bisect", metavar="COMPONENT", help="name the operators where a component drifts from fp32, e.g. unet_step"
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="with --bisect: precision to look at")
@@ -60,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     loras = [LoraFile.parse(text) for text in arguments.lora]
     source = with_loras(Source.open(arguments.source, reading(arguments)), loras)
     source = with_tiny_vae(source, arguments.tiny_vae)
+    source = with_controlnets(source, [ControlNetFile.parse(text) for text in arguments.controlnet])
+    source = with_ip_adapter(source, IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder))
     figures = verify_bundle(bundle, source, BuildConsole(quiet=arguments.json))
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})

@@ -81,6 +81,8 @@ class Family(ABC):
     """Sampler steps by default."""
     guidance: ClassVar[float] = 7.5
     """Guidance scale by default."""
+    controllable: ClassVar[bool] = False
+    """Whether ControlNets go with its models; then it has :meth:`denoiser_inputs`."""
     prediction: ClassVar[str] = "epsilon"
     """What the denoiser predicts where the scheduler's configuration does not say."""
 
@@ -140,6 +142,10 @@ class Family(ABC):
         Raises:
             SourceError: if it cannot be built.
         """
+
+    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+        """Example inputs that the denoiser has in common with a ControlNet."""
+        raise NotImplementedError
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """What the runtime must know of this very model, see :attr:`latentrt.runtime.families.Family.settings`."""

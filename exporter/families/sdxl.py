@@ -142,6 +142,7 @@ class StableDiffusionXl(Family):
         "text_encoder_2": ("hidden_states.2", "text_embeds"),
     }
     vectors = ("text_embeds", "time_ids")
+    controllable = True
     guidance = 5.0
     time_ids: ClassVar[int] = _TIME_IDS
     """Numbers that the U-Net is told besides texts."""
@@ -183,10 +184,7 @@ class StableDiffusionXl(Family):
             return text_encoder(source, name, HiddenStates, outputs, generator)
         if name != "unet":
             return autoencoder(source, name, generator)
-        text = source.configs["text_encoder_2"]
-        example = unet_inputs(source, int(text.get("max_position_embeddings", 77)), generator)
-        example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
-        example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
+        example = self.denoiser_inputs(source, generator)
         example |= guidance_input(source, generator)
         vectors = tuple(name for name in (*self.vectors, "timestep_cond") if name in example)
         masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
@@ -195,6 +193,14 @@ class StableDiffusionXl(Family):
         module = SizedInpaintingDenoiser(unet) if masks else SizedDenoiser(unet)
         keep = frozenset({"timestep", "time_ids"})
         return Component(name, module, example, denoiser_axes(example), ("out_sample",), keep, roles)
+
+    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+        """Latents, timesteps, texts, and the numbers that the U-Net is told."""
+        text = source.configs["text_encoder_2"]
+        example = unet_inputs(source, int(text.get("max_position_embeddings", 77)), generator)
+        example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
+        example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
+        return example
 
     def usual(self, source: Source) -> tuple[int, float]:
         """Those of latent consistency models for one that takes the scale in."""

@@ -19,6 +19,7 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     """Podell et al. 2023, arXiv 2307.01952, section 2.5."""
 
     name = "stable-diffusion-xl-refiner"
+    controllable = False
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder_2": CLIP_TEXT_PROJECTED, "unet": UNET, "vae": VAE}
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {

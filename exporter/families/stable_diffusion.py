@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from latentrt.engines.errors import SourceError
 
@@ -39,6 +40,7 @@ class StableDiffusion(Family):
     tokenizers: ClassVar[Mapping[str, TokenizerPart]] = {"tokenizer": TokenizerPart(CLIP_TOKENIZERS, "text_encoder")}
     components = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     denoiser = "unet"
+    controllable = True
     optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("last_hidden_state",)}
 
     def check(self, configs: Mapping[str, Config]) -> None:
@@ -60,8 +62,7 @@ class StableDiffusion(Family):
             return text_encoder(source, name, TextEncoder, outputs, generator)
         if name != "unet":
             return autoencoder(source, name, generator)
-        length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
-        example = unet_inputs(source, length, generator)
+        example = self.denoiser_inputs(source, generator)
         guidance = guidance_input(source, generator)
         vectors = tuple(guidance)
         example |= guidance
@@ -77,6 +78,11 @@ class StableDiffusion(Family):
             frozenset({"timestep"}),
             roles,
         )
+
+    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+        """Latents, timesteps and texts."""
+        length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
+        return unet_inputs(source, length, generator)
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Kind of guidance alone."""

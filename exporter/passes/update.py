@@ -63,17 +63,8 @@ def fuse_update(graph: ir.Graph, *, sample: str, prediction: str) -> None:
     )
     column = builder.constant([-1, *[1] * len(element)])
     ones = [BATCH, *[1] * len(element)]
+    _read_latent(builder, registers, scale, latents)
 
-    builder.before = next(iter(graph), None)
-    latent = builder.add("Gather", [registers, builder.constant(0)], _FLOAT, full, axis=1)
-    factor = builder.add("Reshape", [scale, column], _FLOAT, ones)
-    model_input = builder.add("Mul", [latent, factor], _FLOAT, full)
-    if latents.dtype != _FLOAT:
-        model_input = builder.add("Cast", [model_input], latents.dtype, full, to=latents.dtype.value)
-    ir.convenience.replace_all_uses_with(latents, model_input)
-    graph.inputs.remove(latents)
-
-    builder.before = None
     result = output
     if output.dtype != _FLOAT:
         result = builder.add("Cast", [result], _FLOAT, output.shape, to=_FLOAT.value)
@@ -95,6 +86,43 @@ def fuse_update(graph: ir.Graph, *, sample: str, prediction: str) -> None:
     final = builder.add("Reshape", [new, shape], _FLOAT, [BATCH, REGISTERS, *element])
     final.name = RESULT
     graph.outputs[list(graph.outputs).index(output)] = final
+
+
+def read_registers(graph: ir.Graph, *, sample: str) -> None:
+    """Case 1 of :func:`fuse_update` alone: for a network that runs beside the denoiser, and sees what it sees.
+
+    Args:
+        graph: Changed in place; loses the input ``sample``, and has ``registers`` and ``input_scale`` in its place.
+        sample: Name of the latents' input, ``[batch, ...]``.
+
+    Raises:
+        ValueError: if there is no such input, or its shape is not known.
+    """
+    latents = next((value for value in graph.inputs if value.name == sample), None)
+    if latents is None or latents.shape is None or latents.dtype is None:
+        raise ValueError(f"the graph has no input {sample!r} of known type")
+    builder = Builder(graph, "update")
+    registers = builder.input("registers", _FLOAT, [BATCH, REGISTERS, *list(latents.shape)[1:]])
+    _read_latent(builder, registers, builder.input("input_scale", _FLOAT, [BATCH]), latents)
+
+
+def _read_latent(builder: Builder, registers: ir.Value, scale: ir.Value, latents: ir.Value) -> None:
+    """Put the scaled first register in the place of the input ``latents``."""
+    graph = builder.graph
+    assert latents.shape is not None
+    assert latents.dtype is not None
+    element = list(latents.shape)[1:]
+    full = [BATCH, *element]
+    builder.before = next(iter(graph), None)
+    latent = builder.add("Gather", [registers, builder.constant(0)], _FLOAT, full, axis=1)
+    column = builder.constant([-1, *[1] * len(element)])
+    factor = builder.add("Reshape", [scale, column], _FLOAT, [BATCH, *[1] * len(element)])
+    model_input = builder.add("Mul", [latent, factor], _FLOAT, full)
+    if latents.dtype != _FLOAT:
+        model_input = builder.add("Cast", [model_input], latents.dtype, full, to=latents.dtype.value)
+    ir.convenience.replace_all_uses_with(latents, model_input)
+    graph.inputs.remove(latents)
+    builder.before = None
 
 
 def _contrast(builder: Builder, guided: ir.Value, conditional: ir.Value, share: ir.Value, rank: int) -> ir.Value:

@@ -12,6 +12,7 @@ from typing import Any
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle import Bundle
+from ..control import Control
 from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
 from ..manifest import PRECISIONS
@@ -71,6 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--aesthetic-score", type=float, metavar="A", help="score, 0 to 10, that a refiner is told")
     parser.add_argument("--negative-aesthetic-score", type=float, metavar="A", help="score to steer away from")
+    parser.add_argument(
+        "--control",
+        action="append",
+        type=_control,
+        metavar="NAME=FILE[:SCALE[:START[:END]]]",
+        help="picture that a ControlNet of the bundle steers by; may be repeated",
+    )
+    parser.add_argument(
+        "--guess-mode", action="store_true", help="let ControlNets act on the prompt alone, and less on details"
+    )
+    parser.add_argument("--ip-adapter-image", type=Path, metavar="FILE", help="picture that is part of the prompt")
+    parser.add_argument("--ip-adapter-scale", type=float, metavar="S", help="how much of it, 0 to 10; default 1")
     parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
     parser.add_argument(
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
@@ -259,6 +272,22 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected numbers between commas") from None
 
 
+def _control(text: str) -> Control:
+    """A ControlNet, its picture, and up to three numbers behind colons."""
+    name, equals, rest = text.partition("=")
+    if not equals or not name or not rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected NAME=FILE")
+    file, numbers = rest, list[float]()
+    while len(numbers) < 3 and ":" in file:
+        before, _, last = file.rpartition(":")
+        try:
+            numbers.insert(0, float(last))
+        except ValueError:
+            break  # a colon of the file's name
+        file = before
+    return Control(file, name, *numbers)
+
+
 def _size(text: str) -> tuple[int, int]:
     """A width and a height as ``1024x768``."""
     return _two(text, "x", "a width and a height as 1024x768")
@@ -280,9 +309,14 @@ def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
     usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS, *TASK_OPTIONS))
+    usual["guess_mode"] = False
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     labels = {name: LABELS.get(name, name.replace("_", " ").capitalize()) for name in given}
-    return {labels[name]: _written(name, value) for name, value in given.items()}
+    found = {labels[name]: _written(name, value) for name, value in given.items()}
+    if request.ip_adapter_image is not None:
+        picture, scale = request.ip_adapter_image, request.ip_adapter_scale
+        found["IP-Adapter"] = f"Weight: {scale:g}, Image: {picture.path or picture.sha256}"
+    return {**found, **{f"ControlNet {number}": each.told() for number, each in enumerate(request.control)}}
 
 
 def _written(name: str, value: Any) -> Any:

@@ -17,7 +17,7 @@ from latentrt.engines.store import EngineStore
 from ..abilities import abilities as abilities_of
 from ..bundle import Bundle
 from ..families import family_of
-from ..manifest import Manifest
+from ..manifest import STAGES, Manifest, controlled
 from ..onnx_guard import summarize
 from .console import print_json, size, table
 
@@ -59,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"sizes: any multiples of {sizes['multiple']} up to {sizes['longest']} pixels a side, "
         f"{sizes['pixels']:,} pixels a request"
     )
+    if controlnets := abilities["controlnets"]:
+        print(f"ControlNets: {' '.join(controlnets)}")
+    if abilities["ip_adapter"]:
+        print("IP-Adapter: pictures may be part of prompts")
     print(f"samplers: {' '.join(abilities['samplers'])}")
     print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
     if abilities["loops"] == ["plain"]:
@@ -115,7 +119,7 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
-_OF_THEIR_OWN = ("guidance", "options", "tasks", "samplers", "sizes", "loops", "engines")
+_OF_THEIR_OWN = ("guidance", "options", "tasks", "controlnets", "ip_adapter", "samplers", "sizes", "loops", "engines")
 
 
 def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:
@@ -132,8 +136,10 @@ def _inputs(manifest: Manifest, component: str, form: str, denoiser: Sequence[st
     """Inputs of a graph; those that a stage hands over are only counted."""
     inputs = manifest.components[component].graphs[form].inputs
     parts = []
-    if component == denoiser[-1]:
-        for stage in denoiser[1:-1]:
+    if component.endswith(f"_{STAGES[-1]}"):
+        own = component.removesuffix(f"_{STAGES[-1]}")
+        whole = denoiser[0] if own == controlled(denoiser[0]) else own  # whose other stages it shares
+        for stage in (f"{whole}_{stage}" for stage in STAGES[:-1]):
             graphs = manifest.components[stage].graphs if stage in manifest.components else {}
             handed = {spec.name for spec in graphs[form].outputs} if form in graphs else set()
             if handed:

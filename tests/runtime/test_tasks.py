@@ -220,9 +220,9 @@ def test_the_encoder_is_opened_when_it_is_needed(tiny_bundles: dict[str, Path]) 
         draw(pipe)
         assert "vae_encoder" not in pipe.engines
         draw(pipe, image=picture())
-        encoder = pipe.engine("vae_encoder")
+        encoder = pipe.opened("vae_encoder")
         with pytest.raises(BundleError, match="nonsense is needed, and the pipeline has no engine"):
-            pipe.engine("nonsense")
+            pipe.opened("nonsense")
     with pytest.raises(EngineClosedError):
         encoder.run({"sample": np.zeros((1, 3, 8, 8), np.float32)})
 

@@ -1,0 +1,441 @@
+"""ControlNets beside a U-Net: what steers it by a picture of edges, depth or poses.
+
+Zhang et al. 2023 (arXiv 2302.05543): a copy of the U-Net's first half sees the latents and a control image, and what it
+computes at each level is added to the U-Net's skip connections, and to what its middle computes. Here each of them is
+split as the denoiser is, and one stage more, which depends on the control image alone; and the U-Net gets a twin that
+takes the sums in and uses the same file of weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from latentrt.engines.errors import ExportError, InvalidRequestError, SourceError
+from latentrt.engines.trt import Range
+from latentrt.runtime.manifest import CONTROL_NAME, CONTROLNET, STAGES, Graph, controlled
+
+from .components import Component, Roles, load_component
+from .description import check_bounds
+from .families.base import latent_factor
+from .families.checks import check_blocks, natural
+from .families.parts import LATENT_AXES, known
+from .graph_folders import GraphFolders
+from .onnx_export import graph_entry
+from .passes.borders import float_borders
+from .passes.residuals import take_residuals
+from .type_check import check_graph
+from .weights import assign, empty_module, read_json, read_weights, weight_files
+
+if TYPE_CHECKING:
+    from .source import Source
+    from .targets import Form
+
+_CLASS = "ControlNetModel"
+_STEM = "diffusion_pytorch_model"
+_MOST_LEVELS, _MOST_WIDTH = 7, 10**4
+_MOST_CONTROLNETS = 16
+# What a ControlNet and its U-Net must agree in, with the values that diffusers takes where a configuration is silent.
+_AGREED: Mapping[str, object] = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1280,
+    "addition_embed_type": None,
+    "projection_class_embeddings_input_dim": None,
+    "addition_time_embed_dim": None,
+}
+
+Shape = tuple[int, str, str]
+"""Channels of a residual, and what its height and width are called."""
+
+
+@dataclass(frozen=True)
+class ControlNetFile:
+    """A ControlNet to build in.
+
+    Attributes:
+        name: What requests call it: lower-case letters, digits and dashes.
+        path: A diffusers directory of the ControlNet alone.
+    """
+
+    name: str
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(CONTROL_NAME, self.name, re.ASCII):
+            raise InvalidRequestError(
+                f"a ControlNet is called {self.name!r}, expected up to 40 lower-case letters, digits and dashes; "
+                "give one as NAME=DIR"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNetFile:
+        """``NAME=DIR``, or ``DIR``, which is then called as its directory is."""
+        name, equals, path = text.partition("=")
+        if equals and not Path(text).exists():
+            return cls(name, Path(path))
+        directory = Path(text)
+        return cls(directory.resolve().name.lower().replace("_", "-").replace(".", "-"), directory)
+
+
+class ControlImage(nn.Module):
+    """What depends on the control image alone: ``[batch, 3, H, W]`` from 0 to 1 to the width of the first level.
+
+    Args:
+        embedding: The layers.
+        reverse: Whether they were trained on blue, green, red.
+    """
+
+    def __init__(self, embedding: nn.Module, reverse: bool) -> None:
+        super().__init__()
+        self.embedding: Any = embedding
+        self.reverse = reverse
+
+    def forward(self, control_image: Tensor) -> Tensor:
+        """Embed to ``[batch, channels, h, w]``, the size of latents."""
+        embedded: Tensor = self.embedding(control_image.flip(1) if self.reverse else control_image)
+        return embedded
+
+
+class ControlNetBody(nn.Module):
+    """What a U-Net takes, and an embedded control image, to a residual for each skip connection and for the middle."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net: Any = net
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        control: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Compute the residuals, not yet scaled."""
+        added = None
+        if text_embeds is not None:
+            added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
+        down, middle = self.net(
+            sample, timestep, encoder_hidden_states, control, added_cond_kwargs=added, return_dict=False
+        )
+        return (*down, middle)
+
+
+class Controlled(nn.Module):
+    """A denoiser that is given residuals behind its own inputs; for comparing, it is not exported itself.
+
+    Args:
+        denoiser: The denoiser's module, as it is exported.
+        inputs: How many inputs that has.
+        residuals: How many residuals follow.
+    """
+
+    def __init__(self, denoiser: nn.Module, inputs: int, residuals: int) -> None:
+        super().__init__()
+        self.denoiser: Any = denoiser
+        self.inputs, self.residuals = inputs, residuals
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Predict."""
+        given = values[self.inputs :]
+        forward = self.denoiser.unet.forward
+
+        def with_residuals(*arguments: Any, **options: Any) -> Any:
+            residuals = {"down_block_additional_residuals": given[:-1], "mid_block_additional_residual": given[-1]}
+            return forward(*arguments, **options, **residuals)
+
+        self.denoiser.unet.forward = with_residuals
+        try:
+            prediction: Tensor = self.denoiser(*values[: self.inputs])
+        finally:
+            self.denoiser.unet.forward = forward
+        return prediction
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A checked ControlNet of a source.
+
+    Attributes:
+        name: What requests call it.
+        path: Its directory.
+        config: Its ``config.json``.
+        fingerprint: SHA-256 over name, configuration and weights.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    fingerprint: str
+
+    @property
+    def body(self) -> str:
+        """The component that is split into stages."""
+        return f"{CONTROLNET}{self.name}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Its components, without stages."""
+        return f"{self.body}_image", self.body
+
+    @classmethod
+    def open(cls, file: ControlNetFile, source: Source) -> ControlNet:
+        """Check a directory.
+
+        Raises:
+            SourceError: if it is no ControlNet, is damaged, or is one for another model.
+        """
+        path, where = file.path, f"{file.path.name}/config.json"
+        if not path.is_dir():
+            state = "is no directory" if path.exists() else "does not exist"
+            raise SourceError(f"the ControlNet {str(path)!r} {state}")
+        config = read_json(path / "config.json", "a directory of a ControlNetModel is expected")
+        if config.get("_class_name") != _CLASS:
+            raise SourceError(f"{path.name} is a {config.get('_class_name')!r}, expected {_CLASS}")
+        check_bounds(config, where)
+        check_blocks(path.name, config)
+        unet, vae = source.configs[source.family.denoiser], source.configs["vae"]
+        for key, usual in _AGREED.items():
+            own, other = config.get(key, usual), unet.get(key, usual)
+            if own != other:
+                raise SourceError(
+                    f"{where}: {key!r} is {own!r}, but that of {source.name} is {other!r}; "
+                    "the ControlNet is one for another model"
+                )
+        if residual_shapes(config) != residual_shapes(unet):
+            raise SourceError(f"{where}: its layers are not those of {source.name}, it is one for another model")
+        channels, latents = natural(path.name, config, "in_channels", 4), natural("vae", vae, "latent_channels", 4)
+        if channels != latents:
+            raise SourceError(f"{where}: 'in_channels' is {channels}, but latents of {source.name} have {latents}")
+        if natural(path.name, config, "conditioning_channels", 3) != 3:
+            raise SourceError(f"{where}: 'conditioning_channels' is {config['conditioning_channels']}, expected 3")
+        order = config.get("controlnet_conditioning_channel_order", "rgb")
+        if order not in ("rgb", "bgr"):
+            raise SourceError(f"{where}: 'controlnet_conditioning_channel_order' is {order!r}, expected rgb or bgr")
+        if config.get("global_pool_conditions"):
+            raise SourceError(f"{path.name} pools its residuals over the whole picture, which is not supported")
+        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
+            if config.get(key) is not None:
+                raise SourceError(f"{where}: {key!r} is {config[key]!r}, which is not supported")
+        widths = config.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
+        sound = isinstance(widths, list) and 1 <= len(widths) <= _MOST_LEVELS
+        if not sound or any(type(width) is not int or not 1 <= width <= _MOST_WIDTH for width in widths):
+            raise SourceError(
+                f"{where}: 'conditioning_embedding_out_channels' is {widths!r}, expected 1 to {_MOST_LEVELS} "
+                "whole numbers"
+            )
+        if (factor := 2 ** (len(widths) - 1)) != latent_factor(vae):
+            raise SourceError(
+                f"{where}: a control image is made {factor} times smaller, but latents of {source.name} are "
+                f"{latent_factor(vae)} times smaller"
+            )
+        digest = hashlib.sha256(file.name.encode())
+        for each in (path / "config.json", *weight_files(path, _STEM)):
+            with each.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        net = cls(file.name, path, config, digest.hexdigest())
+        net._empty()
+        return net
+
+    def _empty(self) -> nn.Module:
+        # The order of colours is the image stage's matter; diffusers would reverse what comes out of it.
+        config = {**self.config, "controlnet_conditioning_channel_order": "rgb"}
+        return empty_module(_build, config, self.path.name)
+
+    def load(self) -> nn.Module:
+        """Build it in fp32, on the CPU, in evaluation mode.
+
+        Raises:
+            SourceError: if configuration and weights do not fit each other, or a weight is not finite.
+        """
+        model, tensors = self._empty(), read_weights(self.path, _STEM)
+        assign(model, tensors, self.path.name)
+        return model.eval().requires_grad_(False)
+
+    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+        """One of :attr:`components`, with example inputs drawn from ``generator``.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+        net: Any = self.load()
+        factor = latent_factor(source.configs["vae"])
+        if name != self.body:
+            reverse = self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr"
+            module = ControlImage(net.controlnet_cond_embedding, reverse).eval()
+            pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator)
+            axes = {0: "batch", 2: "height", 3: "width"}
+            return Component(name, module, {"control_image": pixels}, {"control_image": axes}, ("control",))
+        net.controlnet_cond_embedding = nn.Identity()
+        inputs = source.family.denoiser_inputs(source, generator)
+        latents = torch.randn(2, int(self.config.get("in_channels", 4)), *inputs["sample"].shape[2:])
+        inputs["sample"] = latents.normal_(generator=generator)
+        width = int(self.config.get("block_out_channels", [320])[0])
+        control = torch.randn(2, width, *latents.shape[2:], generator=generator)
+        vectors = {each: inputs[each] for each in source.family.vectors if each in inputs}
+        first = ("sample", "timestep", "encoder_hidden_states")
+        example = {**{each: inputs[each] for each in first}, "control": control, **vectors}
+        axes_of = {each: LATENT_AXES if each in ("sample", "control") else {0: "batch"} for each in example}
+        residuals = {f"residual_{number}": shape for number, shape in enumerate(residual_shapes(self.config))}
+        roles = Roles(
+            "sample",
+            next(iter(residuals)),
+            ("encoder_hidden_states", *vectors),
+            ("timestep",),
+            tuple(vectors),
+            ("control",),
+            residuals,
+        )
+        keep = frozenset({"timestep", "time_ids"})
+        return Component(name, ControlNetBody(net).eval(), example, axes_of, tuple(residuals), keep, roles)
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    return ControlNetModel(**known(config, ControlNetModel))
+
+
+def with_controlnets(source: Source, files: Sequence[ControlNetFile]) -> Source:
+    """A source with ControlNets beside its denoiser.
+
+    Raises:
+        SourceError: if one is missing, damaged, or for another model.
+        InvalidRequestError: if two have one name, the family takes none, or the source holds graphs of others.
+    """
+    if not files:
+        return source
+    if isinstance(source.weights, GraphFolders):
+        raise InvalidRequestError(
+            f"{source.name} holds graphs that are run as they are; a ControlNet goes with weights"
+        )
+    if not source.family.controllable:
+        raise InvalidRequestError(f"ControlNets for models of the family {source.family.name} are not supported")
+    names = [file.name for file in files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidRequestError(f"two ControlNets are called {twice[0]!r}; give each a name as NAME=DIR")
+    if len(files) > _MOST_CONTROLNETS:
+        raise InvalidRequestError(f"{len(files)} ControlNets are given, at most {_MOST_CONTROLNETS} fit one bundle")
+    nets = tuple(ControlNet.open(file, source) for file in files)
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for net in nets:
+        digest.update(f"\0controlnet\0{net.fingerprint}".encode())
+    return dataclasses.replace(source, controlnets=nets, fingerprint=digest.hexdigest())
+
+
+def residual_shapes(config: Mapping[str, Any]) -> tuple[Shape, ...]:
+    """The residuals of a U-Net in the order in which diffusers has them: one a skip connection, then the middle's."""
+    widths = config.get("block_out_channels", [320, 640, 1280, 1280])
+    layers = config.get("layers_per_block", 2)
+    counts = layers if isinstance(layers, list) else [layers] * len(widths)
+    if len(counts) != len(widths) or any(type(count) is not int or count < 1 for count in counts):
+        raise SourceError(f"'layers_per_block' is {layers!r}, expected a whole number, or one for each level")
+    found = [_shape(widths[0], 0)]
+    for level, (width, count) in enumerate(zip(widths, counts, strict=True)):
+        found += [_shape(width, level)] * count
+        if level + 1 < len(widths):
+            found.append(_shape(width, level + 1))
+    return (*found, _shape(widths[-1], len(widths) - 1))
+
+
+def _shape(width: int, level: int) -> Shape:
+    suffix = f"_{level}" if level else ""
+    return width, f"latent_height{suffix}", f"latent_width{suffix}"
+
+
+def controlled_component(source: Source, *, seed: int = 0) -> Component:
+    """The denoiser with residuals behind its inputs, to compare with; sizes are such that every level halves evenly.
+
+    Raises:
+        SourceError: if the denoiser cannot be built.
+    """
+    family, config = source.family, source.configs[source.family.denoiser]
+    plain = load_component(source, family.denoiser, seed=seed)
+    roles = plain.roles
+    assert roles is not None
+    generator = torch.Generator().manual_seed(seed)
+    shapes, side = residual_shapes(config), 2 * 2 ** (len(config["block_out_channels"]) - 1)
+    example, dynamic = dict(plain.example), dict(plain.dynamic)
+    sample = example[roles.sample]
+    example[roles.sample] = torch.randn(*sample.shape[:2], side, 2 * side, generator=generator)
+    for number, (width, height_name, width_name) in enumerate(shapes):
+        level = int(height_name.removeprefix("latent_height").removeprefix("_") or 0)
+        size = (side >> level, 2 * side >> level)
+        example[f"residual_{number}"] = torch.randn(2, width, *size, generator=generator)
+        dynamic[f"residual_{number}"] = {0: "batch", 2: height_name, 3: width_name}
+    module = Controlled(plain.module, len(plain.example), len(shapes))
+    return dataclasses.replace(plain, name=controlled(family.denoiser), module=module, example=example, dynamic=dynamic)
+
+
+def export_controlled(source: Source, whole: Graph, step: Graph, form: Form, directory: Path) -> dict[str, Graph]:
+    """Give the denoiser's whole graph and its step a twin each that takes residuals; both use the file of weights.
+
+    Args:
+        source: The denoiser's, with ControlNets.
+        whole: Its exported graph.
+        step: Its last stage.
+        form: Operator set and precision of the two.
+        directory: The bundle under construction.
+
+    Returns:
+        By component the graphs' entries for the manifest.
+
+    Raises:
+        ExportError: if residuals have no place in the graph, or a graph is not well typed.
+    """
+    name = controlled(source.family.denoiser)
+    shapes = residual_shapes(source.configs[source.family.denoiser])
+    found = {}
+    for part, graph, stem in ((name, whole, "control"), (f"{name}_{STAGES[-1]}", step, "control_step")):
+        model = ir.load(directory / graph.file)
+        try:
+            take_residuals(model.graph, shapes)
+        except ValueError as error:
+            raise ExportError(f"{part} takes no residuals: {error}") from error
+        float_borders(model.graph)
+        path = (directory / graph.file).with_name(f"{stem}{form.suffix}.onnx")
+        ir.save(model, path)  # weights in a file of their own stay there
+        check_graph(path, part)
+        found[part] = graph_entry(model.graph, path.relative_to(directory).as_posix(), form, graph.external)
+    return found
+
+
+def control_ranges(
+    source: Source, ranges: Mapping[str, Mapping[str, Range]], pixels: Mapping[str, Range]
+) -> dict[str, dict[str, Range]]:
+    """Ranges of every symbol of what ControlNets bring along.
+
+    Args:
+        source: The denoiser's.
+        ranges: Those of the denoiser's own stages, by component.
+        pixels: ``height`` and ``width``.
+    """
+    prompt, schedule, step = (dict(ranges[stage]) for stage in source.family.stages())
+    levels: dict[str, Range] = {}
+    for _, *names in residual_shapes(source.configs[source.family.denoiser]):
+        for name in names:
+            axis, _, level = name.removeprefix("latent_").partition("_")
+            levels[name] = _shrunk(step[f"latent_{axis}"], int(level or 0))
+    found = {f"{controlled(source.family.denoiser)}_{STAGES[-1]}": {**step, **levels}}
+    for net in source.controlnets:
+        found[f"{net.body}_image"] = {"batch": step["batch"], **pixels}
+        found |= {
+            f"{net.body}_{stage}": each
+            for stage, each in zip(STAGES, (prompt, schedule, {**step, **levels}), strict=True)
+        }
+    return found
+
+
+def _shrunk(lengths: Range, level: int) -> Range:
+    """Lengths after that many halvings, each of which rounds up."""
+    halved: Callable[[int], int] = lambda length: -(-length >> level)  # noqa: E731
+    return Range(halved(lengths.min), halved(lengths.opt), halved(lengths.max))
