@@ -1,4 +1,4 @@
-"""Prompts as people write them: ``(word)``, ``(words:1.2)``, ``[words]``, nested, escaped by ``\\``, parted by ``BREAK``.
+"""Prompts as people write them: ``(word)``, ``(words:1.2)``, ``[words]``, nested, escaped by ``\\``, with ``BREAK``.
 
 The syntax is that of AUTOMATIC1111's web interface ("Attention/emphasis" in its manual): a pair of round brackets
 weighs what is in it 1.1 times as much, a pair of square ones 1.1 times less, and a number before the closing round
