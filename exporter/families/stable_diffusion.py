@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
 
 from ..components import Component, Denoiser, Roles, TextEncoder
 from .base import Config, Family, Part, TokenizerPart, latent_factor
@@ -19,6 +20,7 @@ from .parts import (
     UNET,
     VAE,
     autoencoder,
+    clip_ranges,
     denoiser_axes,
     guidance_input,
     guidance_kind,
@@ -75,6 +77,10 @@ class StableDiffusion(Family):
             frozenset({"timestep"}),
             roles,
         )
+
+    def lengths(self, source: Source) -> Mapping[str, Range]:
+        """Of texts in chunks, and of added embeddings."""
+        return clip_ranges(source, "text_encoder")
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Kind of guidance alone."""
