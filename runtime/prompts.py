@@ -138,5 +138,6 @@ def check_syntax(name: str, value: Any) -> str:
     if value is None:
         return SYNTAXES[0]
     if not isinstance(value, str) or value not in SYNTAXES:
-        raise InvalidRequestError(f"{name} is {value!r}, expected {', '.join(SYNTAXES[:-1])} or {SYNTAXES[-1]}"[:200])
+        known = f"{', '.join(SYNTAXES[:-1])} or {SYNTAXES[-1]}"
+        raise InvalidRequestError(f"{name} is {repr(value)[:80]}, expected {known}")
     return value
