@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -81,6 +82,8 @@ def test_the_schema_is_the_codes() -> None:
     schema = json.loads(schema_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     assert set(schema["properties"]) == {"$schema", "prompt", "embeddings", *RequestOptions.__annotations__}
+    derived = {"classifier_free"}  # a new field is an option, or has a place in the record, or could not be repeated
+    assert {each.name for each in dataclasses.fields(Request)} - derived == set(schema["properties"]) - {"$schema"}
     assert all(entry["description"] for name, entry in schema["properties"].items() if name != "$schema")
 
 
