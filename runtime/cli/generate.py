@@ -27,6 +27,9 @@ from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 
 
+_SCHEDULE = frozenset({"steps", "timesteps", "sigmas"})
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
@@ -232,7 +235,10 @@ def _asked(arguments: argparse.Namespace) -> RequestFile:
         read = read_request(arguments.request)
     elif arguments.picture is not None:
         read = read_png(arguments.picture)
-    options = {**read.options, **_options(arguments)}
+    given = _options(arguments)
+    # One says how many steps there are, and the file would say it in another way.
+    instead = _SCHEDULE if given.keys() & _SCHEDULE else frozenset()
+    options = {**{name: value for name, value in read.options.items() if name not in instead}, **given}
     if "prompt" not in options:
         raise InvalidRequestError("no prompt is given; expected one behind BUNDLE, or --request or --from with a file")
     if options.get("output") == "latent" or options.get("denoising_end") is not None:
