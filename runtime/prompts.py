@@ -9,7 +9,7 @@ that of :mod:`latentrt.runtime.prompt_syntax`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,24 +70,27 @@ def cut(prompt: str, syntax: str, tokenizer: ChunkTokenizer) -> Chunks:
     """
     # The tokenizer refuses what is no prompt; the parser must not see it before.
     whole = tokenizer.words(prompt)
-    sections = parse(prompt) if syntax == "weighted" else None
-    parts = [[(whole, 1.0)]] if sections is None else [[*_tokenized(section, tokenizer)] for section in sections]
-    room = tokenizer.max_length - 2
+    sections = parse(prompt) if syntax == "weighted" else [[Span(prompt)]]
+    room, left = tokenizer.max_length - 2, MOST_CHUNKS * (tokenizer.max_length - 2)
     found: list[tuple[list[int], list[float]]] = []
-    for number, section in enumerate(parts):
-        ids = [each for tokens, _ in section for each in tokens]
-        weights = [weight for tokens, weight in section for _ in tokens]
-        last = number == len(parts) - 1
+    rest: list[str] = []
+    for number, section in enumerate(sections):
+        ids: list[int] = []
+        weights: list[float] = []
+        for span in section:
+            if left <= 0:  # thousands of pieces that no chunk has room for are counted together
+                rest.append(span.text)
+                continue
+            tokens = tokenizer.words(span.text) if syntax == "weighted" else whole
+            left -= len(tokens)
+            ids += tokens
+            weights += [span.weight] * len(tokens)
+        last = number == len(sections) - 1
         # A break at the very end begins nothing; any other begins a chunk, however little is before or behind it.
         stops = range(0, len(ids), room) if ids else range(0 if last and found else 1)
         found += [(ids[first : first + room], weights[first : first + room]) for first in stops]
-    truncated = sum(len(ids) for ids, _ in found[MOST_CHUNKS:])
+    truncated = sum(len(ids) for ids, _ in found[MOST_CHUNKS:]) + (len(tokenizer.words(" ".join(rest))) if rest else 0)
     return _framed(found[:MOST_CHUNKS], truncated, tokenizer)
-
-
-def _tokenized(section: Sequence[Span], tokenizer: ChunkTokenizer) -> Iterator[tuple[list[int], float]]:
-    for span in section:
-        yield tokenizer.words(span.text), span.weight
 
 
 def _framed(found: Sequence[tuple[list[int], list[float]]], truncated: int, tokenizer: ChunkTokenizer) -> Chunks:

@@ -26,7 +26,6 @@ from ..samplers import SAMPLERS
 from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 
-
 _SCHEDULE = frozenset({"steps", "timesteps", "sigmas"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,33 @@ def test_chunks_have_an_end() -> None:
     """What exceeds the most chunks is cut off and counted."""
     found = cut("a" * (5 * MOST_CHUNKS + 3), "long", Letters())
     assert (len(found.tokens), found.truncated) == (MOST_CHUNKS, 3)
+
+
+def test_many_pieces_take_no_longer_than_a_text() -> None:
+    """Pieces that no chunk has room for are counted, but not tokenised one by one."""
+
+    class Counted(Letters):
+        calls = 0
+
+        def words(self, text: str) -> list[int]:
+            self.calls += 1
+            return super().words(text)
+
+    tokenizer = Counted()
+    found = cut("(a)b" * 10_000, "weighted", tokenizer)
+    assert (len(found.tokens), found.truncated) == (MOST_CHUNKS, 20_000 - 5 * MOST_CHUNKS)
+    assert tokenizer.calls < 100
+
+
+def test_any_prompt_is_cut(tokenizer: ClipTokenizer) -> None:
+    """Chunks of random marks are framed, padded, and no more than there may be."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        prompt = "".join(draw.choices("()[]\\: .1aBé😀", k=draw.randint(0, 60))) + draw.choice(["", " BREAK ", "(a:2)"])
+        tokens = cut(prompt * draw.choice([1, 1, 9]), "weighted", tokenizer).tokens
+        assert 1 <= len(tokens) <= MOST_CHUNKS
+        assert set(tokens[:, 0]) == {tokenizer.encode("")[0]}
+        assert (tokens == tokenizer.end_token_id).any(axis=1).all()
 
 
 def test_the_mean_of_each_chunk_stays() -> None:
