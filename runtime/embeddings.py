@@ -154,7 +154,7 @@ def _content(path: str | os.PathLike[str], label: str) -> bytes:
 
 def _tensors(data: bytes, label: str) -> dict[str, Floats]:
     try:
-        found = safetensors.deserialize(data)
+        found: list[tuple[str, Mapping[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise InvalidRequestError(f"{label} is no sound safetensors file: {str(error)[:120]}") from error
     if len(found) > MOST_VECTORS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from pathlib import Path
 
 from latentrt.engines.errors import InvalidRequestError
 
@@ -25,10 +24,7 @@ def read_bounded(path: str | os.PathLike[str], label: str, most: int) -> bytes:
         InvalidRequestError: if it is missing, no regular file, or too large.
     """
     try:
-        # A pipe without a writer would keep us waiting, and a device may have no end.
-        with Path(path).open(
-            "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-        ) as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidRequestError(f"{label} is no regular file")
@@ -39,6 +35,11 @@ def read_bounded(path: str | os.PathLike[str], label: str, most: int) -> bytes:
         if isinstance(error, InvalidRequestError):
             raise
         raise InvalidRequestError(f"{label} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file, but wait for nobody to write into a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def require_same(path: str, sha256: str, label: str) -> None:

@@ -155,7 +155,8 @@ class FileTokenizer(ABC):
         # As transformers adds them for diffusers.
         tokenizer.add_tokens([AddedToken(word, normalized=True, special=False) for word in words])
         found = type(self)(tokenizer, self.max_length, self.pad_token_id, self.end_token_id)
-        found._words = {tokenizer.token_to_id(word): tuple(ids) for word, ids in words.items()}
+        added = {word: tokenizer.token_to_id(word) for word in words}
+        found._words = {number: tuple(words[word]) for word, number in added.items() if number is not None}
         return found
 
     @classmethod
