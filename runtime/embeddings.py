@@ -183,23 +183,27 @@ def _vectors(tensor: Mapping[str, Any], label: str) -> Floats:
 
 def _assigned(tensors: Mapping[str, Floats], widths: Mapping[str, int], label: str) -> dict[str, Floats]:
     """Which text encoder gets which vectors: by the tensor's name, or else by their width."""
-    taken = ", ".join(f"{width} ({encoder})" for encoder, width in widths.items())
     if tensors and all(name in _ENCODERS for name in tensors):
-        named = {_ENCODERS[name]: vectors for name, vectors in tensors.items()}
-        found = {encoder: vectors for encoder, vectors in named.items() if encoder in widths}
-        wrong = [vectors for encoder, vectors in found.items() if vectors.shape[1] != widths[encoder]]
-    else:
-        # Files of the web UI may hold more than the vectors.
-        named = {_PARAMETERS: tensors[_PARAMETERS]} if _PARAMETERS in tensors else dict(tensors)
-        if len(named) != 1:
-            raise InvalidRequestError(
-                f"{label} holds {', '.join(sorted(tensors))[:120] or 'no tensor'}; expected one tensor, {_PARAMETERS}, "
-                "or clip_l and clip_g"
-            )
-        (vectors,) = named.values()
-        found = {encoder: vectors for encoder, width in widths.items() if width == vectors.shape[1]}
-        wrong = [] if found else [vectors]
-    if wrong or not found:
-        received = wrong[0].shape[1] if wrong else "none"
-        raise InvalidRequestError(f"{label} has vectors of width {received}, but this model's have {taken}")
+        found = {_ENCODERS[name]: vectors for name, vectors in tensors.items() if _ENCODERS[name] in widths}
+        for encoder, vectors in found.items():
+            if vectors.shape[1] != widths[encoder]:
+                raise InvalidRequestError(
+                    f"{label} has vectors of width {vectors.shape[1]} for {encoder}, but this model's have "
+                    f"{widths[encoder]}"
+                )
+        if not found:
+            raise InvalidRequestError(f"{label} has {', '.join(tensors)}, which this model has no text encoder for")
+        return found
+    # Files of the web UI may hold more than the vectors.
+    named = {_PARAMETERS: tensors[_PARAMETERS]} if _PARAMETERS in tensors else dict(tensors)
+    if len(named) != 1:
+        raise InvalidRequestError(
+            f"{label} holds {', '.join(sorted(tensors))[:120] or 'no tensor'}; expected one tensor, {_PARAMETERS}, "
+            "or clip_l and clip_g"
+        )
+    (vectors,) = named.values()
+    found = {encoder: vectors for encoder, width in widths.items() if width == vectors.shape[1]}
+    if not found:
+        taken = ", ".join(f"{width} ({encoder})" for encoder, width in widths.items())
+        raise InvalidRequestError(f"{label} has vectors of width {vectors.shape[1]}, but this model's have {taken}")
     return found

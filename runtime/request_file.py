@@ -97,17 +97,20 @@ def read_png(path: str | os.PathLike[str]) -> RequestFile:
     return dataclasses.replace(found, model=model if isinstance(model, str) else None, hand_over=hand_over)
 
 
-def record(request: Request, model: str, **more: Any) -> str | None:
+def record(
+    request: Request, model: str, *, hand_over: float | None = None, changes: Mapping[str, Any] | None = None
+) -> str | None:
     """The text of the PNG chunk for a request, or ``None`` if it is too long for one.
 
     Args:
         request: The request.
         model: Name of the model.
-        more: Further entries of the document, or, under ``request``, of the request.
+        hand_over: Where a refiner went on, if one did.
+        changes: What was asked for otherwise than the request has it.
     """
-    own = {**document(request), **more.pop("request", {})}
-    known = {name: value for name, value in more.items() if value is not None}
-    text = json.dumps({"format": FORMAT, "program": program_name(), "model": model, **known, "request": own})
+    known = {"format": FORMAT, "program": program_name(), "model": model}
+    known |= {} if hand_over is None else {"hand_over": hand_over}
+    text = json.dumps({**known, "request": {**document(request), **(changes or {})}})
     return text if len(text) <= MOST_BYTES else None
 
 

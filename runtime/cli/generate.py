@@ -263,7 +263,7 @@ def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -
         request |= {name: value for name, value in document(first).items() if name != "denoising_end"}
         request["output"] = "image"
         first = dataclasses.replace(first, denoising_end=None)
-    text = record(first, parts[0].model, hand_over=share, request=request)
+    text = record(first, parts[0].model, hand_over=share, changes=request)
     return {} if text is None else {REQUEST_KEYWORD: text}
 
 

@@ -165,7 +165,7 @@ HOSTILE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "another width": (lambda path: saved(path, {"x": torch.ones(1, 33)}), r"width 33, but.*32 \(text_encoder\), 48"),
     "encoders exchanged": (
         lambda path: saved(path, {"clip_l": torch.ones(1, 48), "clip_g": torch.ones(1, 32)}),
-        "has vectors of width 48",
+        "vectors of width (48 for text_encoder|32 for text_encoder_2), but this model's have",
     ),
     "several": (lambda path: saved(path, {"a": vectors(1), "b": vectors(1, seed=2)}), "holds a, b; expected one"),
     "nothing": (lambda path: saved(path, {}), "holds no tensor"),
