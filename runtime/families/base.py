@@ -202,8 +202,7 @@ class Family(ABC):
         Raises:
             BundleError: if the denoiser has no such input.
         """
-        usual = tokens or self._tokens()
-        lengths = [length if isinstance(length, int) else usual for length in self.shape_of(name)[1:]]
+        lengths = [n if isinstance(n, int) else tokens or self._tokens() for n in self.shape_of(name)[1:]]
         return np.zeros([1, *lengths], np.float32)
 
     def shape_of(self, name: str) -> tuple[int | str, ...]:
