@@ -225,6 +225,8 @@ def bundle_work(
     texts, rows = (2, 2 * images) if guided else (1, images)
     lengths = {"latent_height": height // factor, "latent_width": width // factor}
     lengths |= {"registers": registers, "terms": registers + 2}
+    tokens = max(tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values())
+    lengths |= {"text_length": tokens, "embeddings": 1}  # a prompt of one chunk, and no word of its own
 
     def stage(component: str, *batches: int) -> StageWork:
         """The work of one call for each number of rows in ``batches``."""

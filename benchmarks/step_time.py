@@ -36,6 +36,7 @@ from latentrt.runtime.samplers import compile_plan
 
 PARTS = ("unet", "unet_prompt", "unet_schedule", "unet_step")
 FORM = "opset20-fp32"
+_TOKENS = 77  # of a prompt of one chunk
 _SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}
 
 
@@ -107,7 +108,8 @@ def measure(
         length, width = engines["unet"].inputs["encoder_hidden_states"].shape[1:]
         shape = (images, int(channels), side, side)
         generator = np.random.default_rng(0)
-        texts = [generator.standard_normal((1, int(length), int(width)), np.float32) for _ in range(2)]
+        tokens = length if isinstance(length, int) else _TOKENS
+        texts = [generator.standard_normal((1, tokens, int(width)), np.float32) for _ in range(2)]
         runs: dict[str, Run] = {}
         for name, (loop, _) in loops.items():
             plan = compile_plan("euler", _SCHEDULER, warm_up + rounds)

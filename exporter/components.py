@@ -5,7 +5,8 @@ Names of inputs and outputs are those of Optimum's exports, so that other tools 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,33 @@ if TYPE_CHECKING:
     from .source import Source
 
 
+@contextmanager
+def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tensor) -> Iterator[Tensor]:
+    """Let a CLIP text encoder read vectors that its table of tokens does not have.
+
+    Args:
+        model: The text encoder.
+        input_ids: Token ids ``[batch, length]``; those below zero are added vectors: -1 the first, -2 the second.
+        extra_embeddings: The vectors ``[count, width]``, one at least.
+
+    Yields:
+        Ids to give the model meanwhile. In place of an added vector's there is 0, which is not the end of a text: the
+        pooled state is that of the first end-of-text token, which some models find as the largest id.
+    """
+    added = input_ids < 0
+    rows = (-1 - input_ids).clamp(min=0)
+
+    def replace(module: nn.Module, inputs: object, found: Tensor) -> Tensor:
+        return torch.where(added[..., None], extra_embeddings[rows], found)
+
+    embedding = getattr(model, "text_model", model).embeddings.token_embedding
+    hook = embedding.register_forward_hook(replace)
+    try:
+        yield torch.where(added, 0, input_ids)
+    finally:
+        hook.remove()
+
+
 class TextEncoder(nn.Module):
     """CLIP text encoder: token ids ``[batch, length]`` to the last and the penultimate hidden state and the pooled one.
 
@@ -30,9 +58,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode; states are ``[batch, length, width]``, the pooled state ``[batch, width]``."""
-        output = self.model(input_ids, output_hidden_states=True)
+    def forward(self, input_ids: Tensor, extra_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode; states are ``[batch, length, width]``, the pooled state ``[batch, width]``.
+
+        The inputs are those of :func:`embeddings_added`.
+        """
+        with embeddings_added(self.model, input_ids, extra_embeddings) as ids:
+            output = self.model(ids, output_hidden_states=True)
         norm = getattr(self.model, "text_model", self.model).final_layer_norm
         return output.last_hidden_state, norm(output.hidden_states[-2]), output.pooler_output
 

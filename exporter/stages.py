@@ -14,6 +14,7 @@ from .onnx_export import graph_entry
 from .passes.borders import float_borders
 from .passes.guidance import share_guidance
 from .passes.lengths import measure_elsewhere
+from .passes.reshapes import reshape_by_own_lengths
 from .passes.residuals import chain_residuals
 from .passes.stages import split_stages
 from .passes.update import fuse_update, read_registers
@@ -46,6 +47,7 @@ def export_stages(component: Component, whole: Graph, form: Form, directory: Pat
         raise ExportError(f"{component.name} has no stages: it is not a denoiser")
     model = ir.load(directory / whole.file)
     try:
+        reshape_by_own_lengths(model.graph)
         stages = split_stages(model.graph, conditioning=roles.conditioning, time=roles.time, vectors=roles.vectors)
         measure_elsewhere(stages.step, among=stages.prompt_tensors)
         of_vectors = () if stages.schedule is None else [str(value.name) for value in stages.schedule.inputs]

@@ -24,6 +24,7 @@ from latentrt.engines.trt.cuda import cuda_devices
 
 from .bundle import Bundle
 from .engine_probe import SUPPORTED, check_engine, check_precision
+from .families import family_of
 from .manifest import IMAGE_ENCODER, PRECISIONS, TINY_DECODER, Component, Graph
 from .plans import find_plan
 
@@ -294,6 +295,8 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
         known["batch"] = 1  # texts come one by one
     elif component.endswith("_step") or component in ("vae_decoder", TINY_DECODER):
         known["batch"] = size.images
+    if "prompt_syntax" in family_of(bundle.manifest).options:  # one chunk of tokens; others choose a text's length
+        known["text_length"] = max(tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values())
     symbols = {length for spec in graph.inputs for length in spec.shape}
     return {symbol: length for symbol, length in known.items() if symbol in symbols}
 

@@ -50,7 +50,8 @@ SAMPLER_LABELS: Mapping[str, str] = {
 """What the web UI calls our samplers; a sampler that is not listed is written under its own name."""
 
 
-def _program() -> str:
+def program_name() -> str:
+    """Program and version, as files are signed."""
     try:
         return f"latentrt {version('latentrt')}"
     except PackageNotFoundError:
@@ -89,7 +90,7 @@ class GenerationParameters:
     model: str
     clip_skip: int = 0
     extra: Mapping[str, object] = field(default_factory=dict)
-    program: str = field(default_factory=_program)
+    program: str = field(default_factory=program_name)
 
     def to_text(self) -> str:
         """The text of the ``parameters`` chunk: prompt, negative prompt, and one line of comma-separated entries.
@@ -113,7 +114,12 @@ class GenerationParameters:
         return f"{self.prompt}{negative}\n{line}".strip()
 
 
-def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8], parameters: str | None = None) -> None:
+def write_png(
+    path: str | os.PathLike[str],
+    pixels: NDArray[np.uint8],
+    parameters: str | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Write a PNG file whole or not at all.
 
     The picture goes to a temporary file beside the target, to the disk, and only then under its name; an older file
@@ -124,6 +130,7 @@ def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8], parameter
         pixels: uint8 ``[height, width, 3]``, RGB.
         parameters: Text for the ``parameters`` chunk, as :meth:`GenerationParameters.to_text` makes it; ``tEXt`` where
             Latin-1 suffices, else ``iTXt``. NUL, which PNG text cannot hold, becomes U+FFFD.
+        texts: Further text by keyword.
 
     Raises:
         InvalidRequestError: if ``pixels`` is no such array, or ``parameters`` has lone surrogates.
@@ -131,9 +138,9 @@ def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8], parameter
     """
     _check_pixels(pixels, "pixels", 3)
     info = PngImagePlugin.PngInfo()
-    if parameters is not None:
+    for keyword, text in {**({} if parameters is None else {KEYWORD: parameters}), **(texts or {})}.items():
         try:
-            info.add_text(KEYWORD, parameters.replace("\0", "\ufffd"))
+            info.add_text(keyword, text.replace("\0", "\ufffd"))
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"parameters have a lone surrogate at position {error.start}, expected text that UTF-8 can hold"
@@ -144,7 +151,12 @@ def write_png(path: str | os.PathLike[str], pixels: NDArray[np.uint8], parameter
 
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
-    """Text of the ``parameters`` chunk of a PNG file, whichever tool wrote it.
+    """Text of the ``parameters`` chunk of a PNG file, whichever tool wrote it, see :func:`read_text`."""
+    return read_text(path, KEYWORD)
+
+
+def read_text(path: str | os.PathLike[str], keyword: str) -> str | None:
+    """Text of a chunk of a PNG file.
 
     Returns:
         The text, or None if the file has no such chunk.
@@ -155,9 +167,9 @@ def read_parameters(path: str | os.PathLike[str]) -> str | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             # Text usually precedes the pixels; only if it does not, is the rest of the file worth decoding.
-            text = image.info.get(KEYWORD)
+            text = image.info.get(keyword)
             if text is None and isinstance(image, PngImagePlugin.PngImageFile):
-                text = image.text.get(KEYWORD)
+                text = image.text.get(keyword)
     except OSError as error:
         reason = error.strerror or "it is no sound PNG file"
         raise InvalidRequestError(f"cannot read {os.fspath(path)!r}: {reason}") from error

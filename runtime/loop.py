@@ -437,7 +437,7 @@ def check_together(runs: Sequence[Run]) -> None:
     """Refuse runs that one call cannot take further.
 
     Raises:
-        InvalidRequestError: if there is none, one is done or there twice, or their sizes or lengths of texts differ.
+        InvalidRequestError: if there is none, one is done or there twice, or their sizes differ.
     """
     if not runs:
         raise InvalidRequestError("no run was given; give at least one")
@@ -449,10 +449,6 @@ def check_together(runs: Sequence[Run]) -> None:
         if run.latent_shape[1:] != runs[0].latent_shape[1:]:
             sizes = [f"{each.request.width}x{each.request.height}" for each in (runs[0], run)]
             raise InvalidRequestError(f"runs of {sizes[0]} and of {sizes[1]} pixels cannot share a batch")
-        if any(run.rows[name].shape[1:] != rows.shape[1:] for name, rows in runs[0].rows.items() if name in run.rows):
-            raise InvalidRequestError(
-                "runs with texts of different lengths cannot share a batch; give them one max_sequence_length"
-            )
 
 
 def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:

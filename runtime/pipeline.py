@@ -27,6 +27,7 @@ from .bundle import Bundle
 from .cache import TensorCache
 from .control import Control
 from .controlnets import ControlNets
+from .embeddings import EXTRA_EMBEDDINGS, Embeddings, read_embeddings
 from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
 from .families import Family, Text, family_of
 from .image_prompt import encode_picture, no_picture
@@ -150,8 +151,13 @@ class Pipeline:
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
         opener: Opens the engine of a component that is not among ``engines``, once a request needs it.
+        embeddings: By word of prompts, files with vectors that it stands for, see :mod:`latentrt.runtime.embeddings`.
+
+    Raises:
+        InvalidRequestError: if one of these files does not fit.
 
     Attributes:
+        embeddings: Words with vectors of their own.
         family: What the bundle's family does.
         tokenizers: By name.
     """
@@ -167,6 +173,7 @@ class Pipeline:
         max_batch: int | None = None,
         turns: Turns | None = None,
         opener: Callable[[str], Engine] | None = None,
+        embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -183,7 +190,8 @@ class Pipeline:
         self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
-        self.tokenizers = _load_tokenizers(bundle, self.family)
+        self.embeddings = read_embeddings(embeddings or {}, _embedding_widths(self.engines, self.family))
+        self.tokenizers = _load_tokenizers(bundle, self.family, self.embeddings)
 
     @classmethod
     def load(
@@ -200,6 +208,7 @@ class Pipeline:
         max_batch: int | None = None,
         low_memory: bool = False,
         verify_hash: bool = False,
+        embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> Self:
         """Open a bundle.
 
@@ -221,11 +230,13 @@ class Pipeline:
             low_memory: Open each component when its turn comes, and close it when another's does. So there is only the
                 largest in memory at a time, and every request reads all weights anew.
             verify_hash: Hash every file of the bundle first.
+            embeddings: By word of prompts, a safetensors file of a textual inversion that it stands for.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
             EngineUnavailableError: if the engine cannot run here.
-            InvalidRequestError: for an unknown engine, precision or loop, or a size that cannot be drawn.
+            InvalidRequestError: for an unknown engine, precision or loop, a size that cannot be drawn, or an embedding
+                that does not fit.
         """
         if loop not in LOOPS:
             raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
@@ -268,6 +279,7 @@ class Pipeline:
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
                 opener=lambda component: _open(bundle, [component], chosen, turns)[component],
+                embeddings=embeddings,
             )
             stack.pop_all()
         return pipeline
@@ -466,7 +478,15 @@ class Pipeline:
         plan = self.family.plan(batch.requests[0])
         self.loop.check(plan)
         planned = time.perf_counter()
+        if self.embeddings.records:
+            requests = (dataclasses.replace(each, embeddings=self.embeddings.records) for each in batch.requests)
+            batch = dataclasses.replace(batch, requests=tuple(requests))
         texts = [self.family.texts(request, self.tokenizers) for request in batch.requests]
+        if size is not None and any(len(ids) > 1 for each in texts for text in each for ids in text.tokens.values()):
+            raise InvalidRequestError(
+                "this pipeline was loaded for texts of one chunk of tokens alone, and the prompt takes more; "
+                "load a pipeline without fixed_size"
+            )
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
         return _Prepared(batch, plan, texts, timings)
 
@@ -530,13 +550,13 @@ class Pipeline:
             return None
         start = time.perf_counter()
         noise[0] = stream = TorchGenerator(request.seed)
-        encode = functools.partial(self._encoded, request.vae_tiling)
+        encode = functools.partial(self._latent_parameters, request.vae_tiling)
         inpaints = self.family.inpaints
         found = begin_from(request, prepared.plan, given, self.manifest.latent, stream, encode, inpaints=inpaints)
         prepared.timings.vae_encoder = time.perf_counter() - start
         return found
 
-    def _encoded(self, tiling: Tiling | None, pixels: Floats) -> Floats:
+    def _latent_parameters(self, tiling: Tiling | None, pixels: Floats) -> Floats:
         engine = self.opened(VAE_ENCODER)
 
         def encode(part: Floats) -> Floats:
@@ -577,8 +597,8 @@ class Pipeline:
             for key, (text, _) in missing.items():
                 if name in text.tokens:
                     # One by one: in a batch of two the last bits would depend on what else is in the cache.
-                    feeds = {"input_ids": text.tokens[name]}
-                    encoded[key][name] = outputs_of(self.engines[name], name, text.outputs[name], feeds)
+                    chunks = [self._encoded(name, ids[None], text.outputs[name]) for ids in text.tokens[name]]
+                    encoded[key][name] = {n: np.concatenate([each[n] for each in chunks]) for n in chunks[0]}
         begin = time.perf_counter()
         for key, (text, vectors) in missing.items():
             raw = {**self.family.condition(text, encoded[key]), **vectors}
@@ -594,6 +614,13 @@ class Pipeline:
             for key, (_, vectors) in zip(keys, wanted, strict=True)
             if (known := found[key]) is not None
         ]
+
+    def _encoded(self, name: str, ids: NDArray[np.int64], outputs: Sequence[str]) -> dict[str, Floats]:
+        """Outputs of a text encoder for one chunk of tokens."""
+        engine, feeds = self.engines[name], {"input_ids": ids}
+        if (spec := engine.inputs.get(EXTRA_EMBEDDINGS)) is not None:
+            feeds = self.embeddings.feeds(name, ids, spec)
+        return outputs_of(engine, name, outputs, feeds)
 
     def preview(self, step: StepInfo, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
         """The pictures as they stand after a step, uint8 ``[images, height, width, 3]``, with the noise that is left.
@@ -712,7 +739,13 @@ def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
     return (*family.text_encoders, *denoiser, *decoders)
 
 
-def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenizer]:
+def _embedding_widths(engines: Mapping[str, Engine], family: Family) -> dict[str, int]:
+    """Widths of the vectors that text encoders take, by component; those that take none are left out."""
+    specs = {name: engines[name].inputs.get(EXTRA_EMBEDDINGS) for name in family.text_encoders}
+    return {name: int(spec.shape[1]) for name, spec in specs.items() if spec is not None}
+
+
+def _load_tokenizers(bundle: Bundle, family: Family, embeddings: Embeddings) -> dict[str, PromptTokenizer]:
     tokenizers = {}
     for name in {family.encoders[encoder]: None for encoder in family.text_encoders}:
         if name not in bundle.manifest.tokenizers:
@@ -722,6 +755,9 @@ def _load_tokenizers(bundle: Bundle, family: Family) -> dict[str, PromptTokenize
         tokenizers[name] = load_tokenizer(
             bundle.path / settings.directory, settings.kind, settings.max_length, settings.pad_token_id
         )
+    for encoder, words in embeddings.ids.items():
+        name = family.encoders[encoder]
+        tokenizers[name] = tokenizers[name].with_words(words)
     return tokenizers
 
 

@@ -16,9 +16,11 @@ import numpy as np
 from latentrt.engines.errors import InvalidRequestError
 
 from .control import Control
+from .embeddings import RecordedFile
 from .families import family_of, refuse_foreign
 from .manifest import TINY_DECODER, Manifest
 from .pictures import Picture, PictureRecord
+from .prompts import check_syntax
 from .samplers import SAMPLERS, Plan, compile_plan
 from .samplers.cut import check_part
 from .tasks import RESIZES, task_values
@@ -52,7 +54,7 @@ _OF_HALVES: Mapping[str, object] = {
     "guidance_end": 1.0,
     "guidance_rescale": 0.0,
 }
-_UNUSED: Mapping[str, object] = {"clip_skip": 0}  # no text is used for none at all, elsewhere
+_UNUSED: Mapping[str, object] = {"clip_skip": 0, "prompt_syntax": "plain"}  # no text is used for none at all, elsewhere
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 120
 
@@ -73,6 +75,7 @@ class FamilyOptions(TypedDict, total=False):
     prompt_3: str | None
     negative_prompt_3: str | None
     max_sequence_length: int | None
+    prompt_syntax: str | None
 
 
 class TaskOptions(TypedDict, total=False):
@@ -167,6 +170,7 @@ class Request:
         prompt_3: Prompt of the third text encoder; ``None`` or nothing is ``prompt``.
         negative_prompt_3: Likewise what to steer away from.
         max_sequence_length: Tokens of a T5 text encoder, padding included; ``None`` is the family's number.
+        prompt_syntax: How prompts are read, one of :data:`latentrt.runtime.prompts.SYNTAXES`.
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         image: The picture that it begins with.
         mask: The picture that says what of it is painted anew: where it is white.
@@ -186,6 +190,7 @@ class Request:
         ip_adapter_scale: How much of it, 0 to 10; 1 unless given.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
+        embeddings: Words of the pipeline with vectors from files.
     """
 
     prompt: str
@@ -221,6 +226,7 @@ class Request:
     prompt_3: str | None = None
     negative_prompt_3: str | None = None
     max_sequence_length: int | None = None
+    prompt_syntax: str = "plain"
     vae_tiling: Tiling | None = None
     image: PictureRecord | None = None
     mask: PictureRecord | None = None
@@ -236,6 +242,7 @@ class Request:
     ip_adapter_image: PictureRecord | None = None
     ip_adapter_scale: float | None = None
     classifier_free: bool = True
+    embeddings: tuple[RecordedFile, ...] = ()
 
     def compile_plan(
         self,
@@ -528,6 +535,7 @@ FAMILY_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "prompt_3": _text,
     "negative_prompt_3": _text,
     "max_sequence_length": _length,
+    "prompt_syntax": check_syntax,
 }
 """The options of :class:`FamilyOptions`, and what checks the value of each."""
 

@@ -155,10 +155,16 @@ class Share:
 
 
 def shared_out(runs: Sequence[Run], most: int | None) -> list[list[Share]]:
-    """Which pictures go into which call, in order: no more than ``most`` in one, and as few calls as that allows."""
+    """Which pictures go into which call, in order: no more than ``most`` in one, and as few calls as that allows.
+
+    Runs with texts of different lengths do not share one.
+    """
     calls: list[list[Share]] = [[]]
     room = most
     for run in runs:
+        if calls[-1] and not _fit(calls[-1][-1].run, run):
+            calls.append([])
+            room = most
         first, images = 0, run.request.images
         while first < images:
             last = images if room is None else min(images, first + room)
@@ -186,6 +192,11 @@ def joined(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
     if len(listed) == 1:
         return dict(listed[0])
     return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
+
+
+def _fit(one: Run, other: Run) -> bool:
+    """Whether the conditioning of two runs can be put together: lengths of texts are the same."""
+    return all(rows.shape[1:] == other.rows[name].shape[1:] for name, rows in one.rows.items() if name in other.rows)
 
 
 def start_run(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTError
 
@@ -50,6 +50,20 @@ class PromptTokenizer(Protocol):
             InvalidRequestError: as :meth:`encode`.
         """
 
+    def words(self, text: str) -> list[int]:
+        """Ids without special ones, however many.
+
+        Raises:
+            InvalidRequestError: as :meth:`encode`.
+        """
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> PromptTokenizer:
+        """A tokenizer that also knows other words, by the ids that they become.
+
+        Raises:
+            InvalidRequestError: if it knows one already.
+        """
+
 
 class FileTokenizer(ABC):
     """Text to token ids; immutable once loaded, so one serves all threads. Make one with :meth:`load`.
@@ -71,6 +85,7 @@ class FileTokenizer(ABC):
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         self.end_token_id = end_token_id
+        self._words: Mapping[int, Sequence[int]] = {}
 
     @classmethod
     @abstractmethod
@@ -123,6 +138,26 @@ class FileTokenizer(ABC):
         if not 0 <= pad < size:
             raise BundleError(f"{path}: pad_token_id is {pad}, expected an id of its vocabulary, 0 to {size - 1}")
         return cls(tokenizer, max_length, pad, end)
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> Self:
+        """A tokenizer that also knows other words, wherever they stand in a prompt, in small or capital letters.
+
+        Args:
+            words: By word the ids that it becomes.
+
+        Raises:
+            InvalidRequestError: if it knows a word already.
+        """
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        for word in words:
+            if tokenizer.token_to_id(word) is not None:
+                raise InvalidRequestError(f"{word!r} is a token already; choose another word, such as <{word}>")
+        # As transformers adds them for diffusers.
+        tokenizer.add_tokens([AddedToken(word, normalized=True, special=False) for word in words])
+        found = type(self)(tokenizer, self.max_length, self.pad_token_id, self.end_token_id)
+        added = {word: tokenizer.token_to_id(word) for word in words}
+        found._words = {number: tuple(words[word]) for word, number in added.items() if number is not None}
+        return found
 
     @classmethod
     def _check_length(cls, where: str, max_length: int) -> None:
@@ -184,6 +219,14 @@ class FileTokenizer(ABC):
         """
         return len(self._ids(text))
 
+    def words(self, text: str) -> list[int]:
+        """Ids of a prompt without the special ones around it, however many.
+
+        Raises:
+            InvalidRequestError: as :meth:`encode`.
+        """
+        return self._ids(text)[self.frame - 1 : -1]
+
     def _ids(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise InvalidRequestError(f"prompt is {type(text).__name__}, expected a string")
@@ -202,7 +245,10 @@ class FileTokenizer(ABC):
             # The library holds the GIL in encode and lets it go in encode_batch; the latter starts a thread pool, which
             # only a prompt that would keep other threads waiting is worth.
             encoding = self._tokenizer.encode(text) if size < _LONG else self._tokenizer.encode_batch([text])[0]
-            return list(encoding.ids)
+            ids = list(encoding.ids)
+        if not self._words:
+            return ids
+        return [each for found in ids for each in self._words.get(found, (found,))]
 
 
 class ClipTokenizer(FileTokenizer):

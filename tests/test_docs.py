@@ -69,7 +69,10 @@ def test_every_option_of_a_command_is_described(command: str) -> None:
     assert set(re.findall(r"^\| `(--[a-z0-9-]+)", section, re.MULTILINE)) == options
 
 
-@pytest.mark.parametrize("name", ["python-api.md", "embedding.md", "samplers.md", "loop.md", "memory.md", "tasks.md"])
+PAGES = ("python-api.md", "embedding.md", "samplers.md", "loop.md", "memory.md", "tasks.md", "prompts.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_python_blocks_run(
     name: str, tiny_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("benchmarks", "exporter", "runtime", "engines")
 """From the top downward."""
-TRAINING = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy"}
+TRAINING = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "polygraphy"}
 
 
 def modules(*layers: str) -> list[Path]:

@@ -58,7 +58,10 @@ def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, 
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    return kind(config).eval()
+    model = kind(config).eval()
+    # As in a trained one, states have a mean: what weighs tokens keeps it, and would divide by nothing.
+    getattr(model, "text_model", model).final_layer_norm.bias.data += torch.linspace(-0.1, 0.3, width)
+    return model
 
 
 def _vae(**settings: Any) -> AutoencoderKL:

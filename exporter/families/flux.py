@@ -17,8 +17,17 @@ from ..components import Component, Roles, TextEncoder
 from .base import Config, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_vae, natural
 from .flow import FlowFamily
-from .parts import CLIP_TEXT, CLIP_TOKENIZERS, VAE, autoencoder, known, text_encoder
-from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges, transformer_axes
+from .parts import (
+    CLIP_TEXT,
+    CLIP_TOKENIZERS,
+    VAE,
+    autoencoder,
+    denoiser_axes,
+    embedding_ranges,
+    known,
+    text_encoder,
+)
+from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
 
 if TYPE_CHECKING:
     from ..source import Source
@@ -199,7 +208,7 @@ class Flux(FlowFamily):
             name,
             FluxDenoiser(source.load(name), rotation),
             example,
-            transformer_axes(example),
+            denoiser_axes(example),
             ("out_sample",),
             frozenset({"timestep", "guidance_scale"}),
             Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors),
@@ -220,8 +229,8 @@ class Flux(FlowFamily):
         return side, side
 
     def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of T5's tokens, which are all that the transformer attends to."""
-        return text_ranges(LONGEST_SEQUENCE)
+        """Of T5's tokens, which are all that the transformer attends to, and of added embeddings."""
+        return {**text_ranges(LONGEST_SEQUENCE), **embedding_ranges(source, "text_encoder")}
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Whether the transformer takes the scale of guidance in."""

@@ -11,6 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentrt.engines.trt import Range
+from latentrt.runtime.prompts import MOST_CHUNKS
+
 from ..components import Component, Decoder, Encoder
 from .base import Config, Part, latent_factor
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""
+LENGTH, TEXT_LENGTH, EMBEDDINGS = "length", "text_length", "embeddings"
+"""Names of lengths that vary besides: tokens that T5 takes, states of a text that a denoiser takes, and vectors that a
+CLIP text encoder takes in addition to those of its table."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PICTURE = {0: "batch", 2: "height", 3: "width"}
 
@@ -66,6 +72,7 @@ LCM_USUAL = (4, 8.5)
 """Steps and guidance scale of latent consistency models, as in diffusers."""
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
+_EXAMPLE_EMBEDDINGS = 3
 _SWITCHES = {
     *("torch_dtype", "dtype", "attn_implementation", "quantization_config", "auto_map", "use_safetensors"),
     *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
@@ -99,10 +106,39 @@ def text_encoder(
 ) -> Component:
     """A CLIP text encoder behind ``wrapper``."""
     config = source.configs[name]
-    ids = torch.randint(
-        int(config.get("vocab_size", 49408)), (2, int(config.get("max_position_embeddings", 77))), generator=generator
+    length, width = _clip_length(config), int(config.get("hidden_size", 512))
+    ids = torch.randint(int(config.get("vocab_size", 49408)), (2, length), generator=generator)
+    first = length // 2
+    ids[:, first : first + _EXAMPLE_EMBEDDINGS] = -1 - torch.arange(min(_EXAMPLE_EMBEDDINGS, length - first))
+    vectors = torch.randn(_EXAMPLE_EMBEDDINGS, width, generator=generator)
+    return Component(
+        name,
+        wrapper(source.load(name)),
+        {"input_ids": ids, "extra_embeddings": vectors},
+        {"input_ids": {0: "batch"}, "extra_embeddings": {0: EMBEDDINGS}},
+        tuple(outputs),
     )
-    return Component(name, wrapper(source.load(name)), {"input_ids": ids}, {"input_ids": {0: "batch"}}, tuple(outputs))
+
+
+def _clip_length(config: Config) -> int:
+    """Tokens of a CLIP text encoder."""
+    return int(config.get("max_position_embeddings", 77))
+
+
+def clip_ranges(source: Source, name: str) -> Mapping[str, Range]:
+    """Ranges of lengths where nothing but CLIP encodes texts: of states in chunks, and of added vectors.
+
+    Args:
+        source: The model.
+        name: One of its CLIP text encoders.
+    """
+    length = _clip_length(source.configs[name])
+    return {TEXT_LENGTH: Range(length, length, MOST_CHUNKS * length), **embedding_ranges(source, name)}
+
+
+def embedding_ranges(source: Source, name: str) -> Mapping[str, Range]:
+    """Range of the number of vectors that a CLIP text encoder takes in addition: as many as there are tokens."""
+    return {EMBEDDINGS: Range(1, 1, _clip_length(source.configs[name]))}
 
 
 def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -141,5 +177,6 @@ def guidance_kind(source: Source) -> str:
 
 
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions of variable length of a denoiser's inputs: all have rows, latents a size as well."""
-    return {name: LATENT_AXES if name in ("sample", "inpaint") else {0: "batch"} for name in example}
+    """The dimensions of variable length of a denoiser's inputs: rows, the latents' size, and the text's length."""
+    own = {"sample": LATENT_AXES, "inpaint": LATENT_AXES, "encoder_hidden_states": {0: "batch", 1: TEXT_LENGTH}}
+    return {name: own.get(name, {0: "batch"}) for name in example}

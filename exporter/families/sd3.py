@@ -17,9 +17,9 @@ from ..components import Component, Roles
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_size, check_vae, natural
 from .flow import FlowFamily
-from .parts import CLIP_TOKENIZERS, VAE, autoencoder, known, text_encoder
+from .parts import CLIP_TOKENIZERS, VAE, autoencoder, denoiser_axes, embedding_ranges, known, text_encoder
 from .sdxl import CLIP_TEXT_PROJECTED, STATES, HiddenStates
-from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges, transformer_axes
+from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
 
 if TYPE_CHECKING:
     from ..source import Source
@@ -142,7 +142,7 @@ class StableDiffusion3(FlowFamily):
             name,
             Sd3Denoiser(source.load(name)),
             example,
-            transformer_axes(example),
+            denoiser_axes(example),
             ("out_sample",),
             frozenset({"timestep"}),
             Roles("sample", "out_sample", conditioning, ("timestep",), self.vectors),
@@ -158,8 +158,8 @@ class StableDiffusion3(FlowFamily):
         return side, side
 
     def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of T5's tokens, and of CLIP's and T5's states together."""
-        return text_ranges(_SEQUENCE, _clip_length(source))
+        """Of T5's tokens, of CLIP's and T5's states together, and of added embeddings."""
+        return {**text_ranges(_SEQUENCE, _clip_length(source)), **embedding_ranges(source, "text_encoder")}
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Whether there is a T5, and the geometry of patches."""

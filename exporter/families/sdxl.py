@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
 
-from ..components import Component, Roles
+from ..components import Component, Roles, embeddings_added
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
@@ -22,6 +23,7 @@ from .parts import (
     VAE,
     autoencoder,
     clip_names,
+    clip_ranges,
     denoiser_axes,
     guidance_input,
     guidance_kind,
@@ -59,9 +61,10 @@ class HiddenStates(nn.Module):
         self.model: Any = model
         self.projected = hasattr(model, "text_projection")
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Encode; states are ``[batch, length, width]``."""
-        output = self.model(input_ids, output_hidden_states=True)
+    def forward(self, input_ids: Tensor, extra_embeddings: Tensor) -> tuple[Tensor, ...]:
+        """Encode; states are ``[batch, length, width]``. The inputs are those of :func:`embeddings_added`."""
+        with embeddings_added(self.model, input_ids, extra_embeddings) as ids:
+            output = self.model(ids, output_hidden_states=True)
         states = (output.hidden_states[-2], output.hidden_states[-3])
         return (*states, output.text_embeds) if self.projected else states
 
@@ -201,6 +204,10 @@ class StableDiffusionXl(Family):
         example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
         example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
         return example
+
+    def lengths(self, source: Source) -> Mapping[str, Range]:
+        """Of texts in chunks, and of added embeddings."""
+        return clip_ranges(source, "text_encoder_2")
 
     def usual(self, source: Source) -> tuple[int, float]:
         """Those of latent consistency models for one that takes the scale in."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
 
 from ..components import Component, Denoiser, InpaintingDenoiser, Roles, TextEncoder
 from .base import Config, Family, Part, TokenizerPart, latent_factor
@@ -20,6 +21,7 @@ from .parts import (
     UNET,
     VAE,
     autoencoder,
+    clip_ranges,
     denoiser_axes,
     guidance_input,
     guidance_kind,
@@ -83,6 +85,10 @@ class StableDiffusion(Family):
         """Latents, timesteps and texts."""
         length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
         return unet_inputs(source, length, generator)
+
+    def lengths(self, source: Source) -> Mapping[str, Range]:
+        """Of texts in chunks, and of added embeddings."""
+        return clip_ranges(source, "text_encoder")
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """Kind of guidance alone."""

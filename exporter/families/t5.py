@@ -16,13 +16,10 @@ from latentrt.runtime.request import LONGEST_SEQUENCE
 from ..components import Component
 from .base import Config, Part, TokenizerPart
 from .checks import natural
-from .parts import known
+from .parts import LENGTH, TEXT_LENGTH, known
 
 if TYPE_CHECKING:
     from ..source import Source
-
-LENGTH, TEXT_LENGTH = "length", "text_length"
-"""Names of the lengths that vary: tokens that T5 takes, and states that the denoiser takes."""
 
 _TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _EXAMPLE_LENGTH = 22
@@ -94,10 +91,3 @@ def text_ranges(usual: int, before: int = 0) -> Mapping[str, Range]:
     """
     tokens = Range(1, usual, LONGEST_SEQUENCE)
     return {LENGTH: tokens, TEXT_LENGTH: Range(before + 1, before + usual, before + LONGEST_SEQUENCE)}
-
-
-def transformer_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions of variable length of a transformer's inputs: rows, the latents' size, and the text's length."""
-    own = {"sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
-    own["encoder_hidden_states"] = {0: "batch", 1: TEXT_LENGTH}
-    return {name: own.get(name, {0: "batch"}) for name in example}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,22 +19,38 @@ from ..manifest import PRECISIONS
 from ..pictures import PictureRecord
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..previews import PREVIEW_EVERY, Preview
+from ..prompts import SYNTAXES
 from ..refine import HAND_OVER, hand_over_options
 from ..request import DECODERS, FAMILY_OPTIONS, TASK_OPTIONS, Request, RequestOptions
+from ..request_file import KEYWORD as REQUEST_KEYWORD
+from ..request_file import RequestFile, document, read_png, read_request, record
 from ..samplers import SAMPLERS
 from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 from .task_arguments import LABELS, add_task_arguments, record_text
 
+_SCHEDULE = frozenset({"steps", "timesteps", "sigmas"})
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to draw")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="OUT.png", help="the picture; several become one sheet"
     )
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--request", type=Path, metavar="FILE.json", help="request to draw; what else is given here comes before it"
+    )
+    source.add_argument(
+        "--from",
+        type=Path,
+        dest="picture",
+        metavar="PICTURE.png",
+        help="PNG whose request to repeat; what else is given here comes before it",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--prompt-2", metavar="TEXT", help="prompt of a second text encoder; the prompt by default")
     parser.add_argument("--negative-prompt-2", metavar="TEXT", help="likewise what to steer away from")
     parser.add_argument("--prompt-3", metavar="TEXT", help="prompt of a third text encoder; the prompt by default")
@@ -42,18 +58,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sequence-length", type=int, metavar="L", help="tokens of a T5 text encoder, padding included; up to 512"
     )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        type=_named_file,
+        metavar="TOKEN=FILE",
+        help="word of prompts that stands for vectors of a textual inversion; may be repeated",
+    )
+    parser.add_argument(
+        "--prompt-syntax",
+        choices=SYNTAXES,
+        help="read prompts as they are, so but in chunks, or with weights as (red dress:1.2) (default: plain)",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
     parser.add_argument(
-        "--guidance-start", type=float, default=0.0, metavar="F", help="fraction of the run at which guidance begins"
+        "--guidance-start", type=float, metavar="F", help="fraction of the run at which guidance begins"
     )
-    parser.add_argument(
-        "--guidance-end", type=float, default=1.0, metavar="F", help="fraction of the run at which guidance ends"
-    )
+    parser.add_argument("--guidance-end", type=float, metavar="F", help="fraction of the run at which guidance ends")
     parser.add_argument(
         "--guidance-rescale",
         type=float,
-        default=0.0,
         metavar="R",
         help="how much to undo the contrast of guidance, 0 to 1",
     )
@@ -80,7 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture that a ControlNet of the bundle steers by; may be repeated",
     )
     parser.add_argument(
-        "--guess-mode", action="store_true", help="let ControlNets act on the prompt alone, and less on details"
+        "--guess-mode",
+        action="store_true",
+        default=None,
+        help="let ControlNets act on the prompt alone, and less on details",
     )
     parser.add_argument("--ip-adapter-image", type=Path, metavar="FILE", help="picture that is part of the prompt")
     parser.add_argument("--ip-adapter-scale", type=float, metavar="S", help="how much of it, 0 to 10; default 1")
@@ -94,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview-every", type=int, metavar="N", help=f"steps between two previews; default {PREVIEW_EVERY}"
     )
     add_task_arguments(parser)
-    parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures to draw")
+    parser.add_argument("--images", type=int, metavar="K", help="pictures to draw")
     parser.add_argument("--max-batch", type=int, metavar="B", help="most pictures to compute at a time")
     parser.add_argument(
         "--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles of this side, to save memory"
@@ -139,19 +167,20 @@ def run(arguments: argparse.Namespace) -> int:
     check_target(arguments.output)
     if arguments.refiner is None and arguments.hand_over is not None:
         raise InvalidRequestError("--hand-over is for two models; give the second as --refiner BUNDLE")
-    options, previews = _options(arguments), _previews(arguments)
-    with _loaded(arguments, arguments.bundle) as pipe:
-        if arguments.refiner is None:
-            part = _Part.drawn(pipe, arguments.prompt, {**options, **previews})
-        else:
+    asked = _asked(arguments)
+    prompt, options, previews = asked.options["prompt"], asked.options, _previews(arguments)
+    options = {name: value for name, value in options.items() if name != "prompt"}
+    share = None
+    with _loaded(arguments, arguments.bundle, asked) as pipe:
+        if arguments.refiner is not None:
             refiner = Bundle.open(arguments.refiner).manifest
-            share = HAND_OVER if arguments.hand_over is None else arguments.hand_over
-            options, rest = hand_over_options(pipe.manifest, refiner, arguments.prompt, options, share)
-            part = _Part.drawn(pipe, arguments.prompt, {**options, **previews})
+            share = HAND_OVER if asked.hand_over is None else asked.hand_over
+            options, rest = hand_over_options(pipe.manifest, refiner, prompt, options, share)
+        part = _Part.drawn(pipe, prompt, {**options, **previews})
     parts = [part]
-    if arguments.refiner is not None:  # opened once the base is closed: neither needs the other's memory
-        with _loaded(arguments, arguments.refiner) as pipe:
-            parts.append(_Part.drawn(pipe, arguments.prompt, {**rest, **previews, "latents": part.result.latents}))
+    if share is not None:  # opened once the base is closed: neither needs the other's memory
+        with _loaded(arguments, arguments.refiner, asked) as pipe:
+            parts.append(_Part.drawn(pipe, prompt, {**rest, **previews, "latents": part.result.latents}))
     request, images = part.result.request, parts[-1].result.images
     extra = _extra(request)
     if len(parts) > 1:
@@ -170,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
         extra=extra,
     )
     pixels = sheet(images, columns=min(4, request.images)) if request.images > 1 else images[0]
-    write_png(arguments.output, pixels, parameters.to_text())
+    write_png(arguments.output, pixels, parameters.to_text(), _recorded(parts, asked, share))
     if arguments.json:
         told = [each.told() for each in parts]
         print_json({"output": str(arguments.output), **told[0], **({"refiner": told[1]} if len(told) > 1 else {})})
@@ -217,7 +246,48 @@ class _Part:
         }
 
 
-def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
+def _asked(arguments: argparse.Namespace) -> RequestFile:
+    """What is asked for by the command line, and by the file that it names where the command line is silent."""
+    read = RequestFile({})
+    if arguments.request is not None:
+        read = read_request(arguments.request)
+    elif arguments.picture is not None:
+        read = read_png(arguments.picture)
+    given = _options(arguments)
+    # One says how many steps there are, and the file would say it in another way.
+    instead = _SCHEDULE if given.keys() & _SCHEDULE else frozenset()
+    options = {**{name: value for name, value in read.options.items() if name not in instead}, **given}
+    if "prompt" not in options:
+        raise InvalidRequestError("no prompt is given; expected one behind BUNDLE, or --request or --from with a file")
+    if options.get("output") == "latent" or options.get("denoising_end") is not None:
+        raise InvalidRequestError(
+            "the request is for latents, and generate draws pictures; leave out what ends it early"
+        )
+    if read.hand_over is not None and arguments.refiner is None:
+        raise InvalidRequestError(
+            f"{str(arguments.picture)!r} was finished by a refiner; give its bundle as --refiner BUNDLE"
+        )
+    hand_over = read.hand_over if arguments.hand_over is None else arguments.hand_over
+    embeddings = {**read.embeddings, **_once("--embedding", arguments.embedding or ())}
+    return RequestFile(options, embeddings, hand_over, read.model)
+
+
+def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -> dict[str, str]:
+    """The text of the PNG with the whole request; of two models', what was asked of both together."""
+    first, last = parts[0].result.request, parts[-1].result.request
+    request: dict[str, Any] = {}
+    if share is not None:
+        own = document(last)
+        request = {name: own[name] for name in own if name in (*FAMILY_OPTIONS, "decoder", "vae_tiling")}
+        request |= {name: value for name, value in document(first).items() if name != "denoising_end"}
+        request["output"] = "image"
+        first = dataclasses.replace(first, denoising_end=None)
+    text = record(first, parts[0].model, hand_over=share, changes=request)
+    return {} if text is None else {REQUEST_KEYWORD: text}
+
+
+def _loaded(arguments: argparse.Namespace, bundle: Path, asked: RequestFile) -> Pipeline:
+    size = asked.options.get
     return Pipeline.load(
         bundle,
         arguments.engine,
@@ -225,16 +295,19 @@ def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
         threads=arguments.threads,
         loop=arguments.loop,
         engine_cache=arguments.engine_cache,
-        fixed_size=(arguments.width, arguments.height, arguments.images) if arguments.fixed_size else None,
+        fixed_size=(size("width"), size("height"), size("images")) if arguments.fixed_size else None,
         max_batch=arguments.max_batch,
         low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
+        embeddings=asked.embeddings,
     )
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of a request that were given, or have a default of their own here."""
-    names = {*RequestOptions.__annotations__, *FAMILY_OPTIONS} & vars(arguments).keys() - {"output"}  # that is the file
+    """The options of a request that were given."""
+    names = {"prompt", *RequestOptions.__annotations__, *FAMILY_OPTIONS} & vars(arguments).keys() - {
+        "output"
+    }  # that is the file
     options = {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
     tiling = _tiling(arguments.vae_tile, arguments.vae_tile_overlap, arguments.vae_tile_edges)
     return options if tiling is None else {**options, "vae_tiling": tiling}
@@ -262,6 +335,24 @@ def _tiling(size: int | None, overlap: int | None, edges: str | None) -> Tiling 
             raise InvalidRequestError("tiles are described but not asked for; give their size with --vae-tile")
         return None
     return Tiling(size, overlap, edges or "shift")
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    """A name and a file as ``<cat>=cat.safetensors``."""
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not understood; expected TOKEN=FILE")
+    return name, file
+
+
+def _once(option: str, given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Names with their files, each of which may be given once."""
+    found: dict[str, str] = {}
+    for name, file in given:
+        if name in found:
+            raise InvalidRequestError(f"{option}: {name!r} is given twice; give it once")
+        found[name] = file
+    return found
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -307,9 +398,9 @@ def _two(text: str, between: str, expected: str) -> tuple[int, int]:
 
 def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
-    usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
+    usual: dict[str, Any] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
     usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS, *TASK_OPTIONS))
-    usual["guess_mode"] = False
+    usual |= {"guess_mode": False, "prompt_syntax": "plain"}
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     labels = {name: LABELS.get(name, name.replace("_", " ").capitalize()) for name in given}
     found = {labels[name]: _written(name, value) for name, value in given.items()}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.engines.errors import BundleError
+from latentrt.engines.errors import BundleError, InvalidRequestError
 
 from ..manifest import STAGES, Manifest
+from ..prompts import cut, joined
 from ..samplers import Plan
 from ..tokenizers import PromptTokenizer
 
@@ -31,22 +32,30 @@ class Text:
     """One side of guidance, tokenised.
 
     Attributes:
-        tokens: Token ids by text encoder, int64 ``[1, length]``; empty where no encoder is needed.
+        tokens: Token ids by text encoder, int64 ``[chunks, length]``; empty where no encoder is needed.
         outputs: By text encoder, names of the outputs that are taken of it.
         truncated: Tokens that did not fit and were cut off.
-        absent: Length of the zeros that stand for an encoder that the bundle does not have.
+        absent: Length of the zeros that stand for an encoder that the bundle does not have, or for a text that is not
+            encoded; 0 for the usual one.
+        weights: By text encoder what the states of its tokens are multiplied by, float32 ``[chunks, length]``; none
+            where all are 1.
     """
 
     tokens: Mapping[str, NDArray[np.int64]]
     outputs: Mapping[str, Sequence[str]]
     truncated: int = 0
     absent: int = 0
+    weights: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def key(self) -> Hashable:
         """The same for texts that are encoded alike."""
         tokens = tuple((name, tuple(self.outputs[name]), ids.tobytes()) for name, ids in self.tokens.items())
-        return tokens, self.absent
+        return tokens, self.absent, tuple((name, weights.tobytes()) for name, weights in self.weights.items())
+
+    def joined(self, name: str, states: Floats) -> Floats:
+        """States ``[1, chunks * length, width]`` that a text encoder computed of all chunks, weighed."""
+        return joined(states, self.weights.get(name))
 
 
 class Family(ABC):
@@ -200,15 +209,15 @@ class Family(ABC):
         graphs = self.manifest.components[component].graphs.values() if component in self.manifest.components else ()
         return all(any(spec.name == output for spec in graph.outputs) for graph in graphs)
 
-    def zeros(self, name: str) -> Floats:
+    def zeros(self, name: str, tokens: int = 0) -> Floats:
         """What stands for no text at all: one row of zeros for an input of the denoiser.
 
-        A length that the graph leaves open is that of a text, in tokens.
+        A length that the graph leaves open is that of a text, in tokens: ``tokens``, or the usual one if that is 0.
 
         Raises:
             BundleError: if the denoiser has no such input.
         """
-        lengths = [length if isinstance(length, int) else self._tokens() for length in self.shape_of(name)[1:]]
+        lengths = [n if isinstance(n, int) else tokens or self._tokens() for n in self.shape_of(name)[1:]]
         return np.zeros([1, *lengths], np.float32)
 
     def shape_of(self, name: str) -> tuple[int | str, ...]:
@@ -233,6 +242,7 @@ class Family(ABC):
         outputs: Mapping[str, Sequence[str]],
         tokenizers: Mapping[str, PromptTokenizer],
         lengths: Mapping[str, int] | None = None,
+        syntax: str = "plain",
     ) -> Text:
         """A text from what each encoder is to encode.
 
@@ -241,11 +251,48 @@ class Family(ABC):
             outputs: By text encoder the outputs to take.
             tokenizers: Those of the bundle, by name.
             lengths: By text encoder the number of tokens, where it is not the tokenizer's own.
+            syntax: How the prompts are read, one of :data:`latentrt.runtime.prompts.SYNTAXES`.
         """
-        tokens, truncated = {}, 0
+        tokens, weights, truncated = {}, {}, 0
         for encoder, prompt in prompts.items():
             tokenizer = tokenizers[self.encoders[encoder]]
+            if syntax != "plain":
+                chunks = cut(prompt, syntax, tokenizer)
+                tokens[encoder], truncated = chunks.tokens, max(truncated, chunks.truncated)
+                if chunks.weights is not None:
+                    weights[encoder] = chunks.weights
+                continue
             length = (lengths or {}).get(encoder, tokenizer.max_length)
             tokens[encoder] = tokenizer.encode(prompt, length)[None]
             truncated = max(truncated, tokenizer.count(prompt) - length)
-        return Text(tokens, outputs, truncated)
+        return Text(tokens, outputs, truncated, weights=weights)
+
+    def evened(self, texts: Sequence[Text], tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
+        """Texts of the same number of chunks, since both sides of guidance share a call of the denoiser.
+
+        Chunks of an empty prompt are put behind those that there are.
+
+        Raises:
+            InvalidRequestError: if there are several chunks, and the denoiser takes but one.
+        """
+        most = max((len(ids) for text in texts for ids in text.tokens.values()), default=1)
+        if most == 1:
+            return list(texts)
+        if isinstance(length := self.shape_of("encoder_hidden_states")[1], int):
+            raise InvalidRequestError(
+                f"the prompt takes {most} chunks of tokens, but the {self.denoiser} of this bundle takes {length} "
+                "tokens alone; give a shorter prompt, or build the bundle again"
+            )
+        return [self._padded(text, most, tokenizers) for text in texts]
+
+    def _padded(self, text: Text, count: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+        if not text.tokens:
+            return replace(text, absent=count * self._tokens())
+        tokens, weights = {}, {}
+        for name, ids in text.tokens.items():
+            empty = tokenizers[self.encoders[name]].encode("")
+            tokens[name] = np.concatenate([ids, np.tile(empty, (count - len(ids), 1))])
+            if name in text.weights:
+                own = text.weights[name]
+                weights[name] = np.concatenate([own, np.ones((count - len(own), len(empty)), np.float32)])
+        return replace(text, tokens=tokens, weights=weights)

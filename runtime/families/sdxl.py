@@ -27,7 +27,7 @@ class StableDiffusionXl(Family):
     denoiser = "unet"
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     options = frozenset(
-        {"negative_prompt", "clip_skip", "prompt_2", "negative_prompt_2"}
+        {"negative_prompt", "clip_skip", "prompt_2", "negative_prompt_2", "prompt_syntax"}
         | {"original_size", "crop", "target_size", "negative_crop", *_NEGATIVE}
     )
     strength = 0.3
@@ -45,19 +45,27 @@ class StableDiffusionXl(Family):
 
         No negative prompt at all is zeros instead of an encoded empty text, where the model was made for that.
         """
-        found = [self._text(request.prompt, request.prompt_2, 1 if request.clip_skip else 0, tokenizers)]
+        syntax = request.prompt_syntax
+        found = [self._text(request.prompt, request.prompt_2, 1 if request.clip_skip else 0, tokenizers, syntax)]
         if request.guided:
             empty = not (request.negative_prompt or request.negative_prompt_2)
             zeros = empty and self.manifest.settings["force_zeros_for_empty_prompt"]
             negative = (request.negative_prompt, request.negative_prompt_2)
-            found.insert(0, Text({}, {}) if zeros else self._text(*negative, 0, tokenizers))
-        return found
+            found.insert(0, Text({}, {}) if zeros else self._text(*negative, 0, tokenizers, syntax))
+        return self.evened(found, tokenizers)
 
-    def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+    def _text(
+        self,
+        first: str,
+        second: str | None,
+        skipped: int,
+        tokenizers: Mapping[str, PromptTokenizer],
+        syntax: str,
+    ) -> Text:
         prompts = {"text_encoder": first, "text_encoder_2": second or first}
         outputs: dict[str, tuple[str, ...]] = {name: (self._state(name, skipped),) for name in prompts}
         outputs["text_encoder_2"] += ("text_embeds",)
-        return self.tokenize(prompts, outputs, tokenizers)
+        return self.tokenize(prompts, outputs, tokenizers, syntax=syntax)
 
     def _state(self, encoder: str, skipped: int) -> str:
         """The output with the states before the last layer, or ``skipped`` layers earlier."""
@@ -70,13 +78,18 @@ class StableDiffusionXl(Family):
         return f"hidden_states.{count - 2 - skipped}"
 
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
-        """The states of both encoders side by side, and the pooled state of the second."""
+        """The states of both encoders side by side, and the pooled state of the second, of the text's first chunk."""
         if not encoded:
-            return {name: self.zeros(name) for name in ("encoder_hidden_states", "text_embeds")}
-        states = [values for outputs in encoded.values() for name, values in outputs.items() if name != "text_embeds"]
+            return {name: self.zeros(name, text.absent) for name in ("encoder_hidden_states", "text_embeds")}
+        states = [
+            text.joined(encoder, values)
+            for encoder, outputs in encoded.items()
+            for name, values in outputs.items()
+            if name != "text_embeds"
+        ]
         return {
             "encoder_hidden_states": np.concatenate(states, axis=-1),
-            "text_embeds": encoded["text_encoder_2"]["text_embeds"],
+            "text_embeds": encoded["text_encoder_2"]["text_embeds"][:1],
         }
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:

@@ -26,15 +26,22 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder_2": "tokenizer_2"}
     options = frozenset(
         {"negative_prompt", "clip_skip", "original_size", "crop", "negative_original_size", "negative_crop"}
-        | {"aesthetic_score", "negative_aesthetic_score"}
+        | {"aesthetic_score", "negative_aesthetic_score", "prompt_syntax"}
     )
 
     def check(self, request: Request) -> None:
         """Every option goes with every other: the negative half always has a crop and a score of its own."""
 
-    def _text(self, first: str, second: str | None, skipped: int, tokenizers: Mapping[str, PromptTokenizer]) -> Text:
+    def _text(
+        self,
+        first: str,
+        second: str | None,
+        skipped: int,
+        tokenizers: Mapping[str, PromptTokenizer],
+        syntax: str,
+    ) -> Text:
         outputs = {"text_encoder_2": (self._state("text_encoder_2", skipped), "text_embeds")}
-        return self.tokenize({"text_encoder_2": first}, outputs, tokenizers)
+        return self.tokenize({"text_encoder_2": first}, outputs, tokenizers, syntax=syntax)
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
         """Original size and crop, each down before across, and a score.

@@ -23,7 +23,7 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     denoiser = "unet"
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
-    options = frozenset({"negative_prompt", "clip_skip"})
+    options = frozenset({"negative_prompt", "clip_skip", "prompt_syntax"})
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
@@ -42,10 +42,13 @@ class StableDiffusion(Family):
         wanted = [(request.prompt, state)]
         if request.guided:
             wanted.insert(0, (request.negative_prompt, "last_hidden_state"))
-        return [
-            self.tokenize({"text_encoder": prompt}, {"text_encoder": (output,)}, tokenizers)
+        found = [
+            self.tokenize(
+                {"text_encoder": prompt}, {"text_encoder": (output,)}, tokenizers, syntax=request.prompt_syntax
+            )
             for prompt, output in wanted
         ]
+        return self.evened(found, tokenizers)
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
         """The guidance of a latent consistency model."""
@@ -54,4 +57,4 @@ class StableDiffusion(Family):
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
         """The encoder's states."""
         (states,) = encoded["text_encoder"].values()
-        return {"encoder_hidden_states": states}
+        return {"encoder_hidden_states": text.joined("text_encoder", states)}

@@ -18,6 +18,7 @@ from latentrt.runtime.cli import main
 from latentrt.runtime.families import family_of
 from latentrt.runtime.images import read_parameters
 from latentrt.runtime.request import Request
+from latentrt.runtime.run import shared_out
 
 pytestmark = pytest.mark.heavy
 KINDS = ("sd3", "sd35", "flux-dev", "flux-schnell")
@@ -143,20 +144,19 @@ def test_a_prompt_keeps_its_length(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         assert np.abs(long - short).max() > 1e-4
 
 
-def test_texts_of_different_lengths_do_not_share_a_batch(tiny: Any) -> None:
-    """They are refused before anything moves; texts of one length share it, with pictures as they are alone."""
+def test_texts_of_different_lengths_do_not_share_a_call(tiny: Any) -> None:
+    """They take one each, and texts of one length share one, all with pictures as they are alone."""
     with Pipeline.load(tiny.bundle("flux-dev"), "onnxruntime") as pipe:
         options: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "seed": 5}
         first = pipe.start("a red apple", max_sequence_length=16, guidance=2.0, **options)
         other = pipe.start("a rocket", max_sequence_length=17, **options)
-        with pytest.raises(InvalidRequestError, match="texts of different lengths cannot share a batch"):
-            pipe.advance([first, other])
-        assert (first.index, other.index) == (0, 0)
         second = pipe.start("a rocket", max_sequence_length=16, guidance=5.0, **options)
+        assert [len(call) for call in shared_out([first, second, other], None)] == [2, 1]
         while not first.done:
-            pipe.advance([first, second])
-        alone = pipe("a red apple", max_sequence_length=16, guidance=2.0, **options).latents
-        np.testing.assert_allclose(first.latents, alone, atol=1e-5)
+            pipe.advance([first, second, other])
+        for run, length, guidance in ((first, 16, 2.0), (second, 16, 5.0), (other, 17, None)):
+            alone = pipe(run.request.prompt, max_sequence_length=length, guidance=guidance, **options).latents
+            np.testing.assert_allclose(run.latents, alone, atol=1e-5)
 
 
 def test_the_stages_leave_nothing_of_texts_and_time_to_the_step(tiny: Any) -> None:

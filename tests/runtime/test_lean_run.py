@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy")
+FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "polygraphy")
 CODE = """
 import json, sys
 
