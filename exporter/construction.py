@@ -12,6 +12,7 @@ from latentrt.runtime.manifest import Graph
 
 from .calibration import Calibration
 from .components import Component, load_component
+from .layers import tell_layers
 from .onnx_export import cast_inputs, export_component, parameter_count
 from .progress import Reporter
 from .quality import compare_engine, require
@@ -65,6 +66,7 @@ class Construction:
         if not forms:
             return
         component = load_component(self.source, name)
+        tell_layers(component, self.directory)
         for form in forms:
             self.reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
             start = time.perf_counter()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,9 +27,31 @@ from latentrt.engines.trt import share_arena
 from .batch import Batch
 from .bundle import Bundle
 from .cache import TensorCache
-from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
+from .engine_choice import (
+    EngineChoice,
+    EngineSettings,
+    FixedSize,
+    Weights,
+    choose_engine,
+    graph_for,
+    make_engine,
+    most_pictures,
+)
 from .families import Family, Text, family_of
-from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
+from .loop import (
+    Conditioning,
+    Floats,
+    FusedLoop,
+    Loop,
+    PlainLoop,
+    Run,
+    check_together,
+    output_of,
+    outputs_of,
+    start_run,
+)
+from .lora import AppliedLora, Loras, lora_files, read_lora
+from .lora_weights import changed_weights, target_of
 from .manifest import TINY_DECODER, TOKENIZER_FILE
 from .noise import Noise, SharedNoise, TorchGenerator
 from .previews import PreviewOptions, Previews, take_previews
@@ -126,6 +151,7 @@ class DrawOptions(RequestOptions, PreviewOptions, total=False):
     """Keywords of a request, with those that :class:`Request` does not keep."""
 
     latents: NDArray[Any] | None
+    loras: Loras | None
 
 
 class Pipeline:
@@ -142,9 +168,11 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
+        settings: What the engines were made with; without it others cannot be opened, and so no LoRA put on.
 
     Attributes:
         family: What the bundle's family does.
+        loras: LoRAs that are on, in their order.
         tokenizers: By name.
     """
 
@@ -158,6 +186,7 @@ class Pipeline:
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
         turns: Turns | None = None,
+        settings: EngineSettings | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
@@ -170,6 +199,14 @@ class Pipeline:
         self._turns = turns
         self._texts = TensorCache(prompt_cache)
         self._closed = False
+        self.loras: tuple[AppliedLora, ...] = ()
+        self._settings = settings
+        self._prompt_cache = prompt_cache
+        self._changed: frozenset[str] = frozenset()  # components with other weights than the bundle's
+        self._aside: Pipeline | None = None  # with the LoRAs that a request named last
+        self._opened = weakref.WeakSet(self.engines.values())  # those too that only requests under way still use
+        self._lock = threading.Lock()
+        self._switching = threading.RLock()
         self.tokenizers = _load_tokenizers(bundle, self.family)
 
     @classmethod
@@ -187,6 +224,7 @@ class Pipeline:
         max_batch: int | None = None,
         low_memory: bool = False,
         verify_hash: bool = False,
+        loras: Loras = (),
     ) -> Self:
         """Open a bundle.
 
@@ -208,11 +246,13 @@ class Pipeline:
             low_memory: Open each component when its turn comes, and close it when another's does. So there is only the
                 largest in memory at a time, and every request reads all weights anew.
             verify_hash: Hash every file of the bundle first.
+            loras: LoRAs to put on, see :meth:`set_loras`.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
             EngineUnavailableError: if the engine cannot run here.
             InvalidRequestError: for an unknown engine, precision or loop, or a size that cannot be drawn.
+            SourceError: if a LoRA is damaged, or one for another model.
         """
         if loop not in LOOPS:
             raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
@@ -254,7 +294,11 @@ class Pipeline:
                 fixed_size=size,
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
+                settings=chosen,
             )
+            if loras:
+                stack.callback(pipeline.close)
+                pipeline.set_loras(loras)
             stack.pop_all()
         return pipeline
 
@@ -269,7 +313,8 @@ class Pipeline:
                 ``latents``, ``[k, channels, h, w]``, take the place of the seed's noise; with ``denoising_start`` they
                 are those of a run that ended there with ``denoising_end``, of this model or of another.
                 ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
-                ``preview_every`` calls of the denoiser.
+                ``preview_every`` calls of the denoiser. ``loras`` are those of this request alone, as for
+            :meth:`set_loras`; of what requests name themselves the last is kept open.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -289,7 +334,8 @@ class Pipeline:
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
         rest, previews = take_previews(options)
-        return self._single(self._prepare(Batch.single, prompt, rest), previews)
+        pipe, rest = self._for(rest)
+        return pipe._single(pipe._prepare(Batch.single, prompt, rest), previews)
 
     def batch(self, prompts: Sequence[str], **options: Any) -> list[Result]:
         """Draw pictures of several prompts together, each step with one call of the denoiser for all.
@@ -313,7 +359,8 @@ class Pipeline:
     def stream_batch(self, prompts: Sequence[str], **options: Any) -> Generator[StepInfo, None, list[Result]]:
         """As :meth:`batch`, yielding after every step, with the latents of all pictures one prompt after the other."""
         rest, previews = take_previews(options)
-        return self._previewed(self._prepare(Batch.create, prompts, rest), previews)
+        pipe, rest = self._for(rest)
+        return pipe._previewed(pipe._prepare(Batch.create, prompts, rest), previews)
 
     def _single(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, Result]:
         (result,) = yield from self._previewed(prepared, previews)
@@ -368,7 +415,8 @@ class Pipeline:
             ...     return [pipe.finish(run) for run in runs]
         """
         try:
-            (run,) = self._start(self._prepare(Batch.single, prompt, options))
+            pipe, rest = self._for(options)
+            (run,) = pipe._start(pipe._prepare(Batch.single, prompt, rest))
             return run
         finally:
             self._rest()
@@ -377,15 +425,22 @@ class Pipeline:
         """Take every run one step further, with one call of the denoiser for all, or as few as ``max_batch`` allows.
 
         Runs may join and leave between calls. They may differ in everything but the size of their pictures, and each
-        gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time.
+        gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time. Runs that
+        began with other LoRAs take a call of their own.
 
         Raises:
             InvalidRequestError: if a run is done or there twice, or sizes differ.
-            EngineError: if the engine fails or computes values that are not finite; no run has moved then.
+            EngineError: if the engine fails or computes values that are not finite; no run of that call has moved then.
         """
         self._require_open()
+        apart: dict[Loop, list[Run]] = {}
+        for run in runs:
+            apart.setdefault(run.loop or self.loop, []).append(run)
         try:
-            self.loop.advance(runs)
+            if len(apart) > 1:
+                check_together(runs)
+            for loop, together in apart.items():
+                loop.advance(together)
         except BaseException:
             self._rest()
             raise
@@ -409,10 +464,78 @@ class Pipeline:
         if self._closed:
             raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
 
+    def set_loras(self, loras: Loras) -> None:
+        """Put LoRAs on in place of those that are: on the bundle's own weights, whatever was on before.
+
+        Only the components that they change are opened anew. Requests that are under way finish as they began, and hold
+        the memory of their weights until then; those that come meanwhile are not held up.
+
+        Args:
+            loras: Safetensors files, or pairs of a file and its scale, which are added one after the other; nothing
+                takes all off.
+
+        Raises:
+            SourceError: if a file is damaged, no LoRA, or one for another model. Nothing has changed then, as for the
+                other errors.
+            BundleError: if the bundle does not say which layers it has.
+            InvalidRequestError: for a scale that is none, or a plan that was not built to be refitted.
+            EngineError: if an engine does not open.
+        """
+        with self._switching:
+            new = self._with_loras(loras)
+            with self._lock:
+                for name in ("engines", "loop", "loras", "_texts", "_changed"):
+                    setattr(self, name, getattr(new, name))
+
+    def _for(self, options: Mapping[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
+        """The pipeline as it stands, or with the LoRAs that a request names, and the request's other options."""
+        rest = {name: value for name, value in options.items() if name != "loras"}
+        if options.get("loras") is None:
+            return self._snapshot(), rest
+        with self._switching:
+            pipe = self._with_loras(options["loras"])
+            if pipe.loras != self.loras:
+                self._aside = pipe
+            return pipe, rest
+
+    def _snapshot(self) -> Pipeline:
+        """The pipeline as it stands, which goes on as it is when other LoRAs are put on."""
+        with self._lock:
+            snapshot = copy.copy(self)
+        snapshot._aside = None
+        return snapshot
+
+    def _with_loras(self, given: Loras) -> Pipeline:
+        """A pipeline with these LoRAs and no others; it shares all engines with this one that they leave alone."""
+        self._require_open()
+        files = lora_files(given)
+        target = target_of(self.bundle, self.family) if files else None
+        loras = [read_lora(target, file) for file in files] if target else []
+        wanted = tuple(lora.applied for lora in loras)
+        for known in (self, self._aside):
+            if known is not None and known.loras == wanted:
+                return known._snapshot()
+        if (settings := self._settings) is None:
+            raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
+        graphs = {name: graph_for(self.bundle, name, settings) for name in self.engines}
+        weights = changed_weights(self.bundle, self.family, graphs, loras)
+        new = self._snapshot()
+        components = [name for name in self.engines if name in weights or name in self._changed]
+        opened = _open(self.bundle, components, settings, self._turns, weights)
+        self._opened.update(opened.values())
+        new.engines = {**self.engines, **opened}
+        new.loop = _make_loop(new.engines, self.family, self.max_batch)
+        new._texts = TensorCache(self._prompt_cache)
+        new.loras, new._changed = wanted, frozenset(weights)
+        return new
+
     def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
         self._require_open()
         batch = create(self.manifest, prompts, self._sized(options))
+        if self.loras:
+            requests = tuple(dataclasses.replace(request, loras=self.loras) for request in batch.requests)
+            batch = dataclasses.replace(batch, requests=requests)
         tiling, size = batch.requests[0].vae_tiling, self.fixed_size
         if size is not None and tiling is not None and tiling.splits(size.width, size.height):
             raise InvalidRequestError(
@@ -462,6 +585,7 @@ class Pipeline:
             for request, texts, own in zip(requests, prepared.texts, noise, strict=True)
         ]
         for run in runs:
+            run.loop = self.loop
             self.loop.begin(run)
         timings.schedule += time.perf_counter() - encoded
         return runs
@@ -546,7 +670,8 @@ class Pipeline:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
         self._closed = True
         self._texts.clear()
-        for engine in self.engines.values():
+        self._aside = None
+        for engine in [*self.engines.values(), *self._opened]:
             engine.close()
 
     def __enter__(self) -> Self:
@@ -579,12 +704,18 @@ def _pixels(decoded: Floats) -> NDArray[np.uint8]:
 
 
 def _open(
-    bundle: Bundle, components: Sequence[str], settings: EngineSettings, turns: Turns | None
+    bundle: Bundle,
+    components: Sequence[str],
+    settings: EngineSettings,
+    turns: Turns | None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> dict[str, Engine]:
     """Opened engines by component; if one does not open, the others are closed."""
-    engines = {component: make_engine(bundle, component, settings) for component in components}
+    changed = weights or {}
+    engines = {component: make_engine(bundle, component, settings, changed.get(component)) for component in components}
     if turns is not None:
-        engines[components[0]].open().close()  # whether the engine starts here at all shows now
+        if weights is None:
+            engines[components[0]].open().close()  # whether the engine starts here at all shows now
         graphs = {component: graph_for(bundle, component, settings) for component in components}
         return {name: TurnEngine(engine, graphs[name], turns, name).open() for name, engine in engines.items()}
     share_arena(engines.values())  # one component runs at a time

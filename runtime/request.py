@@ -16,6 +16,7 @@ import numpy as np
 from latentrt.engines.errors import InvalidRequestError
 
 from .families import family_of, refuse_foreign
+from .lora import AppliedLora
 from .manifest import TINY_DECODER, Manifest
 from .samplers import SAMPLERS, Plan, compile_plan
 from .samplers.cut import check_part
@@ -142,6 +143,7 @@ class Request:
         vae_tiling: How pictures are cut into tiles to be decoded; ``None`` decodes them whole.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
+        loras: LoRAs that were on while it was drawn, in their order; a pipeline fills this in.
     """
 
     prompt: str
@@ -179,6 +181,7 @@ class Request:
     max_sequence_length: int | None = None
     vae_tiling: Tiling | None = None
     classifier_free: bool = True
+    loras: tuple[AppliedLora, ...] = ()
 
     def compile_plan(
         self, scheduler: Mapping[str, Any], *, sigmas: Sequence[float] | None = None, mu: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from latentrt.engines.device import DeviceArray, to_numpy
 from .noise import Noise, TorchGenerator
 from .request import Request
 from .samplers.plan import Plan
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 Floats = NDArray[np.float32]
 Conditioning: TypeAlias = Mapping[str, Array]
@@ -35,6 +38,7 @@ class Run:
         index: Number of the plan's row to run next.
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
         schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
+        loop: What takes it further, with the weights that were in place when it began.
     """
 
     request: Request
@@ -45,6 +49,7 @@ class Run:
     index: int = 0
     rows: Mapping[str, Array] = field(default_factory=dict, repr=False)
     schedule: Mapping[str, Array] = field(default_factory=dict, repr=False)
+    loop: Loop | None = field(default=None, repr=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

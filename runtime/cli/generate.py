@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from latentrt.engines.errors import InvalidRequestError
 from ..bundle import Bundle
 from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
+from ..lora import LoraFile
 from ..manifest import PRECISIONS
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
 from ..previews import PREVIEW_EVERY, Preview
@@ -74,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{side}target-size", type=_size, metavar="WxH", help=f"size {what} that it has")
     parser.add_argument("--aesthetic-score", type=float, metavar="A", help="score, 0 to 10, that a refiner is told")
     parser.add_argument("--negative-aesthetic-score", type=float, metavar="A", help="score to steer away from")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA in safetensors to put on; may be repeated",
+    )
     parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
     parser.add_argument(
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
@@ -129,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.refiner is None and arguments.hand_over is not None:
         raise InvalidRequestError("--hand-over is for two models; give the second as --refiner BUNDLE")
     options, previews = _options(arguments), _previews(arguments)
-    with _loaded(arguments, arguments.bundle) as pipe:
+    with _loaded(arguments, arguments.bundle, [LoraFile.parse(text) for text in arguments.lora]) as pipe:
         if arguments.refiner is None:
             part = _Part.drawn(pipe, arguments.prompt, {**options, **previews})
         else:
@@ -206,7 +214,7 @@ class _Part:
         }
 
 
-def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
+def _loaded(arguments: argparse.Namespace, bundle: Path, loras: Sequence[LoraFile] = ()) -> Pipeline:
     return Pipeline.load(
         bundle,
         arguments.engine,
@@ -218,6 +226,7 @@ def _loaded(arguments: argparse.Namespace, bundle: Path) -> Pipeline:
         max_batch=arguments.max_batch,
         low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
+        loras=loras,
     )
 
 
@@ -283,7 +292,10 @@ def _extra(request: Request) -> dict[str, object]:
     usual: dict[str, float | None] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
     usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS))
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
-    return {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    told = {name.replace("_", " ").capitalize(): _written(name, value) for name, value in given.items()}
+    if request.loras:
+        told["LoRA"] = "; ".join(f"{Path(lora.path).name} {lora.scale:g} {lora.sha256[:12]}" for lora in request.loras)
+    return told
 
 
 def _written(name: str, value: Any) -> Any:
