@@ -1,6 +1,6 @@
 """The layers that a LoRA may change: found again in an exported graph, and told to whoever runs it.
 
-The exporter of torch folds the transposition of a linear layer's weights into them and gives them a name of its own. Here
+torch's exporter folds the transposition of a linear layer's weights into them and gives them a name of its own. Here
 they get the layer's name back, so that the runtime can open a graph with other weights in their place.
 """
 

@@ -204,7 +204,7 @@ class Pipeline:
         self._prompt_cache = prompt_cache
         self._changed: frozenset[str] = frozenset()  # components with other weights than the bundle's
         self._aside: Pipeline | None = None  # with the LoRAs that a request named last
-        self._opened = weakref.WeakSet(self.engines.values())  # those too that only requests under way still use
+        self._replaced: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
         self._lock = threading.Lock()
         self._switching = threading.RLock()
         self.tokenizers = _load_tokenizers(bundle, self.family)
@@ -437,7 +437,7 @@ class Pipeline:
         for run in runs:
             apart.setdefault(run.loop or self.loop, []).append(run)
         try:
-            if len(apart) > 1:
+            if len(apart) != 1:
                 check_together(runs)
             for loop, together in apart.items():
                 loop.advance(together)
@@ -522,7 +522,7 @@ class Pipeline:
         new = self._snapshot()
         components = [name for name in self.engines if name in weights or name in self._changed]
         opened = _open(self.bundle, components, settings, self._turns, weights)
-        self._opened.update(opened.values())
+        self._replaced.update([*opened.values(), *(self.engines[name] for name in components)])
         new.engines = {**self.engines, **opened}
         new.loop = _make_loop(new.engines, self.family, self.max_batch)
         new._texts = TensorCache(self._prompt_cache)
@@ -671,7 +671,7 @@ class Pipeline:
         self._closed = True
         self._texts.clear()
         self._aside = None
-        for engine in [*self.engines.values(), *self._opened]:
+        for engine in [*self.engines.values(), *self._replaced]:
             engine.close()
 
     def __enter__(self) -> Self:
@@ -712,7 +712,10 @@ def _open(
 ) -> dict[str, Engine]:
     """Opened engines by component; if one does not open, the others are closed."""
     changed = weights or {}
-    engines = {component: make_engine(bundle, component, settings, changed.get(component)) for component in components}
+    engines = {
+        component: make_engine(bundle, component, settings, *([changed[component]] if component in changed else []))
+        for component in components
+    }
     if turns is not None:
         if weights is None:
             engines[components[0]].open().close()  # whether the engine starts here at all shows now

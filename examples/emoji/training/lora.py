@@ -2,8 +2,8 @@
 
     python lora.py --output ../lora/blue-ink.safetensors
 
-The model's own weights stay as they are; factors of rank 4 beside the attentions and the convolutions of the last blocks
-learn to draw the training pictures with their brightness as ink. Takes about ten minutes on one core.
+The model's own weights stay as they are; factors of rank 4 beside the attentions and the convolutions of the last
+blocks learn to draw the training pictures with their brightness as ink. Takes about ten minutes on one core.
 """
 
 from __future__ import annotations
