@@ -127,11 +127,11 @@ class Factors:
     up: Floats
     scale: float
 
-    def delta(self, shape: Sequence[int]) -> Floats:
-        """Their product, in a weight's shape."""
-        product: Floats = self.up.reshape(len(self.up), -1) @ self.down.reshape(len(self.down), -1)
-        product *= np.float32(self.scale)
-        return product.reshape(tuple(shape))
+    def delta(self, scale: float, *, transposed: bool = False) -> Floats:
+        """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
+        up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
+        factor = np.float32(self.scale * scale)
+        return down.T @ (up.T * factor) if transposed else (up * factor) @ down
 
 
 @dataclass(frozen=True)
@@ -151,24 +151,25 @@ class Lora:
         """The file's name."""
         return Path(self.applied.path).name
 
-    def changed(self, part: str, path: str, weight: Floats) -> Floats:
-        """A layer's weight with this LoRA added to it.
+    def changed(self, part: str, path: str, weight: NDArray[Any], *, transposed: bool = False) -> Floats:
+        """A layer's weight with this LoRA added to it, fp32.
 
         Args:
             part: Part of the model.
             path: A layer that the LoRA changes.
-            weight: fp32, in the layer's own shape; left as it is.
+            weight: Of floating-point numbers, in the layer's own shape; left as it is.
+            transposed: Whether it is a matrix that is the other way round.
 
         Raises:
             SourceError: if it is not finite afterwards.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            delta = self.factors[part][path].delta(weight.shape)
-            delta *= np.float32(self.applied.scale)
-            delta += weight
-        if not np.isfinite(delta).all():
+            changed = self.factors[part][path].delta(self.applied.scale, transposed=transposed).reshape(weight.shape)
+            changed += weight
+        # Without an array of truth values: weights are large, and fresh memory is what takes the time.
+        if not (math.isfinite(changed.min()) and math.isfinite(changed.max())):
             raise SourceError(f"with {self.name} the weights of {part}.{path} are not finite")
-        return delta
+        return changed
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from latentrt.engines.errors import BundleError, SourceError
 
 from .bundle import Bundle
 from .families import Family
-from .lora import Floats, Lora, Shapes, Target
+from .lora import Lora, Shapes, Target
 from .manifest import MAX_JSON_BYTES, Graph
 from .onnx_guard import ExternalTensor
 
@@ -92,12 +93,12 @@ def _changed(
     file = bundle.file(f"{folder}/{tensor.location}" if folder else tensor.location)
     stored = np.memmap(file, _DTYPES[tensor.data_type], "r", tensor.offset, tensor.dims)
     transposed = tensor.name.endswith(TRANSPOSED)
-    weight: Floats = np.asarray(stored.T if transposed else stored, np.float32)
+    weight: NDArray[Any] = stored
     for lora in loras:
-        weight = lora.changed(part, path, weight)
+        weight = lora.changed(part, path, weight, transposed=transposed)
     with np.errstate(over="ignore"):
-        changed = np.ascontiguousarray(weight.T if transposed else weight, stored.dtype)
-    if not np.isfinite(changed).all():
+        changed = weight.astype(stored.dtype, copy=False)
+    if changed is not weight and not np.isfinite(changed).all():
         raise SourceError(f"with {loras[-1].name} the weights of {part}.{path} leave the range of {graph.precision}")
     return changed
 

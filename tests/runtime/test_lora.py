@@ -102,9 +102,7 @@ def test_weights_are_those_that_are_fused_at_build(
     loras = [LoraFile(files[0], 0.8), LoraFile(files[1], -0.5)]
     family = family_of(bundle.manifest)
     graphs = {name: bundle.graph(name, FORM) for name in ("text_encoder", "unet", "unet_prompt", "unet_step")}
-    changed = changed_weights(
-        bundle, family, graphs, [read_lora(target_of(bundle, family), each) for each in loras]
-    )
+    changed = changed_weights(bundle, family, graphs, [read_lora(target_of(bundle, family), each) for each in loras])
     fused = with_loras(Source.open(tiny.source("sd1")), loras)
     before = Source.open(tiny.source("sd1"))
     for part in ("text_encoder", "unet"):
@@ -226,7 +224,9 @@ def test_a_file_that_does_not_fit_changes_nothing(
         "dora": (pair(**{f"{KEY}.lora_magnitude_vector": torch.ones(2)}), "has DoRA"),
         "large": (pair(**{f"{KEY}.alpha": torch.tensor(3e38)}), "the weights of unet.down.* are not finite"),
     }
-    cases = [(lora_files.write(tensors, tmp_path / f"{name}.safetensors"), text) for name, (tensors, text) in wrong.items()]
+    cases = [
+        (lora_files.write(tensors, tmp_path / f"{name}.safetensors"), text) for name, (tensors, text) in wrong.items()
+    ]
     cases += [(huge, "its header claims"), (cut, "is damaged"), (tmp_path / "none.safetensors", "does not exist")]
     for path, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
@@ -302,7 +302,10 @@ def test_the_command_line_puts_them_on(
     asked = ["generate", str(pipe.bundle.path), "a red apple", f"--output={output}", "--engine=onnxruntime"]
     assert main([*asked, *options, *loras, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["request"]["loras"]
-    assert [(Path(each["path"]).name, each["scale"]) for each in told] == [("style.safetensors", 0.8), (files[1].name, 1)]
+    assert [(Path(each["path"]).name, each["scale"]) for each in told] == [
+        ("style.safetensors", 0.8),
+        (files[1].name, 1),
+    ]
     parameters = read_parameters(output)
     assert parameters is not None
     assert f"style.safetensors 0.8 {told[0]['sha256'][:12]}; b.safetensors 1 {told[1]['sha256'][:12]}" in parameters
