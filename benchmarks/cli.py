@@ -30,6 +30,9 @@ from .peers.environments import default_root
 from .report.compare import compare, to_text
 from .report.document import read
 
+COMPARED = "stable-diffusion"
+"""Family of models that every contender has."""
+
 SCENARIOS = ("SingleStream", "Offline", "Server")
 """MLPerf's scenarios that can be run."""
 
@@ -199,6 +202,11 @@ def _job(arguments: argparse.Namespace, folder: Path, bundle: Bundle | None) -> 
     asked = {name: getattr(arguments, name) for name in ("negative_prompt", "steps", "guidance", "seed", "sampler")}
     asked |= {name: getattr(arguments, name) for name in ("width", "height", "images")}
     if bundle is not None:
+        if bundle.manifest.family != COMPARED:
+            raise InvalidRequestError(
+                f"{bundle.path} holds a model of {bundle.manifest.family}; the programs that LatentRT is compared with "
+                f"are written for {COMPARED}, so give a bundle of that"
+            )
         request = Request.create(bundle.manifest, arguments.prompt, **asked)
         family_of(bundle.manifest).plan(request)
         asked = {name: getattr(request, name) for name in asked}

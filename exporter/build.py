@@ -24,7 +24,7 @@ from latentrt.runtime.samplers import SAMPLERS, default_sampler
 
 from .adoption import adopt
 from .calibration import Calibration
-from .construction import Construction, picture_key
+from .construction import Construction, loaded_as, picture_key
 from .graph_folders import GraphFolders
 from .lora import LoraFile, with_loras
 from .progress import Reporter, Silent
@@ -57,7 +57,9 @@ class BuildRequest:
             takes 20.
         guidance: Guidance scale that the bundle uses by default; ``None`` likewise, or that of the family.
         sampler: Sampler that the bundle uses by default; ``None`` likewise, or the one of the source's scheduler.
-        calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures.
+        calibration: What is drawn for a reduced precision, to learn ranges and to compare pictures. ``None`` draws
+            nothing: values of fp16 are kept in range on example inputs alone. It goes with fp16 and bf16 that are not
+            compared, for models that cannot be run here.
         quantization: How the layers are chosen that are computed in 8 bits.
         accept_quality: Keep a reduced precision whose pictures are below the gate.
         loras: LoRAs to fuse into the weights, one after the other.
@@ -75,7 +77,7 @@ class BuildRequest:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration | None = field(default_factory=Calibration)
     quantization: Quantization = field(default_factory=Quantization)
     accept_quality: bool = False
     loras: Sequence[LoraFile] = ()
@@ -98,6 +100,15 @@ class BuildRequest:
         if guidance is not None and not 0 <= guidance <= _MOST_GUIDANCE:  # also when it is NaN
             raise InvalidRequestError(
                 f"guidance is {guidance}, expected 0 to {_MOST_GUIDANCE} (7.5 is usual, 1 is none)"
+            )
+        if self.calibration is None and self.precision not in ("fp32", "fp16", "bf16"):
+            raise InvalidRequestError(
+                f"{self.precision} learns its ranges from pictures; calibrate, or take fp16 or bf16"
+            )
+        if self.calibration is None and self.precision != "fp32" and self.verify:
+            raise InvalidRequestError(
+                "without calibration no pictures are drawn that could be compared with those of fp32; "
+                "calibrate, or do not verify"
             )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise InvalidRequestError(f"unknown sampler {self.sampler!r}; known samplers: {', '.join(SAMPLERS)}")
@@ -263,8 +274,9 @@ def _export(
             _carry_engines(older, writer.directory / m.ENGINES_DIRECTORY)
         tokenizers = {name: _write_tokenizer(source, name, writer.directory) for name in family.tokenizers}
         if missing:  # all weights are read once, so that damage in the last does not show after the first is exported
+            read = loaded_as(source, [form.precision for form in exports], request.verify)
             for part in source.configs:
-                source.load(part)
+                read.load(part)
 
         def manifest() -> m.Manifest:
             return m.Manifest(
@@ -289,13 +301,14 @@ def _export(
         new = Construction(source, writer.directory, request.verify, reporter, kept, quality, preview)
         for name in source.components:
             new.export(name, [form for each, form in missing if each == name])
-        size, calibration = _picture_size(request), request.calibration
-        for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
-            new.widen_where_needed(form, calibration, size)
-        for form in unquantized:
-            new.quantize(form, calibration, request.quantization, size)
-        for engine in unjudged:
-            new.judge(engine, request.precision, calibration, size, accept=request.accept_quality)
+        if request.calibration is not None:
+            size, calibration = _picture_size(request), request.calibration
+            for form in dict.fromkeys(form for _, form in missing if form.precision == "fp16"):
+                new.widen_where_needed(form, calibration, size)
+            for form in unquantized:
+                new.quantize(form, calibration, request.quantization, size)
+            for engine in unjudged:
+                new.judge(engine, request.precision, calibration, size, accept=request.accept_quality)
         if PORTABLE not in wanted and not any(PORTABLE.name in part.graphs for part in found.values()):
             new.drop(PORTABLE)
         writer.commit(manifest())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
@@ -13,7 +16,7 @@ from latentrt.runtime.manifest import Graph
 from .calibration import Calibration
 from .components import Component, load_component
 from .layers import tell_layers
-from .onnx_export import cast_inputs, export_component, parameter_count
+from .onnx_export import HALVES, cast_inputs, export_component, parameter_count
 from .progress import Reporter
 from .quality import compare_engine, require
 from .reduce import Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
@@ -30,6 +33,15 @@ Size = Mapping[str, int | None]
 def picture_key(engine: str, precision: str) -> str:
     """Where a manifest's ``quality`` has the PSNR in dB of pictures that an engine draws in a reduced precision."""
     return f"pictures/{engine}/{precision}/psnr_db"
+
+
+def loaded_as(source: Source, precisions: Collection[str], verify: bool) -> Source:
+    """A source whose weights take no more memory than an export needs.
+
+    They are fp32 only if graphs are compared with torch, or not all of one half precision.
+    """
+    only = next(iter(precisions)) if len(set(precisions)) == 1 else "fp32"
+    return source if verify else dataclasses.replace(source, dtype=HALVES.get(only, torch.float32))
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Construction:
         """
         if not forms:
             return
-        component = load_component(self.source, name)
+        component = load_component(loaded_as(self.source, [form.precision for form in forms], self.verify), name)
         tell_layers(component, self.directory)
         for form in forms:
             self.reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")

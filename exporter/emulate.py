@@ -67,7 +67,12 @@ def _in_fp32(spec: TensorSpec) -> TensorSpec:
 
 @contextlib.contextmanager
 def widened_copy(
-    path: Path, *, rounded: bool, lowered: ir.DataType | None = None, scratch: Path | None = None
+    path: Path,
+    *,
+    rounded: bool,
+    lowered: ir.DataType | None = None,
+    scratch: Path | None = None,
+    weights: bool = True,
 ) -> Iterator[Path]:
     """A copy of a graph without half precision, there until the end of the with statement.
 
@@ -76,26 +81,30 @@ def widened_copy(
         rounded: Round every value to what it was, see :func:`~latentrt.exporter.passes.widen.widen`.
         lowered: Round what the model computes to this type, as an engine does that lowers fp32 by itself.
         scratch: Where to put it; ``None`` is beside the graph.
+        weights: Widen the weights in it, or each where it is used, see :func:`~latentrt.exporter.passes.widen.widen`;
+            then the copy is beside the graph and uses its file of weights.
     """
     model = ir.load(path)
-    widened = widen(model.graph, rounded=rounded)
+    widened = widen(model.graph, rounded=rounded, weights=weights)
     if lowered is not None:
         round_values(model.graph, lowered, keep="update_")  # guidance and the sampler's update
     elif not widened:
         yield path
         return
     copy = (scratch or path.parent) / f".{path.stem}.{'rounded' if rounded else 'widened'}.onnx"
-    weights = copy.with_suffix(".onnx.data")
+    data = copy.with_suffix(".onnx.data")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     try:
-        if size > EXTERNAL_THRESHOLD:
-            ir.save(model, copy, external_data=weights.name)
+        if not weights:
+            ir.save(model, copy)
+        elif size > EXTERNAL_THRESHOLD:
+            ir.save(model, copy, external_data=data.name)
         else:
             ir.save(ir.external_data.load_to_model(model), copy)
         yield copy
     finally:
         copy.unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentrt.engines.errors import SourceError
@@ -36,7 +37,7 @@ class GraphFolders:
     components: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
     tools: tuple[tuple[str, str], ...]
 
-    def read(self, name: str) -> dict[str, Tensor]:
+    def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """There are no weights.
 
         Raises:

@@ -89,7 +89,7 @@ def out_of_range(path: Path, feeds: Sequence[Mapping[str, Array]]) -> dict[str, 
     ]
     if not values:
         return {}
-    with widened_copy(path, rounded=False) as copy:
+    with widened_copy(path, rounded=False, weights=False) as copy:
         found = largest_magnitudes(copy, values, feeds)
     return {name: largest for name, largest in found.items() if not largest <= FP16_LIMIT}
 

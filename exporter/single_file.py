@@ -178,12 +178,12 @@ class Checkpoint:
                 f"{header.path.name} has the tensor {min(rest)!r}, for which models of {family.name} have no place"
             )
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a part, fp32, with the names that its class has for them."""
+    def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of a part with the names that its class has for them, see :func:`.weights.read_tensors`."""
         path, targets = self._header.path, self._targets[name]
         tensors = {}
         with opened(path, path.name) as content:
-            for key, tensor in read_tensors(content, targets, path.name):
+            for key, tensor in read_tensors(content, targets, path.name, dtype):
                 for target in targets[key]:
                     tensors[target.name] = target.change(tensor)
         return tensors

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -76,8 +77,8 @@ class Reading:
 class Weights(Protocol):
     """Where weights come from."""
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a part, fp32, with the names that its class has for them.
+    def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of a part with the names that its class has for them, see :func:`.weights.read_tensors`.
 
         Raises:
             SourceError: if they are missing, damaged or not finite.
@@ -101,6 +102,7 @@ class Source:
         notes: What was assumed, a sentence each.
         loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.lora`.
         tiny_vae: A decoder beside the model's own.
+        dtype: What weights are loaded as.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Source:
     notes: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
     tiny_vae: TinyVae | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -157,13 +160,18 @@ class Source:
         raise SourceError(f"source {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
 
     def load(self, name: str) -> nn.Module:
-        """Build a part with weights, such as ``unet`` or ``vae``, in fp32 on the CPU, in evaluation mode.
+        """Build a part with weights, such as ``unet`` or ``vae``, on the CPU, in evaluation mode.
+
+        It is fp32 in spite of :attr:`dtype` if a weight leaves the range of that, or LoRAs are to be added.
 
         Raises:
             SourceError: if configuration and weights do not fit each other, or a weight is not finite.
         """
         part, config = self.family.parts[name], self.configs[name]
-        tensors = self.weights.read(name)
+        dtype = torch.float32 if self.loras else self.dtype
+        tensors = self.weights.read(name, dtype)
+        if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors.values()):
+            tensors = self.weights.read(name, torch.float32)
         module = empty_module(part.build, config, name)
         tensors = part.rename(tensors, module)
         assign(module, tensors, name)
@@ -200,8 +208,8 @@ class _Folders:
     family: Family
     variant: str | None
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        return read_weights(self.path / name, self.family.parts[name].stem, self.variant)
+    def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        return read_weights(self.path / name, self.family.parts[name].stem, self.variant, dtype)
 
     def files(self) -> list[Path]:
         parts = self.family.parts.items()

@@ -95,8 +95,10 @@ def _shards(index_path: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def read_weights(directory: Path, stem: str, variant: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a component as fp32. Takes what :func:`weight_files` takes.
+def read_weights(
+    directory: Path, stem: str, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All tensors of a component. Takes what :func:`weight_files` and :func:`read_tensors` take.
 
     Raises:
         SourceError: if a file is truncated or damaged, a tensor stands twice, or a value is not finite.
@@ -104,20 +106,24 @@ def read_weights(directory: Path, stem: str, variant: str | None = None) -> dict
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory, stem, variant):
         with opened(file) as content:
-            for name, tensor in read_tensors(content, content.keys(), directory.name):
+            for name, tensor in read_tensors(content, content.keys(), directory.name, dtype):
                 if name in tensors:
                     raise SourceError(f"{directory.name}: the tensor {name!r} stands in two files")
                 tensors[name] = tensor
     return tensors
 
 
-def read_tensors(content: Any, names: Iterable[str], label: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of an opened file, floating-point ones as fp32.
+def read_tensors(
+    content: Any, names: Iterable[str], label: str, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of an opened file.
 
     Args:
         content: What :func:`opened` gives.
         names: Which.
         label: What messages call the file.
+        dtype: What floating-point tensors are given as; one that leaves its range is given as fp32. A tensor that the
+            file has in this type takes no memory of its own.
 
     Raises:
         SourceError: if a value is not finite.
@@ -125,9 +131,12 @@ def read_tensors(content: Any, names: Iterable[str], label: str) -> Iterator[tup
     for name in names:
         tensor = content.get_tensor(name)
         if tensor.is_floating_point():
-            tensor = tensor.float()
-            if not bool(torch.isfinite(tensor).all()):
+            wide = tensor if tensor.dtype == dtype else tensor.float()
+            if not bool(torch.isfinite(wide).all()):
                 raise SourceError(f"{label}: the tensor {name!r} holds NaN or infinity")
+            tensor = wide.to(dtype)
+            if tensor is not wide and not bool(torch.isfinite(tensor).all()):
+                tensor = wide
         yield name, tensor
 
 

@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-steps", type=int, default=8, metavar="N", help="steps of the pictures drawn for that; default 8"
     )
     parser.add_argument(
+        "--no-calibration",
+        action="store_true",
+        help="draw no pictures to see which values leave the range of fp16, if the model is too large to be run here",
+    )
+    parser.add_argument(
         "--least-sqnr",
         type=float,
         default=20.0,
@@ -113,9 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         guidance=arguments.guidance,
         sampler=arguments.sampler,
-        calibration=Calibration(
-            read_prompts(arguments.calibration) if arguments.calibration else PROMPTS, arguments.calibration_steps
-        ),
+        calibration=_calibration(arguments),
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
         tiny_vae=arguments.tiny_vae,
@@ -144,6 +147,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.output}: ready after {seconds(report.seconds)}")
     return 0
+
+
+def _calibration(arguments: argparse.Namespace) -> Calibration | None:
+    if not arguments.no_calibration:
+        prompts = read_prompts(arguments.calibration) if arguments.calibration else PROMPTS
+        return Calibration(prompts, arguments.calibration_steps)
+    if arguments.calibration:
+        raise InvalidRequestError("--calibration and --no-calibration exclude each other; give one of them")
+    return None
 
 
 def _compile_openvino(report: BuildReport, request: BuildRequest, console: BuildConsole) -> BuildReport:

@@ -12,7 +12,7 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOAT = ir.DataType.FLOAT
 
 
-def widen(graph: ir.Graph, *, rounded: bool = False) -> list[str]:
+def widen(graph: ir.Graph, *, rounded: bool = False, weights: bool = True) -> list[str]:
     """Turn every fp16 or bf16 value of a graph into fp32, under its name.
 
     ONNX Runtime on a processor computes in fp32 and rounds where it suits it, so a graph that overflows on a GPU may
@@ -27,11 +27,14 @@ def widen(graph: ir.Graph, *, rounded: bool = False) -> list[str]:
 
     Args:
         graph: Changed in place. Its nodes have no subgraphs.
+        weights: Turn constants into fp32. If not, each passes through a ``Cast`` before the first node that takes it: a
+            graph that is run once then needs not all of its weights in fp32 at a time.
 
     Returns:
         Names of the values that were of half precision, constants left out.
     """
     builder, nodes = Builder(graph, "widen"), list(graph)
+    places = {node: place for place, node in enumerate(nodes)}
     found: list[str] = []
 
     def convert(value: ir.Value, following: ir.Node | None) -> None:
@@ -45,7 +48,13 @@ def widen(graph: ir.Graph, *, rounded: bool = False) -> list[str]:
 
     for value in graph.initializers.values():
         if value.dtype in HALVES and value.const_value is not None:
-            value.const_value, value.dtype = _widened(value.const_value), _FLOAT
+            if weights:
+                value.const_value, value.dtype = _widened(value.const_value), _FLOAT
+            elif users := [(use.node, use.idx) for use in value.uses()]:
+                builder.before = min((node for node, _ in users), key=places.__getitem__)
+                wide = builder.add("Cast", [value], _FLOAT, value.shape, to=_FLOAT.value)
+                for node, place in users:
+                    node.replace_input_with(place, wide)
     for value in list(graph.inputs):
         convert(value, nodes[0] if nodes else None)
     for node, following in zip(nodes, [*nodes[1:], None], strict=True):

@@ -40,11 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-sequence-length", type=int, metavar="L", help="tokens of a T5 text encoder, padding included; up to 512"
     )
-    parser.add_argument("--prompt-3", metavar="TEXT", help="prompt of a third text encoder; the prompt by default")
-    parser.add_argument("--negative-prompt-3", metavar="TEXT", help="likewise what to steer away from")
-    parser.add_argument(
-        "--max-sequence-length", type=int, metavar="L", help="tokens of a T5 text encoder, padding included; up to 512"
-    )
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps")
     parser.add_argument("--guidance", type=float, metavar="G", help="scale of classifier-free guidance; 1 is none")
     parser.add_argument(

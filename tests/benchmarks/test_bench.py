@@ -157,19 +157,22 @@ def test_a_run_that_ends_early_leaves_a_valid_report(
         (["bench", "{bundle}", "--contenders", "pytorch"], "unknown contender 'pytorch'"),
         (["bench", "{bundle}", "--build"], "--build needs --contenders"),
         (["bench", "{bundle}", "--threads", "-1"], "--threads is -1"),
+        (["bench", "{xl}"], "holds a model of stable-diffusion-xl"),
     ],
 )
 def test_a_wrong_command_line_is_refused(
     arguments: list[str],
     message: str,
-    tiny_bundles: dict[str, Path],
+    tiny: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In one sentence, with exit status 2, before anything is measured."""
     monkeypatch.chdir(tmp_path)
-    assert main([argument.format(bundle=tiny_bundles["sd1"]) for argument in arguments]) == 2
+    bundles = {"bundle": tiny.bundle("sd1"), "xl": tiny.bundle("sdxl")}
+    capsys.readouterr()
+    assert main([argument.format_map(bundles) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1

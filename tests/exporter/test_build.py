@@ -41,6 +41,7 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
 
 EditJson = Callable[..., None]
+COMPONENTS = tuple(part for name in StableDiffusion.components for part in StableDiffusion().with_stages(name))
 FORM = "opset20-fp32"
 FILES = (
     *("text_encoder/model.onnx", "unet/model.onnx", "unet/prompt.onnx", "unet/schedule.onnx", "unet/step.onnx"),
@@ -75,11 +76,11 @@ def unverified(source: Path, output: Path) -> BuildReport:
 def test_bundle_is_whole_and_good(tiny_bundles: dict[str, Path], kind: str) -> None:
     """A bundle opens with every hash right, and each of its graphs has a figure above the gate."""
     bundle = Bundle.open(tiny_bundles[kind], verify_hash=True)
-    assert tuple(bundle.manifest.components) == StableDiffusion().all_components()
+    assert tuple(bundle.manifest.components) == COMPONENTS
     assert set(bundle.manifest.quality) == set(FILES)
     assert min(bundle.manifest.quality.values()) >= GATES["fp32"]
     assert bundle.manifest.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
-    for name in StableDiffusion().all_components():
+    for name in COMPONENTS:
         graph = onnx.load(bundle.graph_path(name, FORM))
         onnx.checker.check_model(graph, full_check=True)
         assert not any(node.metadata_props for node in graph.graph.node)
@@ -195,15 +196,15 @@ def with_huge_weights(source: Path, name: str, factor: float) -> None:
 
 
 def exported_in_fp16(
-    source: Path, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, name: str, directory: Path, monkeypatch: pytest.MonkeyPatch, *, verify: bool = True
 ) -> tuple[Construction, str]:
     """One component exported at opset 20 in fp16, and what was told of it."""
     told: list[str] = []
     reporter = Silent()
     monkeypatch.setattr(reporter, "result", told.append)
-    graphs: dict[str, dict[str, Graph]] = {part: {} for part in StableDiffusion().all_components()}
+    graphs: dict[str, dict[str, Graph]] = {part: {} for part in COMPONENTS}
     made = Construction(
-        Source.open(source), directory, True, reporter, graphs, {}, lambda: pytest.fail("not asked for")
+        Source.open(source), directory, verify, reporter, graphs, {}, lambda: pytest.fail("not asked for")
     )
     made.export(name, [Form(20, "fp16")])
     return made, " ".join(told)
@@ -217,6 +218,22 @@ def test_weight_beyond_fp16_is_found(tiny_source: Path) -> None:
     ((path, weight),) = [(path, each) for path, each in component.module.named_parameters() if path.endswith(name)]
     weight.data = (weight.data + 0.01) * 1e9
     assert heavy_weight(component) == path
+
+
+@pytest.mark.heavy
+def test_weights_in_half_precision_give_the_same_graph(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export that is not compared reads weights in half precision, and writes what one that is compared writes."""
+    name = "text_encoder"
+    exported_in_fp16(tiny_source, name, tmp_path / "compared", monkeypatch)
+    load, read = Source.load, []
+    monkeypatch.setattr(Source, "load", lambda self, name: read.append(self.dtype) or load(self, name))
+    exported_in_fp16(tiny_source, name, tmp_path / "plain", monkeypatch, verify=False)
+    assert read == [torch.float16]
+    file = f"model{Form(20, 'fp16').suffix}.onnx"
+    first, second = (onnx.load(tmp_path / each / name / file) for each in ("compared", "plain"))
+    assert first == second
 
 
 @pytest.mark.heavy
@@ -472,6 +489,8 @@ def test_damage_is_found_before_anything_is_exported(
         ({"ranges": {"depth": Range.fixed(1)}}, "unknown profile entry 'depth'"),
         ({"ranges": {"batch": Range(1, 1, 10**6)}}, "exceeds 4096"),
         ({"ranges": {"height": Range.fixed(10**6)}}, "exceeds 16384"),
+        ({"precision": "int8", "calibration": None, "verify": False}, "int8 learns its ranges from pictures"),
+        ({"precision": "fp16", "engines": ["tensorrt-rtx"], "calibration": None}, "no pictures are drawn"),
     ],
     ids=str,
 )

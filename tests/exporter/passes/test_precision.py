@@ -308,6 +308,25 @@ def test_widened_graph_shows_what_half_precision_overflows_to(parse: Parse, run:
     assert np.isinf(results["big"][1])
 
 
+def test_weights_that_are_widened_where_they_are_used(parse: Parse, run: Run) -> None:
+    """The graph computes the same in fp32 while its weights stay half, each cast once for all who take it."""
+    graph = parse("g (float16[n] x) => (float16[n] y) { a = Mul(x, w) y = Add(a, w) }")
+    for node in graph:
+        node.name = str(node.outputs[0].name)
+    weight = np.array([1000.0], np.float16)
+    value = ir.val("w", const_value=ir.tensor(weight, name="w"))
+    graph.register_initializer(value)
+    for node in graph:
+        for place, taken in enumerate(node.inputs):
+            if taken is not None and taken.name == "w":
+                node.replace_input_with(place, value)
+    widen(graph, weights=False)
+    assert graph.initializers["w"].dtype == ir.DataType.FLOAT16
+    assert [node.op_type for node in graph] == ["Cast", "Mul", "Add"]
+    x = np.array([1 / 3, 2000.0], np.float32)
+    np.testing.assert_allclose(run(graph, {"x": x})["y"], x * 1000 + 1000, rtol=1e-6)
+
+
 def test_rounding_an_fp32_graph_leaves_out_what_is_named(network: ir.Graph, run: Run) -> None:
     """Every value and weight is rounded to bf16, but for those whose names begin as told, and the outputs."""
     x = np.random.default_rng(3).standard_normal((1, 4, 4, 4)).astype(np.float32)
