@@ -59,7 +59,7 @@ from .request import Request, RequestOptions, check_decoder
 from .samplers import Plan
 from .tiling import Tiling, decode_tiles
 from .tokenizers import PromptTokenizer, load_tokenizer
-from .turns import TurnEngine, Turns
+from .turns import TurnEngine, Turns, give_back
 
 _T = TypeVar("_T")
 
@@ -486,6 +486,7 @@ class Pipeline:
             with self._lock:
                 for name in ("engines", "loop", "loras", "_texts", "_changed"):
                     setattr(self, name, getattr(new, name))
+        give_back()  # what the weights before took, unless a request is under way
 
     def _for(self, options: Mapping[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
         """The pipeline as it stands, or with the LoRAs that a request names, and the request's other options."""
