@@ -159,7 +159,7 @@ def test_other_weights_take_the_place_of_the_graphs_own(linear: Path, tmp_path: 
         np.testing.assert_array_equal(result, expected.run({"x": x})["y"])
         assert not np.array_equal(result, own.run({"x": x})["y"])
     for wrong in ({"none": other}, {name: other[:2]}):
-        with pytest.raises(EngineError, match="could not load apart.onnx"):
+        with pytest.raises(EngineError, match=r"could not load apart\.onnx"):
             OnnxRuntimeEngine(apart, weights=wrong).open()
 
 

@@ -279,7 +279,8 @@ def test_other_weights_take_the_place_of_the_graphs_own(tmp_path: Path) -> None:
     """An engine opened with weights computes with them; one that the graph lacks is refused by name."""
     own = RNG.standard_normal((6, 5)).astype(np.float32)
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 20]> agraph (float[batch, 6] x) => (float[batch, 5] y) { y = MatMul(x, w) }'
+        '<ir_version: 10, opset_import: ["" : 20]> '
+        "linear (float[batch, 6] x) => (float[batch, 5] y) { y = MatMul(x, w) }"
     )
     model.graph.initializer.append(onnx.numpy_helper.from_array(own, "w"))
     onnx.save(model, tmp_path / "model.onnx")

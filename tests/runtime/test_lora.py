@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError, SourceError
 from latentrt.exporter.lora import with_loras
 from latentrt.exporter.source import Source
-from latentrt.runtime import Bundle, Pipeline
+from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
 from latentrt.runtime.cli import main
 from latentrt.runtime.families import family_of
 from latentrt.runtime.images import read_parameters
-from latentrt.runtime.lora import Loras, LoraFile, read_lora
+from latentrt.runtime.lora import LoraFile, Loras, read_lora
 from latentrt.runtime.lora_weights import LAYERS_FILE, changed_weights, target_of
 
 FORM = "opset20-fp32"
@@ -54,6 +54,16 @@ def draw(pipe: Pipeline, **options: Any) -> NDArray[np.uint8]:
 def drawn_alone(bundle: Path, loras: Loras, **settings: Any) -> NDArray[np.uint8]:
     with Pipeline.load(bundle, "onnxruntime", loras=loras, **settings) as pipe:
         return draw(pipe)
+
+
+def finish(stream: Generator[StepInfo, None, Result]) -> Result:
+    """What a stream returns at its end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
 
 
 def test_each_starts_from_the_bundles_own_weights(
@@ -130,10 +140,7 @@ def test_a_request_under_way_finishes_as_it_began(
         runs.append(pipe.start("a red apple", **OPTIONS))
         if len(runs) == 2:
             pipe.advance(runs[:1])
-    with pytest.raises(StopIteration) as stopped:
-        while True:
-            next(stream)
-    np.testing.assert_array_equal(stopped.value.value.images, expected[0])
+    np.testing.assert_array_equal(finish(stream).images, expected[0])
     while running := [run for run in runs if not run.done]:
         pipe.advance(running)
     for run, pictures in zip(runs, expected, strict=True):
@@ -273,7 +280,9 @@ def test_bundles_that_take_none(tiny_bundle: Path, files: tuple[Path, Path]) -> 
             target_of(Bundle.open(tiny_bundle), family)
     del manifest["files"][LAYERS_FILE]
     (tiny_bundle / "bundle.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="does not say which layers it has, so no LoRA can be put on; build it again"):
+    with pytest.raises(
+        BundleError, match=r"does not say which layers it has, so no LoRA can be put on; build it again"
+    ):
         Pipeline.load(tiny_bundle, "onnxruntime", loras=[files[0]])
 
 
