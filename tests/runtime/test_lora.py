@@ -263,7 +263,7 @@ def test_bundles_that_take_none(tiny_bundle: Path, files: tuple[Path, Path]) -> 
     """One without a list of layers, one whose list is damaged, quantised layers, and engines that a caller opened."""
     with Pipeline.load(tiny_bundle, "onnxruntime") as pipe:
         other = Pipeline(pipe.bundle, pipe.engines)
-        with pytest.raises(InvalidRequestError, match="load the bundle with Pipeline.load"):
+        with pytest.raises(InvalidRequestError, match=r"load the bundle with Pipeline\.load"):
             other.set_loras([files[0]])
     bundle = Bundle.open(tiny_bundle)
     family = family_of(bundle.manifest)
@@ -276,7 +276,7 @@ def test_bundles_that_take_none(tiny_bundle: Path, files: tuple[Path, Path]) -> 
         path.write_text(content)
         manifest["files"][LAYERS_FILE]["size"] = len(content)
         (tiny_bundle / "bundle.json").write_text(json.dumps(manifest))
-        with pytest.raises(BundleError, match="is not a list of layers; build the bundle again"):
+        with pytest.raises(BundleError, match="is not a list of layers"):
             target_of(Bundle.open(tiny_bundle), family)
     del manifest["files"][LAYERS_FILE]
     (tiny_bundle / "bundle.json").write_text(json.dumps(manifest))
