@@ -36,7 +36,7 @@ class BundleIntegrityError(BundleError):
 
 
 class SourceError(LatentRTError, ValueError):
-    """A model to export is missing, damaged, or of a kind that is not supported."""
+    """A model to export, or a LoRA, is missing, damaged, or of a kind that is not supported."""
 
 
 class ExportError(LatentRTError, RuntimeError):

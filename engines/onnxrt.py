@@ -58,12 +58,21 @@ class OnnxRuntimeEngine(BaseEngine):
             itself opens whatever files a graph names.
         options: Session settings.
         label: What messages call the engine.
+        weights: Initializers to put in place of the graph's own, which it must have in another file. They must not be
+            changed while the engine is open.
     """
 
-    def __init__(self, path: Path, options: OnnxRuntimeOptions | None = None, label: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: OnnxRuntimeOptions | None = None,
+        label: str | None = None,
+        weights: Mapping[str, Array] | None = None,
+    ) -> None:
         super().__init__(label or f"{path.parent.name} (onnxruntime)")
         self.path = path
         self.options = options or OnnxRuntimeOptions()
+        self.weights = dict(weights or {})
         self._session: Any = None
         self._output_names: list[str] = []
 
@@ -78,6 +87,9 @@ class OnnxRuntimeEngine(BaseEngine):
         # Otherwise its kernels for 8 bits add products up in 16 bits where a processor lacks VNNI, and that overflows.
         settings.add_session_config_entry("session.x64quantprecision", "1")
         with translated(f"{self.label} could not load {self.path.name}"):
+            if self.weights:  # before anything is optimised, so that what is computed from them is right, too
+                values = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]
+                settings.add_external_initializers(list(self.weights), values)
             session = self._make_session(ort, settings)
         inputs = {node.name: _spec(node) for node in session.get_inputs()}
         outputs = {node.name: _spec(node) for node in session.get_outputs()}

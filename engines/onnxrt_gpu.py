@@ -161,12 +161,18 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         engine: A key of :data:`PROVIDERS`.
         options: Settings.
         label: What messages call the engine.
+        weights: See :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
     """
 
     def __init__(
-        self, path: Path, engine: str, options: OnnxRuntimeGpuOptions | None = None, label: str | None = None
+        self,
+        path: Path,
+        engine: str,
+        options: OnnxRuntimeGpuOptions | None = None,
+        label: str | None = None,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
-        super().__init__(path, OnnxRuntimeOptions(), label or f"{path.parent.name} ({engine})")
+        super().__init__(path, OnnxRuntimeOptions(), label or f"{path.parent.name} ({engine})", weights)
         self.engine = engine
         self.gpu_options = options or OnnxRuntimeGpuOptions()
         self._ort: Any = None

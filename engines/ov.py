@@ -83,6 +83,7 @@ class OpenVinoEngine(BaseEngine):
         specs: Inputs and outputs as the manifest lists them. OpenVINO forgets the names of variable lengths; with these
             the engine checks that a name stands for one length throughout a call.
         cache: Where compiled models are kept; without it every opening compiles.
+        weights: Constants to put in place of the graph's own. They must not be changed while the engine is open.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class OpenVinoEngine(BaseEngine):
         label: str | None = None,
         specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None = None,
         cache: ModelCache | None = None,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         super().__init__(label or f"{path.parent.name} (openvino)")
+        self.weights = dict(weights or {})
         self.path = path
         self.options = options or OpenVinoOptions()
         self.cache = cache
@@ -125,7 +128,7 @@ class OpenVinoEngine(BaseEngine):
         def compile_model() -> Any:
             return core.compile_model(self._read(), "CPU", properties)
 
-        if self.cache is None:
+        if self.cache is None or self.weights:  # what is kept was compiled from the graph's own
             return Opened(compile_model())
         return self.cache.load(
             core,
@@ -140,6 +143,7 @@ class OpenVinoEngine(BaseEngine):
     def _read(self) -> Any:
         """Read the graph, with the lengths that never vary in place of their symbols."""
         model = _read_onnx(self.path)
+        _exchange(model, self.weights)
         if shapes := self.options.shapes:
             specs = self._specs[0] if self._specs else [_spec(port) for port in model.inputs]
             known = dict.fromkeys(each for spec in specs for each in spec.shape if isinstance(each, str))
@@ -229,6 +233,21 @@ def _read_onnx(path: Path) -> Any:
     """Read a graph as ONNX; left to itself, OpenVINO tries the readers of all formats that it knows on any file."""
     frontend = load_sdk().frontend.FrontEndManager().load_by_framework("onnx")
     return frontend.convert(frontend.load(str(path)))
+
+
+def _exchange(model: Any, weights: Mapping[str, Array]) -> None:
+    """Put other constants in place of a model's own.
+
+    Raises:
+        EngineError: if it has none of a name.
+    """
+    own = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    for name, values in weights.items():
+        if name not in own:
+            raise EngineError(f"the graph has no constant {name!r} to put another in place of")
+        constant = load_sdk().op.Constant(values, shared_memory=True)
+        for user in own[name].output(0).get_target_inputs():
+            user.replace_source_output(constant.output(0))
 
 
 def _match(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> dict[str, int]:

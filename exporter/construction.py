@@ -16,6 +16,7 @@ from latentrt.runtime.manifest import STAGES, Graph
 from .calibration import Calibration
 from .components import Component, load_component
 from .controlnet import controlled_component, export_controlled
+from .layers import tell_layers
 from .onnx_export import HALVES, cast_inputs, export_component, parameter_count
 from .progress import Reporter
 from .quality import compare_engine, require
@@ -78,6 +79,7 @@ class Construction:
         if not forms:
             return
         component = load_component(loaded_as(self.source, [form.precision for form in forms], self.verify), name)
+        tell_layers(component, self.directory)
         for form in forms:
             self.reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
             start = time.perf_counter()

@@ -20,6 +20,7 @@ from latentrt.engines.errors import ExportError
 from latentrt.runtime.manifest import Graph
 
 from .components import Component
+from .layers import adaptable, name_folded_weights
 from .passes.borders import float_borders
 from .targets import Form
 from .type_check import check_graph
@@ -76,6 +77,8 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     if program is None:
         raise ExportError(f"{component.name} could not be exported to ONNX: the exporter returned nothing")
     _name_dimensions(program.model, component)
+    if adaptable(component):
+        name_folded_weights(program.model.graph, module)
     float_borders(program.model.graph)
     with _quiet():  # what cannot be inferred is told by the check below
         # The exporter leaves the shapes inside decomposed operators out.
@@ -87,8 +90,9 @@ def export_component(component: Component, form: Form, directory: Path) -> Graph
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"model{form.suffix}.onnx"
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    # A denoiser's stages use the same weights: in a file of their own they are there once.
-    external = f"{path.name}.data" if weights > EXTERNAL_THRESHOLD or component.roles else None
+    # A denoiser's stages use the same weights: in a file of their own they are there once. And of those there others
+    # can be put in place when a graph is opened.
+    external = f"{path.name}.data" if weights > EXTERNAL_THRESHOLD or adaptable(component) else None
     ir.save(program.model, path, external_data=external)
     check_graph(path, component.name)
     files = (f"{component.name}/{external}",) if external else ()

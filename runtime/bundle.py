@@ -27,7 +27,7 @@ from pathlib import Path
 from latentrt.engines.errors import BundleError, BundleIntegrityError, LatentRTError, OutputError
 
 from .manifest import ENGINES_DIRECTORY, MANIFEST_FILE, MAX_JSON_BYTES, FileEntry, Graph, Manifest
-from .onnx_guard import check_graph, plain_file
+from .onnx_guard import ExternalTensor, check_graph, plain_file
 
 if sys.platform != "win32":
     import fcntl
@@ -50,7 +50,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    _guarded: dict[tuple[str, str], Path] = field(default_factory=dict, repr=False, compare=False)
+    _guarded: dict[str, tuple[ExternalTensor, ...]] = field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -135,13 +135,21 @@ class Bundle:
             BundleIntegrityError: if the graph names anything else, or is damaged.
         """
         graph = self.graph(component, form)
+        self.external_tensors(graph)
+        return self.path / graph.file
+
+    def external_tensors(self, graph: Graph) -> tuple[ExternalTensor, ...]:
+        """Where the weights of a graph are that it does not hold itself.
+
+        Raises:
+            BundleIntegrityError: if the graph names anything but the bundle's own files, or is damaged.
+        """
         with self._lock:
-            if (component, form) not in self._guarded:
+            if graph.file not in self._guarded:
                 for relative in (graph.file, *graph.external):
                     self.file(relative)
-                check_graph(self.path, graph)
-                self._guarded[component, form] = self.path / graph.file
-            return self._guarded[component, form]
+                self._guarded[graph.file] = check_graph(self.path, graph)
+            return self._guarded[graph.file]
 
     def verify_hash(self) -> None:
         """Read every listed file, in order of names, and compare its SHA-256.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
 
 from latentrt.engines import Engine
 from latentrt.engines.errors import (
@@ -44,6 +47,10 @@ The providers for TensorRT are left out: they build at the first request.
 # GroupNormalization, had none for Attention until 2026, and lacks some of other operators' newest versions; what it
 # lacks goes to the CPU. So it takes the decomposed graph, whose operators it has had for years.
 _NATIVE = frozenset({"tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"})
+
+
+Weights: TypeAlias = Mapping[str, NDArray[Any]] | None
+"""Initializers to put in place of a graph's own, by name."""
 
 
 @dataclass(frozen=True)
@@ -228,25 +235,25 @@ def most_pictures(bundle: Bundle, components: Iterable[str], settings: EngineSet
     )
 
 
-def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
+def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
     form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
     path = bundle.graph_path(component, form)
     options = OnnxRuntimeOptions(threads=settings.threads, arena=not settings.low_memory)
-    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)")
+    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)", weights)
 
 
-def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
+def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
     form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
     label = f"{component} ({settings.name})"
-    return OnnxRuntimeGpuEngine(bundle.graph_path(component, form), settings.name, label=label)
+    return OnnxRuntimeGpuEngine(bundle.graph_path(component, form), settings.name, label=label, weights=weights)
 
 
-def _openvino(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
-    return openvino_engine(bundle, component, settings)
+def _openvino(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
+    return openvino_engine(bundle, component, settings, weights=weights)
 
 
 def openvino_engine(
-    bundle: Bundle, component: str, settings: EngineSettings, *, required: bool = False
+    bundle: Bundle, component: str, settings: EngineSettings, *, required: bool = False, weights: Weights = None
 ) -> OpenVinoEngine:
     """The OpenVINO engine of one component, not yet opened.
 
@@ -255,6 +262,7 @@ def openvino_engine(
         component: Part of the model.
         settings: What is asked for.
         required: With ``engine_cache="write"``: fail where the compiled model cannot be stored.
+        weights: In place of the graph's own, by name; compiled anew then.
 
     Raises:
         BundleError: if the bundle has no graph that fits.
@@ -279,6 +287,7 @@ def openvino_engine(
         f"{component} (openvino, {computed_in})",
         (graph.inputs, graph.outputs),
         cache,
+        weights,
     )
 
 
@@ -301,7 +310,7 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
     return {symbol: length for symbol, length in known.items() if symbol in symbols}
 
 
-def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
+def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
     plan = find_plan(bundle, settings.name, component, settings.precision)
     store, record = EngineStore(bundle.engines_directory), plan.record
     if settings.verify_hash:
@@ -313,10 +322,11 @@ def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings) -> Engin
         target=record.target,
         signature=(graph.inputs, graph.outputs),
         label=f"{component} ({settings.name})",
+        weights=weights,
     )
 
 
-ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings], Engine]] = {
+ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings, Weights], Engine]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     **dict.fromkeys(PROVIDERS, _onnxruntime_gpu),
@@ -326,8 +336,14 @@ ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings], Engine]] = {
 """Engines by name; each entry makes the (still closed) engine of one component."""
 
 
-def make_engine(bundle: Bundle, component: str, settings: EngineSettings) -> Engine:
+def make_engine(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights = None) -> Engine:
     """The engine of one component, not yet opened.
+
+    Args:
+        bundle: The bundle.
+        component: Part of the model.
+        settings: What is asked for.
+        weights: In place of the graph's own, by name.
 
     Raises:
         InvalidRequestError: for an unknown engine or precision.
@@ -338,7 +354,7 @@ def make_engine(bundle: Bundle, component: str, settings: EngineSettings) -> Eng
     if settings.name == "auto":
         settings = dataclasses.replace(settings, name=choose_engine(bundle, [component], settings).name)
     check_precision(settings.name, settings.precision)
-    return ENGINES[settings.name](bundle, component, settings)
+    return ENGINES[settings.name](bundle, component, settings, weights)
 
 
 def _component(bundle: Bundle, name: str) -> Component:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,19 +30,42 @@ from .cache import TensorCache
 from .control import Control
 from .controlnets import ControlNets
 from .embeddings import EXTRA_EMBEDDINGS, Embeddings, read_embeddings
-from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, graph_for, make_engine, most_pictures
+from .engine_choice import (
+    EngineChoice,
+    EngineSettings,
+    FixedSize,
+    Weights,
+    choose_engine,
+    graph_for,
+    make_engine,
+    most_pictures,
+)
 from .families import Family, Text, family_of
 from .image_prompt import encode_picture, no_picture
-from .loop import Conditioning, Floats, FusedLoop, Loop, PlainLoop, Run, output_of, outputs_of, start_run
+from .loop import (
+    Conditioning,
+    Floats,
+    FusedLoop,
+    Loop,
+    PlainLoop,
+    Run,
+    check_together,
+    output_of,
+    outputs_of,
+    start_run,
+)
+from .lora import AppliedLora, Lora, Loras, lora_files, read_lora
+from .lora_weights import changed_weights, target_of
 from .manifest import IMAGE_ENCODER, TINY_DECODER, TOKENIZER_FILE, VAE_ENCODER
 from .noise import Noise, SharedNoise, TorchGenerator
+from .opened import OpenedEngines
 from .previews import PreviewOptions, Previews, take_previews
 from .request import Request, RequestOptions, check_decoder
 from .samplers import Plan
 from .tasks import Begun, begin_from
 from .tiling import Tiling, decode_tiles, encode_tiles
 from .tokenizers import PromptTokenizer, load_tokenizer
-from .turns import TurnEngine, Turns
+from .turns import TurnEngine, Turns, give_back
 
 _T = TypeVar("_T")
 
@@ -134,6 +159,7 @@ class DrawOptions(RequestOptions, PreviewOptions, total=False):
     """Keywords of a request, with those that :class:`Request` does not keep."""
 
     latents: NDArray[Any] | None
+    loras: Loras | None
 
 
 class Pipeline:
@@ -152,13 +178,16 @@ class Pipeline:
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
         opener: Opens the engine of a component that is not among ``engines``, once a request needs it.
         embeddings: By word of prompts, files with vectors that it stands for, see :mod:`latentrt.runtime.embeddings`.
+        settings: What the engines were made with; without it others cannot be opened, and so no LoRA put on.
 
     Raises:
-        InvalidRequestError: if one of these files does not fit.
+        InvalidRequestError: if a file of an embedding does not fit.
 
     Attributes:
         embeddings: Words with vectors of their own.
         family: What the bundle's family does.
+        opened: Gives the engine of a component, opened now if no request needed it before.
+        loras: LoRAs that are on, in their order.
         tokenizers: By name.
     """
 
@@ -174,24 +203,41 @@ class Pipeline:
         turns: Turns | None = None,
         opener: Callable[[str], Engine] | None = None,
         embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
+        settings: EngineSettings | None = None,
     ) -> None:
         self.bundle = bundle
         self.engine_choice = engine_choice or EngineChoice("custom", "the caller opened the engines")
         self.fixed_size = fixed_size
-        self.engines = dict(engines)
         self.manifest = bundle.manifest
         self.family = family_of(self.manifest)
         self.max_batch = fixed_size.images if fixed_size else max_batch
-        self.loop = _make_loop(self.engines, self.family, self.max_batch)
-        self._opener, self._opening = opener, threading.Lock()
+        self._opener, self._shut = opener, threading.Event()
+        self._use(engines, opener)
+        self._turns = turns
+        self._texts = TensorCache(prompt_cache)
+        self.embeddings = read_embeddings(embeddings or {}, _embedding_widths(self.engines, self.family))
+        self.tokenizers = _load_tokenizers(bundle, self.family, self.embeddings)
+        self.loras: tuple[AppliedLora, ...] = ()
+        self._settings = settings
+        self._prompt_cache = prompt_cache
+        self._changed: set[str] = set()  # components with other weights than the bundle's
+        self._aside: Pipeline | None = None  # with the LoRAs that a request named last
+        self._replaced: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
+        self._lock = threading.Lock()
+        self._switching = threading.RLock()
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """Opened engines by component; :attr:`opened` opens others that the bundle has."""
+        return self.opened.engines
+
+    def _use(self, engines: Mapping[str, Engine], opener: Callable[[str], Engine] | None) -> None:
+        """Draw with these engines, and open others with ``opener``."""
+        self.opened = OpenedEngines(engines, self.manifest.components, opener, self._shut)
+        self.loop = _make_loop(engines, self.family, self.max_batch)
         self.loop.control = ControlNets(
             self.opened, tuple(self.manifest.components), self.family.denoiser, fused=self.loop.name == "fused"
         )
-        self._turns = turns
-        self._texts = TensorCache(prompt_cache)
-        self._closed = False
-        self.embeddings = read_embeddings(embeddings or {}, _embedding_widths(self.engines, self.family))
-        self.tokenizers = _load_tokenizers(bundle, self.family, self.embeddings)
 
     @classmethod
     def load(
@@ -209,6 +255,7 @@ class Pipeline:
         low_memory: bool = False,
         verify_hash: bool = False,
         embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
+        loras: Loras = (),
     ) -> Self:
         """Open a bundle.
 
@@ -231,12 +278,14 @@ class Pipeline:
                 largest in memory at a time, and every request reads all weights anew.
             verify_hash: Hash every file of the bundle first.
             embeddings: By word of prompts, a safetensors file of a textual inversion that it stands for.
+            loras: LoRAs to put on, see :meth:`set_loras`.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
             EngineUnavailableError: if the engine cannot run here.
             InvalidRequestError: for an unknown engine, precision or loop, a size that cannot be drawn, or an embedding
                 that does not fit.
+            SourceError: if a LoRA is damaged, or one for another model.
         """
         if loop not in LOOPS:
             raise InvalidRequestError(f"unknown loop {loop!r}; known loops: {', '.join(LOOPS)}")
@@ -280,7 +329,11 @@ class Pipeline:
                 turns=turns,
                 opener=lambda component: _open(bundle, [component], chosen, turns)[component],
                 embeddings=embeddings,
+                settings=chosen,
             )
+            if loras:
+                stack.callback(pipeline.close)
+                pipeline.set_loras(loras)
             stack.pop_all()
         return pipeline
 
@@ -295,7 +348,8 @@ class Pipeline:
                 ``latents``, ``[k, channels, h, w]``, take the place of the seed's noise; with ``denoising_start`` they
                 are those of a run that ended there with ``denoising_end``, of this model or of another.
                 ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
-                ``preview_every`` calls of the denoiser.
+                ``preview_every`` calls of the denoiser. ``loras`` are those of this request alone, as for
+            :meth:`set_loras`; of what requests name themselves the last is kept open.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -315,7 +369,8 @@ class Pipeline:
             ...     result = yield from pipe.stream("a red apple", steps=20)
         """
         rest, previews = take_previews(options)
-        return self._single(self._prepare(Batch.single, prompt, rest), previews)
+        pipe, rest = self._for(rest)
+        return pipe._single(pipe._prepare(Batch.single, prompt, rest), previews)
 
     def batch(self, prompts: Sequence[str], **options: Any) -> list[Result]:
         """Draw pictures of several prompts together, each step with one call of the denoiser for all.
@@ -339,7 +394,8 @@ class Pipeline:
     def stream_batch(self, prompts: Sequence[str], **options: Any) -> Generator[StepInfo, None, list[Result]]:
         """As :meth:`batch`, yielding after every step, with the latents of all pictures one prompt after the other."""
         rest, previews = take_previews(options)
-        return self._previewed(self._prepare(Batch.create, prompts, rest), previews)
+        pipe, rest = self._for(rest)
+        return pipe._previewed(pipe._prepare(Batch.create, prompts, rest), previews)
 
     def _single(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, Result]:
         (result,) = yield from self._previewed(prepared, previews)
@@ -358,7 +414,7 @@ class Pipeline:
             total = len(first)
             while not first.done:
                 index, begin = first.index, time.perf_counter()
-                self._take_step(runs)
+                self._take_step(runs, self.loop)
                 timings.step.append(time.perf_counter() - begin)
                 scale = 1.0 if first.done else float(first.plan.input_scale[first.index])
                 timestep, registers = float(first.plan.timesteps[index]), _registers(runs)
@@ -395,7 +451,8 @@ class Pipeline:
             ...     return [pipe.finish(run) for run in runs]
         """
         try:
-            (run,) = self._start(self._prepare(Batch.single, prompt, options))
+            pipe, rest = self._for(options)
+            (run,) = pipe._start(pipe._prepare(Batch.single, prompt, rest))
             return run
         finally:
             self._rest()
@@ -404,21 +461,28 @@ class Pipeline:
         """Take every run one step further, with one call of the denoiser for all, or as few as ``max_batch`` allows.
 
         Runs may join and leave between calls. They may differ in everything but the size of their pictures, and each
-        gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time.
+        gets the picture that it gets alone, to rounding. A run must not be in two calls at the same time. Runs that
+        began with other LoRAs take a call of their own.
 
         Raises:
             InvalidRequestError: if a run is done or there twice, or sizes differ.
-            EngineError: if the engine fails or computes values that are not finite; no run has moved then.
+            EngineError: if the engine fails or computes values that are not finite; no run of that call has moved then.
         """
         self._require_open()
+        apart: dict[Loop, list[Run]] = {}
+        for run in runs:
+            apart.setdefault(run.loop or self.loop, []).append(run)
         try:
-            self._take_step(runs)
+            if len(apart) != 1:
+                check_together(runs)
+            for loop, together in apart.items():
+                self._take_step(together, loop)
         except BaseException:
             self._rest()
             raise
 
-    def _take_step(self, runs: Sequence[Run]) -> None:
-        self.loop.advance(runs)
+    def _take_step(self, runs: Sequence[Run], loop: Loop) -> None:
+        loop.advance(runs)
         for run in runs:
             if run.begun is not None and run.begun.kept is not None:
                 run.begun.kept.restore(run)
@@ -437,37 +501,104 @@ class Pipeline:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
         return self._pasted(run, self.decode(run.latents, run.request.vae_tiling, run.request.decoder))
 
-    def opened(self, component: str) -> Engine:
-        """The engine of a component, opened now if no request needed it before.
-
-        Raises:
-            BundleError: if the bundle has no such component.
-            EngineClosedError: if the pipeline was closed.
-            EngineUnavailableError: if the engine cannot run it.
-        """
-        if (engine := self.engines.get(component)) is not None:
-            return engine
-        with self._opening:
-            self._require_open()
-            if component not in self.engines:
-                if component not in self.manifest.components or self._opener is None:
-                    raise BundleError(f"{component} is needed, and the pipeline has no engine of that component")
-                self.engines[component] = self._opener(component)
-            return self.engines[component]
-
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
         if self._turns is not None:
             self._turns.rest()
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self._shut.is_set():
             raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
+
+    def set_loras(self, loras: Loras) -> None:
+        """Put LoRAs on in place of those that are: on the bundle's own weights, whatever was on before.
+
+        Only the components that they change are opened anew. Requests that are under way finish as they began, and hold
+        the memory of their weights until then; those that come meanwhile are not held up.
+
+        Args:
+            loras: Safetensors files, or pairs of a file and its scale, which are added one after the other; nothing
+                takes all off.
+
+        Raises:
+            SourceError: if a file is damaged, no LoRA, or one for another model. Nothing has changed then, as for the
+                other errors.
+            BundleError: if the bundle does not say which layers it has.
+            InvalidRequestError: for a scale that is none, or a plan that was not built to be refitted.
+            EngineError: if an engine does not open.
+        """
+        with self._switching:
+            new = self._with_loras(loras)
+            with self._lock:
+                for name in ("opened", "loop", "loras", "_texts", "_changed"):
+                    setattr(self, name, getattr(new, name))
+        give_back()  # what the weights before took, unless a request is under way
+
+    def _for(self, options: Mapping[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
+        """The pipeline as it stands, or with the LoRAs that a request names, and the request's other options."""
+        rest = {name: value for name, value in options.items() if name != "loras"}
+        if options.get("loras") is None:
+            return self._snapshot(), rest
+        with self._switching:
+            pipe = self._with_loras(options["loras"])
+            if pipe.loras != self.loras:
+                self._aside = pipe
+            return pipe, rest
+
+    def _snapshot(self) -> Pipeline:
+        """The pipeline as it stands, which goes on as it is when other LoRAs are put on."""
+        with self._lock:
+            snapshot = copy.copy(self)
+        snapshot._aside = None
+        return snapshot
+
+    def _with_loras(self, given: Loras) -> Pipeline:
+        """A pipeline with these LoRAs and no others; it shares all engines with this one that they leave alone."""
+        self._require_open()
+        files = lora_files(given)
+        target = target_of(self.bundle, self.family) if files else None
+        loras = [read_lora(target, file) for file in files] if target else []
+        wanted = tuple(lora.applied for lora in loras)
+        for known in (self, self._aside):
+            if known is not None and known.loras == wanted:
+                return known._snapshot()
+        if (settings := self._settings) is None:
+            raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
+        new = self._snapshot()
+        before = new.engines
+        graphs = {name: graph_for(self.bundle, name, settings) for name in before}
+        weights = changed_weights(self.bundle, self.family, graphs, loras)
+        components = [name for name in before if name in weights or name in self._changed]
+        opened = _open(self.bundle, components, settings, self._turns, weights)
+        self._replaced.update([*opened.values(), *(before[name] for name in components)])
+        changed = set(weights)
+        opener = functools.partial(self._open_changed, settings, loras, changed) if loras else self._opener
+        new._use({**before, **opened}, opener)
+        new._texts = TensorCache(self._prompt_cache)
+        new.loras, new._changed = wanted, changed
+        return new
+
+    def _open_changed(
+        self, settings: EngineSettings, loras: Sequence[Lora], changed: set[str], component: str
+    ) -> Engine:
+        """The engine of a component that a request needs for the first time since LoRAs were put on.
+
+        It becomes one of those that were ``changed``, if they do change it.
+        """
+        graphs = {component: graph_for(self.bundle, component, settings)}
+        weights = changed_weights(self.bundle, self.family, graphs, loras)
+        engine = _open(self.bundle, [component], settings, self._turns, weights)[component]
+        self._replaced.add(engine)
+        changed.update(weights)
+        return engine
 
     def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
         self._require_open()
         batch = create(self.manifest, prompts, self._sized(options))
+        if self.loras:
+            requests = tuple(dataclasses.replace(request, loras=self.loras) for request in batch.requests)
+            batch = dataclasses.replace(batch, requests=requests)
         tiling, size = batch.requests[0].vae_tiling, self.fixed_size
         if size is not None and tiling is not None and tiling.splits(size.width, size.height):
             raise InvalidRequestError(
@@ -537,6 +668,7 @@ class Pipeline:
             for request, texts, own in zip(requests, prepared.texts, noise, strict=True)
         ]
         for run in runs:
+            run.loop = self.loop
             self.loop.begin(run)
             if run.request.control and self.loop.control is not None:
                 self.loop.control.begin(run, prepared.batch.control_images)
@@ -669,11 +801,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
-        with self._opening:
-            self._closed = True
-            self._texts.clear()
-            for engine in self.engines.values():
-                engine.close()
+        self._aside = None
+        self.opened.close()
+        self._texts.clear()
+        for engine in list(self._replaced):
+            engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -705,12 +837,21 @@ def _pixels(decoded: Floats) -> NDArray[np.uint8]:
 
 
 def _open(
-    bundle: Bundle, components: Sequence[str], settings: EngineSettings, turns: Turns | None
+    bundle: Bundle,
+    components: Sequence[str],
+    settings: EngineSettings,
+    turns: Turns | None,
+    weights: Mapping[str, Weights] | None = None,
 ) -> dict[str, Engine]:
     """Opened engines by component; if one does not open, the others are closed."""
-    engines = {component: make_engine(bundle, component, settings) for component in components}
+    changed = weights or {}
+    engines = {
+        component: make_engine(bundle, component, settings, *([changed[component]] if component in changed else []))
+        for component in components
+    }
     if turns is not None:
-        engines[components[0]].open().close()  # whether the engine starts here at all shows now
+        if weights is None:
+            engines[components[0]].open().close()  # whether the engine starts here at all shows now
         graphs = {component: graph_for(bundle, component, settings) for component in components}
         return {name: TurnEngine(engine, graphs[name], turns, name).open() for name, engine in engines.items()}
     share_arena(engines.values())  # one component runs at a time

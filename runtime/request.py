@@ -18,6 +18,7 @@ from latentrt.engines.errors import InvalidRequestError
 from .control import Control
 from .embeddings import RecordedFile
 from .families import family_of, refuse_foreign
+from .lora import AppliedLora
 from .manifest import TINY_DECODER, Manifest
 from .pictures import Picture, PictureRecord
 from .prompts import check_syntax
@@ -191,6 +192,7 @@ class Request:
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
         embeddings: Words of the pipeline with vectors from files.
+        loras: LoRAs that were on while it was drawn, in their order; a pipeline fills this in.
     """
 
     prompt: str
@@ -243,6 +245,7 @@ class Request:
     ip_adapter_scale: float | None = None
     classifier_free: bool = True
     embeddings: tuple[RecordedFile, ...] = ()
+    loras: tuple[AppliedLora, ...] = ()
 
     def compile_plan(
         self,

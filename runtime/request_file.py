@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import InvalidRequestError
@@ -23,6 +24,7 @@ from latentrt.engines.errors import InvalidRequestError
 from .embeddings import RecordedFile
 from .files import read_bounded, require_same
 from .images import program_name, read_text
+from .lora import LoraFile
 from .prompts import SYNTAXES
 from .request import DECODERS, OUTPUTS, Request, RequestOptions
 from .samplers import SAMPLERS
@@ -44,6 +46,8 @@ _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", fl
 _WORDS: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _NONE = object()
 _RECORDED = {"path", "sha256"}
+_OF_PIPELINE = ("embeddings", "loras")  # what a request records and a pipeline is loaded with
+_LORA = ("path", "scale", "sha256")
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class RequestFile:
     Attributes:
         options: Keywords of :meth:`latentrt.runtime.Pipeline.__call__`, ``prompt`` among them if it was there.
         embeddings: Files by word, for :meth:`latentrt.runtime.Pipeline.load`.
+        loras: For the same.
         hand_over: Where a refiner went on, if one did.
         model: Name of the model, if it was recorded.
     """
 
     options: Mapping[str, Any]
     embeddings: Mapping[str, str] = field(default_factory=dict)
+    loras: Sequence[LoraFile] = ()
     hand_over: float | None = None
     model: str | None = None
 
@@ -117,7 +123,7 @@ def record(
 def document(request: Request) -> dict[str, Any]:
     """All of a request that differs from what it would be anyway, as JSON has it."""
     defaults = {each.name: each.default for each in dataclasses.fields(Request)}
-    values = {name: getattr(request, name) for name in (*_hints(), "embeddings")}
+    values = {name: getattr(request, name) for name in (*_hints(), *_OF_PIPELINE)}
     given = {name: value for name, value in values.items() if value is not None and value != defaults[name]}
     return {name: _plain(value) for name, value in given.items()}
 
@@ -160,17 +166,20 @@ def _request(content: Mapping[str, Any], label: str) -> RequestFile:
     """Options with the types that a request has for them, of files that are there."""
     hints, options = _hints(), {}
     embeddings: dict[str, str] = {}
+    loras: list[LoraFile] = []
     for name, value in content.items():
         if name == "$schema":
             continue
         if name == "embeddings":
             embeddings = _embeddings(value, label)
+        elif name == "loras":
+            loras = _loras(value, label)
         elif name in hints:
             options[name] = _value(name, value, hints[name], label)
         else:
-            known = ", ".join(sorted({*hints, "embeddings"}))
+            known = ", ".join(sorted({*hints, *_OF_PIPELINE}))
             raise InvalidRequestError(f"{label} has an unknown option {_show(name)}; known options: {known}")
-    return RequestFile(options, embeddings)
+    return RequestFile(options, embeddings, loras)
 
 
 def _embeddings(value: Any, label: str) -> dict[str, str]:
@@ -186,6 +195,25 @@ def _embeddings(value: Any, label: str) -> dict[str, str]:
             sha256 = _value("embeddings: sha256", each["sha256"], str, label)
             require_same(path, sha256, f"the embedding {name!r} in {path!r}")
         found[name] = path
+    return found
+
+
+def _loras(value: Any, label: str) -> list[LoraFile]:
+    """Files with scales: as a request records them, or as somebody writes them, without hashes or scales."""
+    found = []
+    for each in value if isinstance(value, list) else [value]:
+        entry = {"path": each} if isinstance(each, str) else each
+        if not isinstance(entry, dict) or not {"path"} <= set(entry) <= set(_LORA):
+            raise InvalidRequestError(
+                f"{label}: loras is {_show(value)}, expected a list of files, or of path and scale"
+            )
+        path, scale = (
+            _value(f"loras: {key}", entry.get(key, 1.0), kind, label) for key, kind in (("path", str), ("scale", float))
+        )
+        if "sha256" in entry:
+            sha256 = _value("loras: sha256", entry["sha256"], str, label)
+            require_same(path, sha256, f"the LoRA in {path!r}")
+        found.append(LoraFile(Path(path), float(scale)))
     return found
 
 
@@ -283,6 +311,21 @@ def schema() -> dict[str, Any]:
     properties["embeddings"] = {
         "description": "Words that stand for vectors from files: by word the file, or as a PNG records them.",
         "anyOf": [{"type": "object", "additionalProperties": file}, recorded],
+    }
+    properties["loras"] = {
+        "description": described["loras"],
+        "type": "array",
+        "items": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {name: {"type": "number" if name == "scale" else "string"} for name in _LORA},
+                    "required": ["path"],
+                },
+            ]
+        },
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from .noise import Noise, TorchGenerator, varied_noise
 from .request import Request
 from .samplers.plan import Plan
 from .tasks import Begun
+
+if TYPE_CHECKING:
+    from .loop import Loop
 
 Floats = NDArray[np.float32]
 Conditioning: TypeAlias = Mapping[str, Array]
@@ -58,6 +61,7 @@ class Run:
         begun: What it began with, if it was given a picture.
         controls: Its ControlNets.
         kept: Inputs that its steps have in common, once they were put together.
+        loop: What takes it further, with the weights that were in place when it began.
     """
 
     request: Request
@@ -71,6 +75,7 @@ class Run:
     begun: Begun | None = None
     controls: Sequence[ControlState] = field(default=(), repr=False)
     kept: dict[Hashable, Mapping[str, Array]] = field(default_factory=dict, init=False, repr=False)
+    loop: Loop | None = field(default=None, repr=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

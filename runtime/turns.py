@@ -47,7 +47,7 @@ class Turns:
             if self._open is not None and engine in (None, self._open):
                 last, self._open = self._open, None
                 last.close()
-                _give_back()
+                give_back()
 
 
 class TurnEngine(BaseEngine):
@@ -77,7 +77,7 @@ class TurnEngine(BaseEngine):
         self._turns.rest(self._engine)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand freed memory back to the system: glibc keeps blocks of up to 32 MiB, and weights are full of them."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)

@@ -55,6 +55,12 @@ def tiny_models() -> Any:
 
 
 @pytest.fixture(scope="session")
+def lora_files() -> Any:
+    """The module ``tests/lora_files.py``: LoRAs in the layouts that there are."""
+    return _module("lora_files")
+
+
+@pytest.fixture(scope="session")
 def original_layout() -> Any:
     """The module ``tests/original_layout.py``: checkpoints in a single file."""
     return _module("original_layout")

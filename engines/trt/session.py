@@ -38,6 +38,7 @@ class TensorRTEngine(BaseEngine):
         options: How to run it.
         arena: Memory of the activations, to share with other plans; ``None`` makes one of its own.
         label: What messages call the engine.
+        weights: Put in place of the plan's own when it is opened, see :meth:`refit`.
     """
 
     on_device = True
@@ -52,8 +53,10 @@ class TensorRTEngine(BaseEngine):
         options: SessionOptions | None = None,
         arena: Arena | None = None,
         label: str | None = None,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         super().__init__(label or f"{plan.name} ({engine})")
+        self._other_weights = dict(weights or {})
         self.plan = plan
         self.engine = engine
         self.target = target
@@ -137,6 +140,12 @@ class TensorRTEngine(BaseEngine):
         cuda = Cuda(load_cuda(), self.options.device)
         cuda.use()
         plan = Plan(sdk, cuda, self.plan, self.label, device, self.options, self.arena, self._signature)
+        if self._other_weights:
+            try:
+                plan.refit(self._other_weights)
+            except BaseException:
+                plan.close()
+                raise
         self._plan = plan
         return plan.inputs, plan.outputs
 

@@ -15,6 +15,7 @@ from ..bundle import Bundle
 from ..control import Control
 from ..engine_choice import CACHES, ENGINES, EngineChoice
 from ..images import GenerationParameters, check_target, sheet, write_png
+from ..lora import LoraFile, Loras
 from ..manifest import PRECISIONS
 from ..pictures import PictureRecord
 from ..pipeline import LOOPS, Pipeline, Result, StepInfo
@@ -112,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ip-adapter-image", type=Path, metavar="FILE", help="picture that is part of the prompt")
     parser.add_argument("--ip-adapter-scale", type=float, metavar="S", help="how much of it, 0 to 10; default 1")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA in safetensors to put on; may be repeated",
+    )
     parser.add_argument("--refiner", type=Path, metavar="BUNDLE", help="bundle of a refiner that finishes the picture")
     parser.add_argument(
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
@@ -171,7 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt, options, previews = asked.options["prompt"], asked.options, _previews(arguments)
     options = {name: value for name, value in options.items() if name != "prompt"}
     share = None
-    with _loaded(arguments, arguments.bundle, asked) as pipe:
+    with _loaded(arguments, arguments.bundle, asked, asked.loras) as pipe:
         if arguments.refiner is not None:
             refiner = Bundle.open(arguments.refiner).manifest
             share = HAND_OVER if asked.hand_over is None else asked.hand_over
@@ -269,7 +277,8 @@ def _asked(arguments: argparse.Namespace) -> RequestFile:
         )
     hand_over = read.hand_over if arguments.hand_over is None else arguments.hand_over
     embeddings = {**read.embeddings, **_once("--embedding", arguments.embedding or ())}
-    return RequestFile(options, embeddings, hand_over, read.model)
+    loras = [LoraFile.parse(text) for text in arguments.lora] or read.loras
+    return RequestFile(options, embeddings, loras, hand_over, read.model)
 
 
 def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -> dict[str, str]:
@@ -286,7 +295,7 @@ def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -
     return {} if text is None else {REQUEST_KEYWORD: text}
 
 
-def _loaded(arguments: argparse.Namespace, bundle: Path, asked: RequestFile) -> Pipeline:
+def _loaded(arguments: argparse.Namespace, bundle: Path, asked: RequestFile, loras: Loras = ()) -> Pipeline:
     size = asked.options.get
     return Pipeline.load(
         bundle,
@@ -300,6 +309,7 @@ def _loaded(arguments: argparse.Namespace, bundle: Path, asked: RequestFile) -> 
         low_memory=arguments.low_memory,
         verify_hash=arguments.verify_hash,
         embeddings=asked.embeddings,
+        loras=loras,
     )
 
 
@@ -407,7 +417,10 @@ def _extra(request: Request) -> dict[str, object]:
     if request.ip_adapter_image is not None:
         picture, scale = request.ip_adapter_image, request.ip_adapter_scale
         found["IP-Adapter"] = f"Weight: {scale:g}, Image: {picture.path or picture.sha256}"
-    return {**found, **{f"ControlNet {number}": each.told() for number, each in enumerate(request.control)}}
+    found |= {f"ControlNet {number}": each.told() for number, each in enumerate(request.control)}
+    if request.loras:
+        found["LoRA"] = "; ".join(f"{Path(lora.path).name} {lora.scale:g} {lora.sha256[:12]}" for lora in request.loras)
+    return found
 
 
 def _written(name: str, value: Any) -> Any:

@@ -138,6 +138,31 @@ def test_external_data_is_found_beside_the_graph(linear: Path, tmp_path: Path) -
         OnnxRuntimeEngine(apart).open()
 
 
+def test_other_weights_take_the_place_of_the_graphs_own(linear: Path, tmp_path: Path) -> None:
+    """An engine opened with weights computes with them from the start; one that the graph lacks is refused by name."""
+    model = onnx.load(linear)
+    apart = tmp_path / "apart.onnx"
+    onnx.save_model(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
+    other = (WEIGHT * 3 + 1).astype(np.float32)
+    name = next(each.name for each in model.graph.initializer if list(each.dims) == list(WEIGHT.shape))
+    for initializer in model.graph.initializer:
+        if initializer.name == name:
+            initializer.CopyFrom(numpy_helper.from_array(other, name))
+    onnx.save(model, tmp_path / "expected.onnx")
+    x = np.ones((2, 6), np.float32)
+    with (
+        OnnxRuntimeEngine(apart, weights={name: other}) as engine,
+        OnnxRuntimeEngine(tmp_path / "expected.onnx") as expected,
+        OnnxRuntimeEngine(apart) as own,
+    ):
+        result = engine.run({"x": x})["y"]
+        np.testing.assert_array_equal(result, expected.run({"x": x})["y"])
+        assert not np.array_equal(result, own.run({"x": x})["y"])
+    for wrong in ({"none": other}, {name: other[:2]}):
+        with pytest.raises(EngineError, match=r"could not load apart\.onnx"):
+            OnnxRuntimeEngine(apart, weights=wrong).open()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "directory"])
 def test_a_graph_that_cannot_be_loaded(linear: Path, damage: str) -> None:
     """One line names the engine and the file; onnxruntime's exception is the cause and nothing more."""

@@ -273,3 +273,19 @@ def test_what_is_not_quantised_is_bf16_where_the_processor_has_it() -> None:
         ("int8", False): "f32",
         ("int8", True): "bf16",
     }
+
+
+def test_other_weights_take_the_place_of_the_graphs_own(tmp_path: Path) -> None:
+    """An engine opened with weights computes with them; one that the graph lacks is refused by name."""
+    own = RNG.standard_normal((6, 5)).astype(np.float32)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> '
+        "linear (float[batch, 6] x) => (float[batch, 5] y) { y = MatMul(x, w) }"
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(own, "w"))
+    onnx.save(model, tmp_path / "model.onnx")
+    x = RNG.standard_normal((3, 6)).astype(np.float32)
+    with OpenVinoEngine(tmp_path / "model.onnx", weights={"w": own * 2}) as engine:
+        np.testing.assert_allclose(engine.run({"x": x})["y"], x @ own * 2, rtol=1e-4, atol=1e-5)
+    with pytest.raises(EngineError, match="no constant 'v' to put another in place of"):
+        OpenVinoEngine(tmp_path / "model.onnx", weights={"v": own}).open()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,94 +12,13 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.exporter.graph_folders import GraphFolders
 from latentrt.exporter.lora import LoraFile, with_loras
 from latentrt.exporter.source import Source
 from latentrt.exporter.tiny_vae import with_tiny_vae
-
-RANK = 3
-LAYERS = {
-    "unet": ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "proj_in", "time_emb_proj", "conv1"),
-    # diffusers recognises kohya's layout by the projection back, and drops the other projections without it.
-    "text_encoder": ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"),
-    "text_encoder_2": ("self_attn.v_proj", "self_attn.out_proj", "mlp.fc2"),
-}
-
-
-def factors(source: Source, part: str, rank: int = RANK) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random factors for some layers of a part, by path."""
-    generator, found = torch.Generator().manual_seed(1), {}
-    for path, layer in source.load(part).named_modules():
-        if not path.endswith(LAYERS[part]) or not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
-        out, *rest = layer.weight.shape
-        down = torch.randn(rank, *rest, generator=generator) * 0.3
-        up = torch.randn(out, rank, *[1] * (len(rest) - 1), generator=generator) * 0.3
-        found[path] = down, up
-    assert len(found) > 2
-    return found
-
-
-def clip_path(path: str) -> str:
-    """A text encoder's layer as files name it, whatever the installed transformers does."""
-    return path if path.startswith("text_model.") or path == "text_projection" else f"text_model.{path}"
-
-
-def peft(source: Source) -> dict[str, Tensor]:
-    """What diffusers' training scripts write today."""
-    tensors = {}
-    for part in [name for name in LAYERS if name in source.configs]:
-        for path, (down, up) in factors(source, part).items():
-            layer = f"{part}.{path if part == 'unet' else clip_path(path)}"
-            tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    return tensors
-
-
-def older(source: Source) -> dict[str, Tensor]:
-    """What they wrote before."""
-    tensors = {}
-    for path, (down, up) in factors(source, "unet").items():
-        tensors |= {f"unet.{path}.lora.down.weight": down, f"unet.{path}.lora.up.weight": up}
-    for path, (down, up) in factors(source, "text_encoder").items():
-        if "self_attn" in path:
-            layer = f"text_encoder.{clip_path(path)}.lora_linear_layer"
-            tensors |= {f"{layer}.down.weight": down, f"{layer}.up.weight": up}
-    return tensors
-
-
-def kohya(source: Source, names: Callable[[str], str] = lambda path: path) -> dict[str, Tensor]:
-    """kohya's layout, with alphas and in half precision, as most LoRAs are."""
-    tensors, second = {}, "text_encoder_2" in source.configs
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if second else "lora_te", "text_encoder_2": "lora_te2"}
-    for part in [name for name in LAYERS if name in source.configs]:
-        for number, (path, (down, up)) in enumerate(factors(source, part).items()):
-            flat = (names(path) if part == "unet" else clip_path(path)).replace(".", "_")
-            layer = f"{prefixes[part]}_{flat}"
-            tensors |= {f"{layer}.lora_down.weight": down.half(), f"{layer}.lora_up.weight": up.half()}
-            # Where alphas differ, diffusers takes the commonest for projections of attention; here each is its own.
-            other = number % 2 and part == "unet" and ".to_" not in path
-            tensors[f"{layer}.alpha"] = torch.tensor(1.5 if other else 2.0)
-    return tensors
-
-
-def original(path: str) -> str:
-    """A layer of the tiny SDXL U-Net as the original code calls it."""
-    blocks = {
-        "down_blocks.0.resnets.0": "input_blocks.1.0",
-        "down_blocks.1.resnets.0": "input_blocks.3.0",
-        "down_blocks.1.attentions.0": "input_blocks.3.1",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        **{f"up_blocks.{level}.resnets.{i}": f"output_blocks.{2 * level + i}.0" for level in (0, 1) for i in (0, 1)},
-        **{f"up_blocks.0.attentions.{i}": f"output_blocks.{i}.1" for i in (0, 1)},
-    }
-    block = next(name for name in blocks if path.startswith(f"{name}."))
-    layer = path.removeprefix(f"{block}.")
-    return f"{blocks[block]}.{ {'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1'}.get(layer, layer) }"
 
 
 def fused_by_diffusers(path: Path, file: Path, scale: float) -> Any:
@@ -112,24 +30,23 @@ def fused_by_diffusers(path: Path, file: Path, scale: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "write"),
+    ("kind", "layout"),
     [
-        ("sd1", peft),
-        ("sd1", older),
-        ("sd1", kohya),
-        ("sd2", kohya),
-        ("sdxl", peft),
-        ("sdxl", kohya),
-        ("sdxl", lambda source: kohya(source, original)),
+        ("sd1", "peft"),
+        ("sd1", "older"),
+        ("sd1", "kohya"),
+        ("sd2", "kohya"),
+        ("sdxl", "peft"),
+        ("sdxl", "kohya"),
+        ("sdxl", "kohya_original"),
     ],
-    ids=["sd1-peft", "sd1-older", "sd1-kohya", "sd2-kohya", "sdxl-peft", "sdxl-kohya", "sdxl-original-blocks"],
 )
 def test_fused_weights_are_those_of_diffusers(
-    tiny: Any, tmp_path: Path, kind: str, write: Callable[[Source], Mapping[str, Tensor]]
+    tiny: Any, lora_files: Any, tmp_path: Path, kind: str, layout: str
 ) -> None:
     """Every layout, for linear layers and convolutions of U-Net and text encoders, with and without alphas."""
-    source, file = Source.open(tiny.source(kind)), tmp_path / "style.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in write(source).items()}, file)
+    source = Source.open(tiny.source(kind))
+    file = lora_files.write(getattr(lora_files, layout)(source), tmp_path / "style.safetensors")
     fused = with_loras(source, [LoraFile(file, 0.7)])
     pipe = fused_by_diffusers(tiny.source(kind), file, 0.7)
     for part in source.configs:
@@ -144,17 +61,17 @@ def test_fused_weights_are_those_of_diffusers(
             torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_alphas_of_the_header_count(tiny: Any, tmp_path: Path) -> None:
+def test_alphas_of_the_header_count(tiny: Any, lora_files: Any, tmp_path: Path) -> None:
     """diffusers writes PEFT's settings into the header: an alpha for all layers, and one for some."""
     source, file = Source.open(tiny.source("sd1")), tmp_path / "style.safetensors"
     tensors = {
         f"unet.{path}.lora_{name}.weight": t
-        for path, pair in factors(source, "unet").items()
+        for path, pair in lora_files.factors(source, "unet").items()
         for name, t in zip("AB", pair, strict=True)
     }
     layers = [name.removesuffix(".lora_A.weight").removeprefix("unet.") for name in tensors if "lora_A" in name]
     settings = {
-        "unet.r": RANK,
+        "unet.r": lora_files.RANK,
         "unet.lora_alpha": 9,
         "unet.alpha_pattern": {layers[0]: 5},
         "unet.rank_pattern": {},
@@ -173,10 +90,10 @@ def test_alphas_of_the_header_count(tiny: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_several_are_added_up_and_told(tiny: Any, tmp_path: Path) -> None:
+def test_several_are_added_up_and_told(tiny: Any, lora_files: Any, tmp_path: Path) -> None:
     """Two at half strength are one at full; files and scales are in the fingerprint."""
     source, file = Source.open(tiny.source("sd1")), tmp_path / "style.safetensors"
-    save_file(peft(source), file)
+    lora_files.write(lora_files.peft(source), file)
     one, two = (with_loras(source, files) for files in ([LoraFile(file)], [LoraFile(file, 0.5)] * 2))
     ours, expected = two.load("unet").state_dict(), one.load("unet").state_dict()
     for name, weight in expected.items():

@@ -65,6 +65,14 @@ def test_the_plan_is_read_again_only_where_weights_have_to_go(gpu: Any, engine: 
     computes(gpu, engine, 6, 1)
 
 
+def test_an_engine_is_opened_with_other_weights(gpu: Any) -> None:
+    """It computes with them from the first run; a plan that takes none does not open."""
+    with gpu.engine(gpu.plan(refittable=True), weights=weights(scale=5)) as engine:
+        computes(gpu, engine, 5, 1)
+    with pytest.raises(InvalidRequestError, match="was not built to be refitted"):
+        gpu.engine(gpu.plan("other"), weights=weights(scale=5)).open()
+
+
 def test_weights_are_listed(gpu: Any, engine: TensorRTEngine) -> None:
     """Names, element types and sizes are those of the plan; a plan that takes none has none."""
     assert engine.weights == {"scale": ("float32", 1), "shift": ("float32", 1)}

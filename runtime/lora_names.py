@@ -6,8 +6,7 @@ without either. Files for SDXL often have the names of the original U-Net's bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 DOWN, UP, ALPHA = "down", "up", "alpha"
 """What a tensor is: the first factor, the second, or the number that divided by the rank scales their product."""
@@ -94,12 +93,11 @@ class Layers:
 
     Args:
         paths: Of the layers with a matrix or a convolution, within the part.
-        config: The part's, for a U-Net.
     """
 
-    def __init__(self, paths: Iterable[str], config: Mapping[str, Any]) -> None:
+    def __init__(self, paths: Iterable[str]) -> None:
         self._paths = {flat(path).removeprefix("text_model_"): path for path in paths}
-        self._blocks = _original_blocks(config) if "down_block_types" in config else {}
+        self._blocks = _original_blocks(self._paths.values())
 
     def find(self, name: str) -> str | None:
         """Path of the layer of a flat name; ``None`` if there is none."""
@@ -123,11 +121,11 @@ class Layers:
         return []
 
 
-def _original_blocks(config: Mapping[str, Any]) -> dict[str, str]:
+def _original_blocks(paths: Iterable[str]) -> dict[str, str]:
     """Flat names of the blocks of the original U-Net (CompVis and Stability AI), and diffusers' ones."""
-    down, up = list(config["down_block_types"]), list(config.get("up_block_types") or ())
-    layers = config.get("layers_per_block", 2)
-    counts = list(layers) if isinstance(layers, list | tuple) else [layers] * len(down)
+    down, up = _levels(paths := list(paths), "down_blocks"), _levels(paths, "up_blocks")
+    if not down:
+        return {}
     blocks = {
         "time_embed_0": "time_embedding_linear_1",
         "time_embed_2": "time_embedding_linear_2",
@@ -140,24 +138,36 @@ def _original_blocks(config: Mapping[str, Any]) -> dict[str, str]:
         "out_2": "conv_out",
     }
     number = 1
-    for level, (kind, count) in enumerate(zip(down, counts, strict=False)):
+    for level, (count, attends) in enumerate(down):
         for layer in range(count):
             blocks[f"input_blocks_{number}_0"] = f"down_blocks_{level}_resnets_{layer}"
-            if "CrossAttn" in kind:
+            if attends:
                 blocks[f"input_blocks_{number}_1"] = f"down_blocks_{level}_attentions_{layer}"
             number += 1
         blocks[f"input_blocks_{number}_0_op"] = f"down_blocks_{level}_downsamplers_0_conv"
         number += 1
     number = 0
-    for level, (kind, count) in enumerate(zip(up, reversed(counts), strict=False)):
-        for layer in range(count + 1):
-            attends = "CrossAttn" in kind
+    for level, (count, attends) in enumerate(up):
+        for layer in range(count):
             blocks[f"output_blocks_{number}_0"] = f"up_blocks_{level}_resnets_{layer}"
             if attends:
                 blocks[f"output_blocks_{number}_1"] = f"up_blocks_{level}_attentions_{layer}"
-            if layer == count:
+            if layer == count - 1:
                 last = 2 if attends else 1
                 blocks[f"output_blocks_{number}_{last}_conv"] = f"up_blocks_{level}_upsamplers_0_conv"
             number += 1
     # Longer names first: "input_blocks_3_0_op" is no layer of a block "input_blocks_3_0".
     return dict(sorted(blocks.items(), key=lambda item: -len(item[0])))
+
+
+def _levels(paths: Iterable[str], blocks: str) -> list[tuple[int, bool]]:
+    """For each level of a U-Net's blocks the number of its residual blocks, and whether they have attention."""
+    found: dict[int, tuple[set[str], bool]] = {}
+    for path in paths:
+        first, level, kind, number, *_ = [*path.split("."), "", "", ""]
+        if first == blocks and level.isdecimal():
+            resnets, attends = found.setdefault(int(level), (set(), False))
+            if kind == "resnets":
+                resnets.add(number)
+            found[int(level)] = resnets, attends or kind == "attentions"
+    return [(len(resnets), attends) for _, (resnets, attends) in sorted(found.items())]

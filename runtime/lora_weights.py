@@ -1,0 +1,135 @@
+"""Weights of a bundle's graphs with LoRAs added, to open the graphs with: always computed from the bundle's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.engines.errors import BundleError, SourceError
+
+from .bundle import Bundle
+from .families import Family
+from .lora import Lora, Shapes, Target
+from .manifest import MAX_JSON_BYTES, Graph
+from .onnx_guard import ExternalTensor
+
+LAYERS_FILE = "lora.json"
+"""File of a bundle with the layers that a LoRA may change: by part and path the shape of the layer's weights."""
+
+TRANSPOSED = ".T"
+"""What follows the name of a weight that a graph holds transposed."""
+
+_WEIGHT = ".weight"
+_DTYPES = {1: "<f4", 10: "<f2"}  # by TensorProto.DataType
+_QUANTIZED = ("int8", "fp8", "int8-weights")
+
+
+def target_of(bundle: Bundle, family: Family) -> Target:
+    """What a bundle has for a LoRA to change.
+
+    Raises:
+        BundleError: if it does not say, as those of older versions and of graphs that others exported.
+    """
+    if LAYERS_FILE not in bundle.manifest.files:
+        raise BundleError(
+            f"{bundle.path} does not say which layers it has, so no LoRA can be put on; build it again from the "
+            "model's weights, or fuse the LoRA with build-engine --lora"
+        )
+    parts = _layers(bundle)
+    return Target(bundle.manifest.source.name or bundle.path.name, family.denoiser, parts.keys(), parts.__getitem__)
+
+
+def changed_weights(
+    bundle: Bundle, family: Family, graphs: Mapping[str, Graph], loras: Sequence[Lora]
+) -> dict[str, dict[str, NDArray[np.generic]]]:
+    """The weights that LoRAs change, by component and by their names in its graph.
+
+    Args:
+        bundle: The bundle.
+        family: Its family.
+        graphs: What is opened, by component.
+        loras: Are added one after the other.
+
+    Raises:
+        SourceError: if a layer is quantised in these graphs, or leaves the range of its numbers.
+        BundleError: if a graph's weights are not where they can be exchanged.
+    """
+    found: dict[str, dict[str, NDArray[np.generic]]] = {}
+    shapes = _layers(bundle)
+    for part in dict.fromkeys(part for lora in loras for part in lora.factors):
+        own = {name: graph for name, graph in graphs.items() if part_of(name, family) == part}
+        placed = {name: dict(_places(bundle, graph)) for name, graph in own.items()}
+        for path in dict.fromkeys(path for lora in loras for path in lora.factors.get(part, ())):
+            changing = [lora for lora in loras if path in lora.factors.get(part, ())]
+            users = [name for name, places in placed.items() if path in places]
+            if not users and any(graph.precision in _QUANTIZED for graph in own.values()):
+                raise SourceError(
+                    f"{changing[0].name} changes {part}.{path}, which is quantised in this bundle; take a higher "
+                    "precision, or fuse the LoRA when the bundle is built"
+                )
+            for name in users:  # a layer that no graph has does not matter, such as a text encoder's last
+                tensor = placed[name][path]
+                if (tensor.dims[::-1] if tensor.name.endswith(TRANSPOSED) else tensor.dims) != shapes[part][path]:
+                    raise BundleError(f"{own[name].file} has other weights than {LAYERS_FILE} says; build it again")
+                found.setdefault(name, {})[tensor.name] = _changed(bundle, own[name], tensor, part, path, changing)
+    return found
+
+
+def part_of(component: str, family: Family) -> str:
+    """The part of the model that a component's weights are of: the denoiser for each of its stages."""
+    return family.denoiser if component.startswith(f"{family.denoiser}_") else component
+
+
+def _changed(
+    bundle: Bundle, graph: Graph, tensor: ExternalTensor, part: str, path: str, loras: Sequence[Lora]
+) -> NDArray[np.generic]:
+    if tensor.data_type not in _DTYPES:
+        raise BundleError(f"{graph.file} is {graph.precision}, in which no LoRA can be put on; take fp32 or fp16")
+    folder = graph.file.rpartition("/")[0]
+    file = bundle.file(f"{folder}/{tensor.location}" if folder else tensor.location)
+    stored = np.memmap(file, _DTYPES[tensor.data_type], "r", tensor.offset, tensor.dims)
+    transposed = tensor.name.endswith(TRANSPOSED)
+    weight: NDArray[Any] = stored
+    for lora in loras:
+        weight = lora.changed(part, path, weight, transposed=transposed)
+    with np.errstate(over="ignore"):
+        changed = weight.astype(stored.dtype, copy=False)
+    if changed is not weight and not np.isfinite(changed).all():
+        raise SourceError(f"with {loras[-1].name} the weights of {part}.{path} leave the range of {graph.precision}")
+    return changed
+
+
+def _places(bundle: Bundle, graph: Graph) -> Iterator[tuple[str, ExternalTensor]]:
+    """The weights of a graph that can be exchanged, by the path of their layer."""
+    for tensor in bundle.external_tensors(graph):
+        # The first part of a name is what the exporter's wrapper calls the model.
+        path = tensor.name.removesuffix(TRANSPOSED).partition(".")[2]
+        if path.endswith(_WEIGHT) and len(tensor.dims) > 1:
+            yield path.removesuffix(_WEIGHT), tensor
+
+
+def _layers(bundle: Bundle) -> dict[str, Shapes]:
+    """Content of the file of layers; whoever wrote it, it is a mapping from paths to shapes."""
+    path = bundle.file(LAYERS_FILE)
+    with path.open("rb") as stream:
+        content = stream.read(MAX_JSON_BYTES + 1)
+    try:
+        parts = json.loads(content) if len(content) <= MAX_JSON_BYTES else None
+        return {
+            str(part): {
+                str(layer): None if shape is None else tuple(map(_length, shape)) for layer, shape in of.items()
+            }
+            for part, of in parts.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} is not a list of layers; build the bundle again") from error
+
+
+def _length(value: object) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError
+    return value

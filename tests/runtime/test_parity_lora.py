@@ -1,0 +1,147 @@
+"""Pictures with LoRAs that are put on at run time against diffusers, and the table of them in the manual.
+
+With LATENTRT_WRITE_DOCS=1 the rows of the table are written anew from what was measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from latentrt.exporter.source import Source
+from latentrt.runtime import Pipeline
+
+GATE = 45.0
+"""Least PSNR in dB, on uint8 pictures."""
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "lora.md"
+BEGIN, END = "<!-- loras: written by tests/runtime/test_parity_lora.py -->\n", "<!-- end of loras -->\n"
+STYLE = ROOT / "examples" / "emoji" / "lora" / "blue-ink.safetensors"
+PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red apple", "a green leaf", 4, 4.0, 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        models: First column.
+        pipeline: diffusers' class.
+        layouts: Functions of ``tests/lora_files.py``, each for a file; nothing is the file of the emoji model.
+        scales: One for each file.
+    """
+
+    models: str
+    pipeline: str
+    layouts: Sequence[str]
+    scales: Sequence[float]
+
+
+CASES: Mapping[str, Case] = {
+    "sd1": Case("Stable Diffusion 1.x", "StableDiffusionPipeline", ("peft", "kohya"), (0.7, -0.4)),
+    "sdxl": Case("Stable Diffusion XL", "StableDiffusionXLPipeline", ("kohya_original", "peft"), (0.6, 0.5)),
+    "emoji": Case("the emoji model", "StableDiffusionPipeline", (), (0.9,)),
+}
+
+
+def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
+    """PSNR in dB of the worst picture."""
+    errors = np.square(pictures.astype(np.float64) - expected).mean(axis=(1, 2, 3))
+    return float(10 * np.log10(255**2 / max(errors.max(), 1e-9)))
+
+
+def told(case: Case, passed: bool) -> str:
+    """The table's row of a case."""
+    layouts = ", ".join(layout.replace("_original", ", original blocks") for layout in case.layouts)
+    cells = (
+        case.models,
+        f"`{case.pipeline}`",
+        layouts or "PEFT (as shipped)",
+        "one, both" if len(case.scales) > 1 else "one",
+        f"{GATE:.0f} dB or more" if passed else "fails",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", CASES)
+def test_the_pictures_are_diffusers(
+    kind: str, request: pytest.FixtureRequest, tiny: Any, lora_files: Any, emoji_source: Path, tmp_path: Path
+) -> None:
+    """One LoRA, and several with scales of their own, draw what ``load_lora_weights`` and ``set_adapters`` draw."""
+    case = CASES[kind]
+    path = emoji_source if kind == "emoji" else tiny.source(kind)
+    bundle = request.getfixturevalue("emoji_bundle") if kind == "emoji" else tiny.bundle(kind)
+    source, files = Source.open(path), [STYLE]
+    if case.layouts:
+        files = [
+            lora_files.write(getattr(lora_files, layout)(source, seed=seed), tmp_path / f"{layout}.safetensors")
+            for seed, layout in enumerate(case.layouts)
+        ]
+    theirs = getattr(diffusers, case.pipeline).from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    for number, file in enumerate(files):
+        theirs.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"lora{number}")
+    side = 64 if kind == "emoji" else 32
+    size = {"width": side, "height": side, "negative_prompt": NEGATIVE}
+    figures, seen = [], []
+    with Pipeline.load(bundle, "onnxruntime") as ours:
+        options = {"steps": STEPS, "guidance": GUIDANCE, "sampler": "ddim", "seed": SEED, "images": 2}
+        base = ours(PROMPT, **size, **options).images
+        for count in range(1, len(files) + 1):
+            ours.set_loras(list(zip(files[:count], case.scales, strict=False)))
+            theirs.set_adapters([f"lora{number}" for number in range(count)], list(case.scales[:count]))
+            drawn = theirs(
+                PROMPT,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                num_images_per_prompt=2,
+                generator=torch.Generator().manual_seed(SEED),
+                output_type="np",
+                **size,
+            ).images
+            expected = np.round(drawn * 255).astype(np.uint8)
+            figures.append(psnr(ours(PROMPT, **size, **options).images, expected))
+            for other in [base, *seen]:
+                assert psnr(other, expected) < GATE, "a LoRA that makes no difference"
+            seen.append(expected)
+    print(case.models, [round(figure, 1) for figure in figures])
+    measured = told(case, min(figures) >= GATE)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    rows, _, after = rest.partition(END)
+    lines = rows.splitlines()
+    if os.environ.get("LATENTRT_WRITE_DOCS"):
+        kept = [line for line in lines if not line.startswith(f"| {case.models} |")]
+        order = [each.models for each in CASES.values()]
+        table = sorted([*kept[2:], measured], key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
+        PAGE.write_text(f"{before}{BEGIN}" + "\n".join([*kept[:2], *table]) + f"\n{END}{after}", encoding="utf-8")
+    else:
+        assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
+    assert min(figures) >= GATE, figures
+
+
+@pytest.mark.heavy
+def test_the_style_that_ships_draws_in_blue_ink(emoji_bundle: Path) -> None:
+    """What is red becomes blue the more the higher the scale, at nearly the same brightness."""
+    options: dict[str, Any] = {"steps": 8, "guidance": GUIDANCE, "seed": SEED, "images": 2}
+    redness, brightness = [], []
+    with Pipeline.load(emoji_bundle, "onnxruntime") as pipe:
+        for scale in (0.0, 0.5, 1.0):
+            pipe.set_loras([(STYLE, scale)])
+            pixels = pipe(PROMPT, **options).images.astype(float)
+            redness.append((pixels[..., 0] - pixels[..., 2]).mean())
+            brightness.append((pixels @ [0.299, 0.587, 0.114]).mean())
+    assert redness[0] > 20 > redness[1] > redness[2]
+    assert redness[2] < 0
+    assert np.ptp(brightness) < 40
+    assert STYLE.stat().st_size < 300_000
