@@ -97,7 +97,8 @@ def read_picture(given: object, name: str, mode: Mode = "RGB") -> ReadPicture:
         pixels = _converted(Image.fromarray(_bytes_of(given, name)), mode, name)
         return ReadPicture(pixels, _digest(pixels))
     if isinstance(given, Image.Image):
-        pixels = _decoded(lambda: given, mode, name, "it is broken")
+        image = given
+        pixels = _decoded(lambda: image, mode, name, "it is broken")
         return ReadPicture(pixels, _digest(pixels))
     path = None
     if isinstance(given, str | os.PathLike):

@@ -246,7 +246,7 @@ def test_a_file_with_any_byte_changed_is_read_or_refused(kind: str) -> None:
         assert found.ndim == 3
 
 
-def test_several_pictures_are_of_one_size() -> None:
+def test_several_pictures_are_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list or an array of pictures gives each; none, or different sizes, are refused."""
     pixels = noise(2, *SHAPE)
     for given in (pixels, [pixels[0], saved(pixels[1])], (pixels[0], Image.fromarray(pixels[1]))):
@@ -257,5 +257,6 @@ def test_several_pictures_are_of_one_size() -> None:
         read_pictures([pixels[0], pixels[0].swapaxes(0, 1)], "image")
     with pytest.raises(InvalidRequestError, match="image is empty"):
         read_pictures([], "image")
-    with pytest.raises(InvalidRequestError, match="pixels or more, expected at most"):
-        read_pictures([np.broadcast_to(np.uint8(0), (8000, 8000, 3))] * 2, "image")
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    with pytest.raises(InvalidRequestError, match="image has 1,200 pixels or more, expected at most 1,000 together"):
+        read_pictures([noise(20, 20, 3)] * 4, "image")
