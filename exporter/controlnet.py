@@ -302,7 +302,8 @@ class ControlNet:
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
-    return ControlNetModel(**known(config, ControlNetModel))
+    model: nn.Module = ControlNetModel(**known(config, ControlNetModel))
+    return model
 
 
 def with_controlnets(source: Source, files: Sequence[ControlNetFile]) -> Source:

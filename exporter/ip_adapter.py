@@ -97,7 +97,8 @@ class DecoupledAttention:
         text, tokens, scale = encoder_hidden_states
 
         def heads(states: Tensor) -> Tensor:
-            return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            split: Tensor = torch.unflatten(states, -1, (attn.heads, -1))
+            return split.transpose(1, 2)
 
         query = heads(attn.to_q(hidden_states))
         values = self.values(tokens)
@@ -122,7 +123,8 @@ class PicturedDenoiser(nn.Module):
         self.layers = nn.ModuleList(layer for pair in layers.values() for layer in pair)
         self._denoiser: Any = [denoiser]  # in a list it is no part of its own
         own = {name: DecoupledAttention(*pair) for name, pair in layers.items()}
-        self.unet.set_attn_processor({**self.unet.attn_processors, **own})
+        unet: Any = self.unet
+        unet.set_attn_processor({**unet.attn_processors, **own})
 
     def forward(
         self,
@@ -327,4 +329,5 @@ def _empty_encoder(config: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def _build_encoder(config: Mapping[str, Any]) -> nn.Module:
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**known(config, CLIPVisionConfig))).eval()
+    model: nn.Module = CLIPVisionModelWithProjection(CLIPVisionConfig(**known(config, CLIPVisionConfig)))
+    return model.eval()

@@ -82,7 +82,7 @@ class Family(ABC):
     guidance: ClassVar[float] = 7.5
     """Guidance scale by default."""
     controllable: ClassVar[bool] = False
-    """Whether ControlNets go with its models; then it has :meth:`denoiser_inputs`."""
+    """Whether ControlNets and IP-Adapters go with its models; then it has :meth:`denoiser_inputs`."""
     prediction: ClassVar[str] = "epsilon"
     """What the denoiser predicts where the scheduler's configuration does not say."""
 
