@@ -39,8 +39,8 @@ def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tens
     def replace(module: nn.Module, inputs: object, found: Tensor) -> Tensor:
         return torch.where(added[..., None], extra_embeddings[rows], found)
 
-    embedding = getattr(model, "text_model", model).embeddings.token_embedding
-    hook = embedding.register_forward_hook(replace)
+    encoder: Any = getattr(model, "text_model", model)
+    hook = encoder.embeddings.token_embedding.register_forward_hook(replace)
     try:
         yield torch.where(added, 0, input_ids)
     finally:

@@ -232,7 +232,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if kind in _TYPES:
             if type(value) is kind or (kind is float and type(value) is int):
                 return value
-        elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
             return _built(name, value, kind)
         elif _is_array(origin) and isinstance(value, list):
             fixed = origin is tuple and Ellipsis not in inner
