@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-ABSENT = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "polygraphy")
+ABSENT = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "polygraphy")
 
 pytestmark = pytest.mark.heavy
 
