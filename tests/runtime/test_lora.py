@@ -115,7 +115,7 @@ def test_openvino_takes_them(pipe: Pipeline, bundle: Path, files: tuple[Path, Pa
 
 
 def test_weights_are_those_that_are_fused_at_build(tiny: Any, bundle: Path, files: tuple[Path, Path]) -> None:
-    """Bit for bit, for linear layers, which a graph holds transposed, and convolutions."""
+    """To rounding, for linear layers, which a graph holds transposed, and convolutions; no other weight is changed."""
     opened = Bundle.open(bundle)
     loras = [LoraFile(files[0], 0.8), LoraFile(files[1], -0.5)]
     family = family_of(opened.manifest)
@@ -129,7 +129,7 @@ def test_weights_are_those_that_are_fused_at_build(tiny: Any, bundle: Path, file
         assert {name.removesuffix(".T").partition(".")[2] for name in changed[part]} == expected
         for name, values in changed[part].items():
             weight = own[name.removesuffix(".T").partition(".")[2]].numpy()
-            np.testing.assert_array_equal(values.T if name.endswith(".T") else values, weight)
+            np.testing.assert_allclose(values.T if name.endswith(".T") else values, weight, rtol=1e-5, atol=1e-6)
     stages = changed["unet_prompt"].keys() | changed["unet_step"].keys()
     assert stages | {n for n in changed["unet"] if "time_emb_proj" in n} == changed["unet"].keys()
 
