@@ -29,7 +29,7 @@ from .components import Component, Roles, load_component
 from .description import check_bounds
 from .families.base import latent_factor
 from .families.checks import check_blocks, natural
-from .families.parts import LATENT_AXES, known
+from .families.parts import LATENT_AXES, denoiser_axes, known
 from .graph_folders import GraphFolders
 from .onnx_export import graph_entry
 from .passes.borders import float_borders
@@ -286,7 +286,7 @@ class ControlNet:
         vectors = {each: inputs[each] for each in source.family.vectors if each in inputs}
         first = ("sample", "timestep", "encoder_hidden_states")
         example = {**{each: inputs[each] for each in first}, "control": control, **vectors}
-        axes_of = {each: LATENT_AXES if each in ("sample", "control") else {0: "batch"} for each in example}
+        axes_of = {**denoiser_axes(example), "control": LATENT_AXES}
         residuals = {f"residual_{number}": shape for number, shape in enumerate(residual_shapes(self.config))}
         roles = Roles(
             "sample",
@@ -294,8 +294,8 @@ class ControlNet:
             ("encoder_hidden_states", *vectors),
             ("timestep",),
             tuple(vectors),
-            ("control",),
-            residuals,
+            beside=("control",),
+            residuals=residuals,
         )
         keep = frozenset({"timestep", "time_ids"})
         return Component(name, ControlNetBody(net).eval(), example, axes_of, tuple(residuals), keep, roles)

@@ -131,7 +131,8 @@ class Factors:
         """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
         factor = np.float32(self.scale * scale)
-        return down.T @ (up.T * factor) if transposed else (up * factor) @ down
+        product: Floats = down.T @ (up.T * factor) if transposed else (up * factor) @ down
+        return product
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,9 @@ def _tensors(content: bytes, name: str) -> tuple[Mapping[str, str], Iterator[tup
     """What the header of a file says besides, and its tensors as fp32: ``None`` for one of other numbers."""
     import safetensors  # here, since most requests have no LoRA
 
+    deserialize: Any = safetensors.deserialize
     try:
-        found = safetensors.deserialize(content)  # checks names, types, and that all bytes are some tensor's
+        found: Any = deserialize(content)  # checks names, types, and that all bytes are some tensor's
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
         metadata = header.get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:

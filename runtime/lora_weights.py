@@ -118,7 +118,7 @@ def _layers(bundle: Bundle) -> dict[str, Shapes]:
     with path.open("rb") as stream:
         content = stream.read(MAX_JSON_BYTES + 1)
     try:
-        parts = json.loads(content) if len(content) <= MAX_JSON_BYTES else None
+        parts: Any = json.loads(content) if len(content) <= MAX_JSON_BYTES else None
         return {
             str(part): {
                 str(layer): None if shape is None else tuple(map(_length, shape)) for layer, shape in of.items()

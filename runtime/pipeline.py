@@ -610,8 +610,9 @@ class Pipeline:
         self.loop.check(plan)
         planned = time.perf_counter()
         if self.embeddings.records:
-            requests = (dataclasses.replace(each, embeddings=self.embeddings.records) for each in batch.requests)
-            batch = dataclasses.replace(batch, requests=tuple(requests))
+            records = self.embeddings.records
+            requests = tuple(dataclasses.replace(each, embeddings=records) for each in batch.requests)
+            batch = dataclasses.replace(batch, requests=requests)
         texts = [self.family.texts(request, self.tokenizers) for request in batch.requests]
         if size is not None and any(len(ids) > 1 for each in texts for text in each for ids in text.tokens.values()):
             raise InvalidRequestError(

@@ -555,10 +555,8 @@ def _strength(name: str, value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _flag(name: str, value: Any) -> bool | None:
-    if value is not None and not isinstance(value, bool):
-        raise InvalidRequestError(f"{name} is {_show(value)}, expected true or false")
-    return value
+def _optional_flag(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
 
 
 def _resize(name: str, value: Any) -> str | None:
@@ -576,7 +574,7 @@ TASK_OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "resize": _resize,
     "mask_blur": lambda name, value: None if value is None else _number(name, value, 1024),
     "mask_padding": lambda name, value: None if value is None else _integer(name, value, 0, MAX_SIDE),
-    "keep_outside": _flag,
+    "keep_outside": _optional_flag,
     "variation_seed": lambda name, value: None if value is None else _integer(name, value, 0, 2**64 - 1),
     "variation_strength": lambda name, value: None if value is None else _number(name, value, 1),
 }
