@@ -150,7 +150,7 @@ def test_the_command_line_steers(tiny: Any, tmp_path: Path, capsys: pytest.Captu
 def test_a_bundle_tells_what_steers(tiny: Any, tiny_bundles: dict[str, Path]) -> None:
     """ControlNets and an IP-Adapter are among its abilities."""
     told = abilities(Bundle.open(tiny.controlled("sd1")))
-    assert (told["controlnets"], told["ip_adapter"]) == (["edges", "depth"], True)
+    assert (told["controlnets"], told["ip_adapter"]) == (["depth", "edges"], True)
     told = abilities(Bundle.open(tiny_bundles["sd1"]))
     assert (told["controlnets"], told["ip_adapter"]) == ([], False)
 
