@@ -131,8 +131,8 @@ class Factors:
         """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
         factor = np.float32(self.scale * scale)
-        product: Floats = down.T @ (up.T * factor) if transposed else (up * factor) @ down
-        return product
+        product = down.T @ (up.T * factor) if transposed else (up * factor) @ down
+        return product.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
