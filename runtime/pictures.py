@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from latentrt.engines.errors import InvalidRequestError
 
-Picture: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]"
+Picture: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 """A file, a file's content, a Pillow image, or an array ``[height, width, 3]``: uint8, or float from 0 to 1."""
 Mode = Literal["RGB", "L"]
 """Colours, or the one channel of a mask."""

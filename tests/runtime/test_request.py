@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import InvalidRequestError
+from latentrt.runtime.control import Control
 from latentrt.runtime.manifest import Defaults, Latent, Manifest
+from latentrt.runtime.pictures import PictureRecord
 from latentrt.runtime.request import FAMILY_OPTIONS, MAX_PIXELS, MAX_SIDE, TASK_OPTIONS, Request, RequestOptions
 from latentrt.runtime.samplers import SAMPLERS
 from latentrt.runtime.tiling import Tiling
@@ -63,6 +65,10 @@ def test_what_is_given_is_kept() -> None:
         "denoising_end": 0.75,
         "output": "image",
         "decoder": "full",
+        "control": (Control(PictureRecord("0" * 64), "edges", 0.5),),
+        "guess_mode": True,
+        "ip_adapter_image": PictureRecord("1" * 64, "portrait.png"),
+        "ip_adapter_scale": 0.6,
     }
     assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys() - TASK_OPTIONS.keys()
     request = create(**options)
