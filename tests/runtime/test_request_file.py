@@ -53,6 +53,8 @@ VALUES: Mapping[str, Any] = {
     "negative_crop": (4, 2),
     "negative_target_size": (24, 16),
     "prompt_syntax": "weighted",
+    "variation_seed": 5,
+    "variation_strength": 0.5,
 }
 
 
@@ -81,7 +83,7 @@ def test_the_schema_is_the_codes() -> None:
     )
     schema = json.loads(schema_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["properties"]) == {"$schema", "prompt", "embeddings", *RequestOptions.__annotations__}
+    assert set(schema["properties"]) == {"$schema", "prompt", "embeddings", "loras", *RequestOptions.__annotations__}
     derived = {"classifier_free"}  # a new field is an option, or has a place in the record, or could not be repeated
     assert {each.name for each in dataclasses.fields(Request)} - derived == set(schema["properties"]) - {"$schema"}
     assert all(entry["description"] for name, entry in schema["properties"].items() if name != "$schema")
