@@ -130,9 +130,9 @@ class Factors:
     def delta(self, scale: float, *, transposed: bool = False) -> Floats:
         """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
-        factor = np.float32(self.scale * scale)
-        product = down.T @ (up.T * factor) if transposed else (up * factor) @ down
-        return product.astype(np.float32, copy=False)
+        scaled = up * np.float32(self.scale * scale)
+        product: Floats = down.T @ scaled.T if transposed else scaled @ down
+        return product
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ def _tensors(content: bytes, name: str) -> tuple[Mapping[str, str], Iterator[tup
 
     deserialize: Any = safetensors.deserialize
     try:
-        found: Any = deserialize(content)  # checks names, types, and that all bytes are some tensor's
+        # Checks names, types, and that all bytes are some tensor's.
+        found = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
         metadata = header.get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
