@@ -131,8 +131,8 @@ class Factors:
         """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
         scaled = up * np.float32(self.scale * scale)
-        product: Floats = down.T @ scaled.T if transposed else scaled @ down
-        return product
+        product = down.T @ scaled.T if transposed else scaled @ down
+        return product.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,6 @@ def _tensors(content: bytes, name: str) -> tuple[Mapping[str, str], Iterator[tup
     """What the header of a file says besides, and its tensors as fp32: ``None`` for one of other numbers."""
     import safetensors  # here, since most requests have no LoRA
 
-    deserialize: Any = safetensors.deserialize
     try:
         # Checks names, types, and that all bytes are some tensor's.
         found = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
