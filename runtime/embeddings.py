@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from latentrt.engines import TensorSpec
@@ -153,6 +152,8 @@ def _content(path: str | os.PathLike[str], label: str) -> bytes:
 
 
 def _tensors(data: bytes, label: str) -> dict[str, Floats]:
+    import safetensors  # here, since most pipelines have no embeddings
+
     try:
         found: list[tuple[str, Mapping[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:

@@ -338,9 +338,8 @@ class Request:
             BundleError: if the family is unknown.
         """
         if unknown := special.keys() - FAMILY_OPTIONS.keys() - TASK_OPTIONS.keys():
-            known = ", ".join(
-                sorted(RequestOptions.__annotations__, key=FAMILY_OPTIONS.__contains__)
-            )  # the special last
+            special_last = {*FAMILY_OPTIONS, *TASK_OPTIONS}.__contains__
+            known = ", ".join(sorted(RequestOptions.__annotations__, key=special_last))
             raise InvalidRequestError(f"unknown option {min(unknown)!r}; known options: {known}")
         defaults, family = manifest.defaults, family_of(manifest)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):

@@ -246,7 +246,7 @@ def test_switches_in_configs(tiny_source: Path, edit_json: EditJson) -> None:
         ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 1000}),
         ("unet/config.json", {"cross_attention_dim": [32, 32]}),
         ("unet/config.json", {"cross_attention_dim": 64}),
-        ("unet/config.json", {"in_channels": 9}),
+        ("unet/config.json", {"in_channels": 7}),
         ("unet/config.json", {"in_channels": True}),
         ("unet/config.json", {"sample_size": "16"}),
         ("unet/config.json", {"sample_size": [16]}),
