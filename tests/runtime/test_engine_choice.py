@@ -160,9 +160,9 @@ def test_fixed_lengths(bundle: Bundle) -> None:
     size = {"latent_height": 16, "latent_width": 32}
     assert shapes == {
         "text_encoder": {"batch": 1},
-        "unet": size,
+        "unet": {**size, "text_length": 77},
         "unet_schedule": {},
-        "unet_step": {**size, "batch": 3},
+        "unet_step": {**size, "batch": 3, "text_length": 77},
         "vae_decoder": {**size, "batch": 3},
     }
 
