@@ -529,7 +529,7 @@ def add_runtime(module: Any, cuda: FakeCuda, *, rtx: bool) -> Any:
     return module
 
 
-def onnx_plan(path: Any, largest: int = 64, weights: Any = None) -> FakePlan:
+def onnx_plan(path: Any, largest: int = 128, weights: Any = None) -> FakePlan:
     """A plan that computes what ONNX Runtime computes of a graph, for lengths up to ``largest``.
 
     ``weights`` may be refitted: what was added to them is added to all outputs.

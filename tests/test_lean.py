@@ -93,6 +93,6 @@ def test_a_whole_run_loads_what_it_needs(lean: Path, tiny_bundles: dict[str, Pat
     status, package, pipeline, imported, loaded = json.loads(done.stderr)
     print(f"import latentrt.runtime: {package:.3f} s; with Pipeline: {pipeline:.3f} s")
     assert status == 0
-    assert {"onnxruntime", "PIL", "tqdm", "tensorrt"}.isdisjoint(imported)
+    assert {"onnxruntime", "safetensors", "tqdm", "tensorrt"}.isdisjoint(imported)
     assert "onnxruntime" in loaded
     assert set(ABSENT).isdisjoint(name.split(".")[0] for name in loaded)

@@ -86,13 +86,13 @@ def test_the_wheel_has_one_command(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_bare_install_is_lean(wheel: zipfile.ZipFile) -> None:
-    """Without an extra, five packages are required, none of them a training framework."""
+    """Without an extra, six packages are required, none of them a training framework."""
     (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
     metadata = email.message_from_bytes(wheel.read(name))
     required = {
         re.split(r"[<>=!~\[ ;]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
     }
-    assert required == {"numpy", "tokenizers", "pillow", "onnxruntime", "tqdm"}
+    assert required == {"numpy", "tokenizers", "pillow", "onnxruntime", "safetensors", "tqdm"}
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra", []))
     assert extras >= {"export", "tensorrt", "tensorrt-rtx", "cuda", "openvino", "bench", "dev"}

@@ -133,7 +133,7 @@ def test_files_are_those_of_the_export(exports: Exports, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "loops: plain\n" in shown
     assert "the unet has no stages: every step computes all of it" in shown
-    assert "options negative_prompt\n" in shown
+    assert "options negative_prompt prompt_syntax\n" in shown
     samplers = shown.partition("samplers: ")[2].splitlines()[0].split()
     assert "ddim" in samplers
     assert "dpm2" not in samplers, "it visits timesteps between those that the graph takes"

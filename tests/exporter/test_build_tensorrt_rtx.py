@@ -70,7 +70,7 @@ def test_plans_and_records(built: Path) -> None:
         plan = EngineStore(built / "engines").path(record)
         assert plan.stat().st_size == record.size > 10_000
         assert plan.parent.name == record.key
-    assert found["unet_prompt"].profile == {"encoder_hidden_states": ((1, 77, 32),) * 3}
+    assert found["unet_prompt"].profile == {"encoder_hidden_states": ((1, 77, 32), (1, 77, 32), (1, 8 * 77, 32))}
     assert found["unet_schedule"].profile == {"timestep": ((1,), (20,), (64,))}
     step = found["unet_step"].profile
     assert step["registers"] == ((1, 1, 4, 16, 16), (1, 2, 4, 16, 16), (1, 8, 4, 16, 16))

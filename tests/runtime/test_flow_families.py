@@ -47,7 +47,11 @@ def manifests(tiny: Any) -> dict[str, Any]:
         ("flux-dev", {"prompt_3": "a"}, "have no prompt_3, only stable-diffusion-3; leave it out"),
         ("flux-schnell", {"guidance": 3.5}, "guidance is 3.5, but this model was made to run without"),
         ("flux-dev", {"guidance_rescale": 0.5}, "guidance_rescale is for guidance from two predictions"),
-        ("sd35", {"original_size": (8, 8)}, "have no original_size, only stable-diffusion-xl; leave it out"),
+        (
+            "sd35",
+            {"original_size": (8, 8)},
+            "have no original_size, only stable-diffusion-xl and stable-diffusion-xl-refiner; leave it out",
+        ),
     ],
 )
 def test_what_a_bundle_cannot_do(manifests: dict[str, Any], kind: str, options: Any, message: str) -> None:

@@ -35,9 +35,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.heavy
 def test_every_family_runs_without_training_frameworks(tiny: Any, tiny_models: Any, tmp_path: Path) -> None:
     """`latentrt generate` draws with the tiny model of every row, and nothing asks for torch or its like."""
+    picture = tmp_path / "picture.png"
+    Image.effect_noise((32, 32), 64).save(picture)
     for kind in tiny_models.WRITERS:
         output = tmp_path / f"{kind}.png"
-        done = run("generate", tiny.bundle(kind), "a red apple", "--output", output, "--steps", "2", "--threads", "1")
+        options = ["--output", output, "--steps", "2", "--threads", "1"]
+        if kind.endswith("inpaint"):
+            options += ["--image", picture, "--mask", picture]
+        done = run("generate", tiny.bundle(kind), "a red apple", *options)
         assert (done.returncode, done.stderr) == (0, ""), f"{kind}: {done.stderr}"
         assert Image.open(output).size == (32, 32), kind
 
