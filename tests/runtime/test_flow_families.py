@@ -50,7 +50,7 @@ def manifests(tiny: Any) -> dict[str, Any]:
         (
             "sd35",
             {"original_size": (8, 8)},
-            "have no original_size, only stable-diffusion-xl and stable-diffusion-xl-refiner; leave it out",
+            "have no original_size, only stable-diffusion-xl and",
         ),
     ],
 )
