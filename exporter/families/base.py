@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 from latentrt.runtime.manifest import STAGES, Latent
 from latentrt.runtime.samplers import Plan, compile_plan
@@ -144,8 +145,12 @@ class Family(ABC):
         """
 
     def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
-        """Example inputs that the denoiser has in common with a ControlNet."""
-        raise NotImplementedError
+        """Example inputs that the denoiser has in common with a ControlNet.
+
+        Raises:
+            SourceError: if the family has none, see :attr:`controllable`.
+        """
+        raise SourceError(f"ControlNets do not go with models of {self.name}")
 
     def settings(self, source: Source) -> dict[str, bool | int | float | str]:
         """What the runtime must know of this very model, see :attr:`latentrt.runtime.families.Family.settings`."""
