@@ -235,8 +235,10 @@ def test_weights_in_half_precision_give_the_same_graph(
     monkeypatch.setattr(Source, "load", lambda self, name: read.append(self.dtype) or load(self, name))
     exported_in_fp16(tiny_source, name, tmp_path / "plain", monkeypatch, verify=False)
     assert read == [torch.float16]
-    file = f"model{Form(20, 'fp16').suffix}.onnx"
-    first, second = (onnx.load(tmp_path / each / name / file) for each in ("compared", "plain"))
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / each / name).iterdir()} for each in ("compared", "plain")
+    )
+    assert first.keys() >= {f"model{Form(20, 'fp16').suffix}.onnx"}
     assert first == second
 
 
