@@ -200,7 +200,7 @@ def bundle_work(
     steps: int,
     registers: int = 1,
 ) -> dict[str, StageWork]:
-    """Count the stages of a request as :class:`~latentrt.runtime.pipeline.Pipeline` runs them.
+    """Count the stages of a request as :class:`~latentrt.runtime.Pipeline` runs them.
 
     Args:
         bundle: The bundle.

@@ -17,7 +17,8 @@ from latentrt.engines.errors import translated
 from latentrt.engines.onnxrt import load_sdk
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.manifest import Graph
-from latentrt.runtime.pipeline import Pipeline, components_for
+from latentrt.runtime.opening import components_for
+from latentrt.runtime.pipeline import Pipeline
 
 from .onnx_export import EXTERNAL_THRESHOLD
 from .passes.widen import round_values, widen

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import EngineUnavailableError, VerificationError
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.engine_choice import EngineSettings, make_engine
-from latentrt.runtime.pipeline import Pipeline, components_for
+from latentrt.runtime.opening import components_for
+from latentrt.runtime.pipeline import Pipeline
 
 from .calibration import Calibration
 from .emulate import emulated

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .control import Control
     from .loop import Run
-    from .pipeline import Pipeline, Result, StepInfo, Timings
+    from .pipeline import Pipeline
     from .previews import Preview
     from .refine import hand_over_options
     from .request import Request, RequestOptions
+    from .result import Result, StepInfo, Timings
     from .tiling import Tiling
 
 __all__ = [
@@ -76,11 +77,11 @@ _HOMES = {
     "Preview": "previews",
     "Request": "request",
     "RequestOptions": "request",
-    "Result": "pipeline",
+    "Result": "result",
     "Run": "loop",
-    "StepInfo": "pipeline",
+    "StepInfo": "result",
     "Tiling": "tiling",
-    "Timings": "pipeline",
+    "Timings": "result",
     "hand_over_options": "refine",
 }
 

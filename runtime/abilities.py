@@ -16,7 +16,7 @@ from .engine_probe import SUPPORTED
 from .families import Family, family_of
 from .loop import between_whole
 from .manifest import IMAGE_ENCODER, Manifest
-from .pipeline import components_for
+from .opening import components_for
 from .plans import planned
 from .request import MAX_PIXELS, MAX_SIDE, Request
 from .samplers import SAMPLERS

@@ -11,7 +11,7 @@ from latentrt.engines.store import EngineRecord
 from .bundle import Bundle
 from .engine_choice import EngineSettings, FixedSize, openvino_engine
 from .engine_probe import check_engine
-from .pipeline import components_for
+from .opening import components_for
 
 
 @dataclass(frozen=True)

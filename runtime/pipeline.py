@@ -8,10 +8,9 @@ import functools
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -21,51 +20,32 @@ from numpy.typing import NDArray
 
 from latentrt.engines import Engine
 from latentrt.engines.device import DeviceArray, to_numpy
-from latentrt.engines.errors import BundleError, EngineClosedError, EngineUnavailableError, InvalidRequestError
-from latentrt.engines.trt import share_arena
+from latentrt.engines.errors import EngineClosedError, EngineUnavailableError, InvalidRequestError
 
 from .batch import Batch
 from .bundle import Bundle
 from .cache import TensorCache
 from .control import Control
 from .controlnets import ControlNets
-from .embeddings import EXTRA_EMBEDDINGS, Embeddings, read_embeddings
-from .engine_choice import (
-    EngineChoice,
-    EngineSettings,
-    FixedSize,
-    Weights,
-    choose_engine,
-    graph_for,
-    make_engine,
-    most_pictures,
-)
-from .families import Family, Text, family_of
+from .decoding import decode_latents, encode_pixels
+from .embeddings import EXTRA_EMBEDDINGS, read_embeddings
+from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, most_pictures
+from .families import Text, family_of
 from .image_prompt import encode_picture, no_picture
-from .loop import (
-    Conditioning,
-    Floats,
-    FusedLoop,
-    Loop,
-    PlainLoop,
-    Run,
-    check_together,
-    output_of,
-    outputs_of,
-    start_run,
-)
-from .lora import AppliedLora, Lora, Loras, lora_files, read_lora
-from .lora_weights import changed_weights, target_of
-from .manifest import IMAGE_ENCODER, TINY_DECODER, TOKENIZER_FILE, VAE_ENCODER
+from .loop import Conditioning, Floats, Loop, Run, check_together, outputs_of, start_run
+from .lora import AppliedLora, Lora, Loras
+from .manifest import IMAGE_ENCODER, TINY_DECODER
 from .noise import Noise, SharedNoise, TorchGenerator
 from .opened import OpenedEngines
+from .opening import components_for, embedding_widths, fixed_size_of, load_tokenizers, make_loop, open_engines
 from .previews import PreviewOptions, Previews, take_previews
-from .request import Request, RequestOptions, check_decoder
+from .request import RequestOptions
+from .result import Result, StepInfo, Timings
 from .samplers import Plan
+from .switching import LoraEngines, read_loras
 from .tasks import Begun, begin_from
-from .tiling import Tiling, decode_tiles, encode_tiles
-from .tokenizers import PromptTokenizer, load_tokenizer
-from .turns import TurnEngine, Turns, give_back
+from .tiling import Tiling
+from .turns import Turns, give_back
 
 _T = TypeVar("_T")
 
@@ -74,75 +54,6 @@ LOOPS = ("auto", "fused", "plain")
 
 PROMPT_CACHE = 256 << 20
 """Bytes of encoded texts that a pipeline keeps unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """State of the loop after one call of the denoiser.
-
-    Attributes:
-        index: Number of this call, from 0.
-        total: Number of calls of the whole run.
-        timestep: Timestep that the denoiser was called at.
-        elapsed: Seconds that this step took.
-        registers: The sampler's state, float32 ``[images, R, channels, height / factor, width / factor]``, where the
-            engine left it: on a GPU nothing is copied unless somebody looks.
-        scale: Factor that brings latents with noise to about the size of those without.
-    """
-
-    index: int
-    total: int
-    timestep: float
-    elapsed: float
-    registers: Floats | DeviceArray = field(repr=False)
-    scale: float = 1.0
-
-    @functools.cached_property
-    def latents(self) -> Floats:
-        """float32 ``[images, channels, height / factor, width / factor]``; a copy, made when it is first asked for."""
-        return to_numpy(self.registers)[:, 0].copy()
-
-
-@dataclass
-class Timings:
-    """Seconds spent in each stage of a request.
-
-    Attributes:
-        text_encoder: Tokenizer and text encoder.
-        prompt: The denoiser's prompt stage; 0 where the bundle has none.
-        schedule: Compiling the sampler's plan, and the denoiser's schedule stage where the bundle has one.
-        step: Each step of the loop.
-        vae_decoder: Decoding to pixels.
-        vae_encoder: Encoding of pictures that were given.
-        total: All of it.
-    """
-
-    text_encoder: float = 0.0
-    prompt: float = 0.0
-    schedule: float = 0.0
-    step: list[float] = field(default_factory=list)
-    vae_decoder: float = 0.0
-    vae_encoder: float = 0.0
-    total: float = 0.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a request gave.
-
-    Attributes:
-        images: uint8 ``[images, height, width, 3]``; ``[0, height, width, 3]`` where ``output`` is ``"latent"``.
-        latents: float32 ``[images, channels, height / factor, width / factor]``.
-        timings: Seconds of each stage.
-        request: The request with every default filled in, the seed among them.
-        truncated: Tokens of prompt and negative prompt that did not fit the text encoder and were cut off.
-    """
-
-    images: NDArray[np.uint8]
-    latents: Floats
-    timings: Timings
-    request: Request
-    truncated: int
 
 
 @dataclass(frozen=True)
@@ -176,9 +87,9 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
-        opener: Opens the engine of a component that is not among ``engines``, once a request needs it.
         embeddings: By word of prompts, files with vectors that it stands for, see :mod:`latentrt.runtime.embeddings`.
-        settings: What the engines were made with; without it others cannot be opened, and so no LoRA put on.
+        settings: What the engines were made with. Components that are not among them are opened so, once a request
+            needs them, and those that LoRAs change; without it neither can be.
 
     Raises:
         InvalidRequestError: if a file of an embedding does not fit.
@@ -201,7 +112,6 @@ class Pipeline:
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
         turns: Turns | None = None,
-        opener: Callable[[str], Engine] | None = None,
         embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
@@ -211,18 +121,16 @@ class Pipeline:
         self.manifest = bundle.manifest
         self.family = family_of(self.manifest)
         self.max_batch = fixed_size.images if fixed_size else max_batch
-        self._opener, self._shut = opener, threading.Event()
-        self._use(engines, opener)
-        self._turns = turns
-        self._texts = TensorCache(prompt_cache)
-        self.embeddings = read_embeddings(embeddings or {}, _embedding_widths(self.engines, self.family))
-        self.tokenizers = _load_tokenizers(bundle, self.family, self.embeddings)
-        self.loras: tuple[AppliedLora, ...] = ()
-        self._settings = settings
-        self._prompt_cache = prompt_cache
+        self._shut, self._turns = threading.Event(), turns
+        self._switch = None if settings is None else LoraEngines(bundle, self.family, settings, turns)
         self._changed: set[str] = set()  # components with other weights than the bundle's
+        self._use(engines, ())
+        self._texts = TensorCache(prompt_cache)
+        self.embeddings = read_embeddings(embeddings or {}, embedding_widths(self.engines, self.family))
+        self.tokenizers = load_tokenizers(bundle, self.family, self.embeddings)
+        self.loras: tuple[AppliedLora, ...] = ()
+        self._prompt_cache = prompt_cache
         self._aside: Pipeline | None = None  # with the LoRAs that a request named last
-        self._replaced: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
         self._lock = threading.Lock()
         self._switching = threading.RLock()
 
@@ -231,10 +139,11 @@ class Pipeline:
         """Opened engines by component; :attr:`opened` opens others that the bundle has."""
         return self.opened.engines
 
-    def _use(self, engines: Mapping[str, Engine], opener: Callable[[str], Engine] | None) -> None:
-        """Draw with these engines, and open others with ``opener``."""
+    def _use(self, engines: Mapping[str, Engine], loras: Sequence[Lora]) -> None:
+        """Draw with these engines, and open others with these LoRAs."""
+        opener = None if self._switch is None else self._switch.opener(loras, self._changed)
         self.opened = OpenedEngines(engines, self.manifest.components, opener, self._shut)
-        self.loop = _make_loop(engines, self.family, self.max_batch)
+        self.loop = make_loop(engines, self.family, self.max_batch)
         self.loop.control = ControlNets(
             self.opened, tuple(self.manifest.components), self.family.denoiser, fused=self.loop.name == "fused"
         )
@@ -296,7 +205,7 @@ class Pipeline:
                 f"max_batch is {max_batch!r}, expected a number of pictures, or None for no limit"
             )
         bundle = Bundle.open(Path(path), verify_hash=verify_hash)
-        size = None if fixed_size is None else _fixed_size(bundle, *fixed_size)
+        size = None if fixed_size is None else fixed_size_of(bundle, *fixed_size)
         if size is not None and max_batch is not None and max_batch < size.images:
             raise InvalidRequestError(
                 f"max_batch is {max_batch}, and engines for {size.images} pictures are asked for; give one of the two"
@@ -310,7 +219,7 @@ class Pipeline:
                 choice = choose_engine(bundle, components, settings, failed)
                 try:
                     chosen = dataclasses.replace(settings, name=choice.name)
-                    engines = _open(bundle, components, chosen, turns)
+                    engines = open_engines(bundle, components, chosen, turns)
                     break
                 except EngineUnavailableError as error:
                     if settings.name != "auto":
@@ -327,7 +236,6 @@ class Pipeline:
                 fixed_size=size,
                 max_batch=max_batch if most is None else min(most, max_batch or most),
                 turns=turns,
-                opener=lambda component: _open(bundle, [component], chosen, turns)[component],
                 embeddings=embeddings,
                 settings=chosen,
             )
@@ -349,7 +257,7 @@ class Pipeline:
                 are those of a run that ended there with ``denoising_end``, of this model or of another.
                 ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
                 ``preview_every`` calls of the denoiser. ``loras`` are those of this request alone, as for
-            :meth:`set_loras`; of what requests name themselves the last is kept open.
+                :meth:`set_loras`; of what requests name themselves the last is kept open.
 
         Raises:
             InvalidRequestError: before anything is computed.
@@ -555,42 +463,19 @@ class Pipeline:
     def _with_loras(self, given: Loras) -> Pipeline:
         """A pipeline with these LoRAs and no others; it shares all engines with this one that they leave alone."""
         self._require_open()
-        files = lora_files(given)
-        target = target_of(self.bundle, self.family) if files else None
-        loras = [read_lora(target, file) for file in files] if target else []
+        loras = read_loras(self.bundle, self.family, given)
         wanted = tuple(lora.applied for lora in loras)
         for known in (self, self._aside):
             if known is not None and known.loras == wanted:
                 return known._snapshot()
-        if (settings := self._settings) is None:
+        if self._switch is None:
             raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
         new = self._snapshot()
-        before = new.engines
-        graphs = {name: graph_for(self.bundle, name, settings) for name in before}
-        weights = changed_weights(self.bundle, self.family, graphs, loras)
-        components = [name for name in before if name in weights or name in self._changed]
-        opened = _open(self.bundle, components, settings, self._turns, weights)
-        self._replaced.update([*opened.values(), *(before[name] for name in components)])
-        changed = set(weights)
-        opener = functools.partial(self._open_changed, settings, loras, changed) if loras else self._opener
-        new._use({**before, **opened}, opener)
+        engines, new._changed = self._switch.open(new.engines, loras, new._changed)
+        new._use(engines, loras)
         new._texts = TensorCache(self._prompt_cache)
-        new.loras, new._changed = wanted, changed
+        new.loras = wanted
         return new
-
-    def _open_changed(
-        self, settings: EngineSettings, loras: Sequence[Lora], changed: set[str], component: str
-    ) -> Engine:
-        """The engine of a component that a request needs for the first time since LoRAs were put on.
-
-        It becomes one of those that were ``changed``, if they do change it.
-        """
-        graphs = {component: graph_for(self.bundle, component, settings)}
-        weights = changed_weights(self.bundle, self.family, graphs, loras)
-        engine = _open(self.bundle, [component], settings, self._turns, weights)[component]
-        self._replaced.add(engine)
-        changed.update(weights)
-        return engine
 
     def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> _Prepared:
         """Check everything that can be checked without an engine."""
@@ -683,21 +568,11 @@ class Pipeline:
             return None
         start = time.perf_counter()
         noise[0] = stream = TorchGenerator(request.seed)
-        encode = functools.partial(self._latent_parameters, request.vae_tiling)
+        encode = functools.partial(encode_pixels, self.opened, self.manifest, request.vae_tiling)
         inpaints = self.family.inpaints
         found = begin_from(request, prepared.plan, given, self.manifest.latent, stream, encode, inpaints=inpaints)
         prepared.timings.vae_encoder = time.perf_counter() - start
         return found
-
-    def _latent_parameters(self, tiling: Tiling | None, pixels: Floats) -> Floats:
-        engine = self.opened(VAE_ENCODER)
-
-        def encode(part: Floats) -> Floats:
-            return output_of(engine, VAE_ENCODER, "latent_parameters", {"sample": part})
-
-        if tiling is None or not tiling.splits(pixels.shape[3], pixels.shape[2]):
-            return encode(pixels)
-        return encode_tiles(encode, pixels, tiling, self.manifest.latent.factor)
 
     def _told(self, batch: Batch) -> tuple[Conditioning, Conditioning]:
         """What the denoiser is told of a picture in the prompt: in the unconditional half, and in the other."""
@@ -776,37 +651,18 @@ class Pipeline:
         Raises:
             InvalidRequestError: if there is no such decoder.
         """
-        latent, component, sample = self.manifest.latent, "vae_decoder", latents
-        if check_decoder(self.manifest, decoder) == "tiny":
-            component = TINY_DECODER  # takes the denoiser's latents as they are
-        else:
-            sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        decoded = functools.partial(self._decoded, component)
-        height, width = (latent.factor * length for length in latents.shape[2:])
-        tiling = vae_tiling if vae_tiling is not None and vae_tiling.splits(width, height) else None
-        most = self.max_batch or max(len(sample), 1)
-        parts = []
         try:
-            for part in np.split(sample, range(most, len(sample), most)):
-                if tiling is None:
-                    parts.append(_pixels(decoded(part)))
-                else:
-                    lines = decode_tiles(decoded, part, tiling, latent.factor)
-                    parts.append(np.concatenate([_pixels(each) for each in lines], axis=1))
+            return decode_latents(self.opened, self.manifest, latents, vae_tiling, decoder, self.max_batch)
         finally:
             self._rest()
-        return np.concatenate(parts)
-
-    def _decoded(self, component: str, sample: Floats) -> Floats:
-        return output_of(self.engines[component], component, "sample", {"latent_sample": sample})
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests that are being served fail."""
         self._aside = None
         self.opened.close()
         self._texts.clear()
-        for engine in list(self._replaced):
-            engine.close()
+        if self._switch is not None:
+            self._switch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -830,82 +686,3 @@ def _last(stream: Generator[StepInfo, None, _T]) -> _T:
 def _registers(runs: Sequence[Run]) -> Floats | DeviceArray:
     """The states of several runs as one; that of a single one where it is."""
     return runs[0].registers if len(runs) == 1 else np.concatenate([to_numpy(run.registers) for run in runs])
-
-
-def _pixels(decoded: Floats) -> NDArray[np.uint8]:
-    scaled = np.clip(decoded / 2 + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1) * 255
-    return np.rint(scaled).astype(np.uint8, order="C")
-
-
-def _open(
-    bundle: Bundle,
-    components: Sequence[str],
-    settings: EngineSettings,
-    turns: Turns | None,
-    weights: Mapping[str, Weights] | None = None,
-) -> dict[str, Engine]:
-    """Opened engines by component; if one does not open, the others are closed."""
-    changed = weights or {}
-    engines = {
-        component: make_engine(bundle, component, settings, *([changed[component]] if component in changed else []))
-        for component in components
-    }
-    if turns is not None:
-        if weights is None:
-            engines[components[0]].open().close()  # whether the engine starts here at all shows now
-        graphs = {component: graph_for(bundle, component, settings) for component in components}
-        return {name: TurnEngine(engine, graphs[name], turns, name).open() for name, engine in engines.items()}
-    share_arena(engines.values())  # one component runs at a time
-    with ExitStack() as stack:
-        for engine in engines.values():
-            stack.callback(engine.open().close)
-        stack.pop_all()
-    return engines
-
-
-def _fixed_size(bundle: Bundle, width: int | None, height: int | None, images: int | None) -> FixedSize:
-    """The size that was asked for, with the bundle's own where nothing was, checked as a request's is."""
-    request = Request.create(bundle.manifest, "", width=width, height=height, images=1 if images is None else images)
-    return FixedSize(request.width, request.height, request.images)
-
-
-def components_for(bundle: Bundle, loop: str = "auto") -> tuple[str, ...]:
-    """Components to open for a way to run the loop."""
-    there, family = bundle.manifest.components, family_of(bundle.manifest)
-    stages = family.stages()
-    if loop == "fused" and stages[-1] not in there:
-        raise BundleError(f"{bundle.path} holds no stages of its denoiser; build it again, or run the loop plain")
-    whole = loop == "plain" or stages[-1] not in there
-    denoiser = [family.denoiser] if whole else [stage for stage in stages if stage in there]
-    decoders = ["vae_decoder", *([TINY_DECODER] if TINY_DECODER in there else [])]
-    return (*family.text_encoders, *denoiser, *decoders)
-
-
-def _embedding_widths(engines: Mapping[str, Engine], family: Family) -> dict[str, int]:
-    """Widths of the vectors that text encoders take, by component; those that take none are left out."""
-    specs = {name: engines[name].inputs.get(EXTRA_EMBEDDINGS) for name in family.text_encoders}
-    return {name: int(spec.shape[1]) for name, spec in specs.items() if spec is not None}
-
-
-def _load_tokenizers(bundle: Bundle, family: Family, embeddings: Embeddings) -> dict[str, PromptTokenizer]:
-    tokenizers = {}
-    for name in {family.encoders[encoder]: None for encoder in family.text_encoders}:
-        if name not in bundle.manifest.tokenizers:
-            raise BundleError(f"{bundle.path} has no tokenizer named {name!r}, which text to image needs")
-        settings = bundle.manifest.tokenizers[name]
-        bundle.file(f"{settings.directory}/{TOKENIZER_FILE}")
-        tokenizers[name] = load_tokenizer(
-            bundle.path / settings.directory, settings.kind, settings.max_length, settings.pad_token_id
-        )
-    for encoder, words in embeddings.ids.items():
-        name = family.encoders[encoder]
-        tokenizers[name] = tokenizers[name].with_words(words)
-    return tokenizers
-
-
-def _make_loop(engines: Mapping[str, Engine], family: Family, max_batch: int | None) -> Loop:
-    denoiser = family.denoiser
-    prompt, schedule, step = (engines.get(stage) for stage in family.stages())
-    if step is None:
-        return PlainLoop(engines[denoiser], denoiser, max_batch)
-    return FusedLoop(step, prompt, schedule, denoiser, max_batch)

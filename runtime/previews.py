@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from .pipeline import StepInfo
+    from .result import StepInfo
 
 PREVIEW_EVERY = 5
 """Calls of the denoiser between previews unless told otherwise."""

@@ -18,13 +18,14 @@ from ..images import GenerationParameters, check_target, sheet, write_png
 from ..lora import LoraFile, Loras
 from ..manifest import PRECISIONS
 from ..pictures import PictureRecord
-from ..pipeline import LOOPS, Pipeline, Result, StepInfo
+from ..pipeline import LOOPS, Pipeline
 from ..previews import PREVIEW_EVERY, Preview
 from ..prompts import SYNTAXES
 from ..refine import HAND_OVER, hand_over_options
 from ..request import DECODERS, FAMILY_OPTIONS, TASK_OPTIONS, Request, RequestOptions
 from ..request_file import KEYWORD as REQUEST_KEYWORD
 from ..request_file import RequestFile, document, read_png, read_request, record
+from ..result import Result, StepInfo
 from ..samplers import SAMPLERS
 from ..tiling import EDGES, Tiling
 from .console import bar, print_json, seconds

@@ -29,7 +29,7 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime import Bundle, Pipeline, Result, StepInfo, engine_choice
-from latentrt.runtime import pipeline as module
+from latentrt.runtime import opening as module
 from latentrt.runtime.engine_choice import EngineSettings, FixedSize
 from latentrt.runtime.samplers import compile_plan, run_plan
 
