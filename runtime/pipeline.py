@@ -343,7 +343,8 @@ class Pipeline:
             decoded = time.perf_counter()
             images, flagged = check_pictures(self.opened, images, request.safety)
             timings.vae_decoder = decoded - begin
-            timings.safety_checker += time.perf_counter() - decoded
+            if flagged is not None:
+                timings.safety_checker += time.perf_counter() - decoded
         finally:
             self._rest()
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
