@@ -131,7 +131,9 @@ class SafetyChecker:
         preparation = next(
             (file for file in (path / _PREPARATION, path.parent / _EXTRACTOR / _PREPARATION) if file.exists()), None
         )
-        mean, deviation, notes = MEAN, DEVIATION, ()
+        mean: tuple[float, ...] = MEAN
+        deviation: tuple[float, ...] = DEVIATION
+        notes: tuple[str, ...] = ()
         if preparation is None:
             notes = (f"{name} has no {_PREPARATION}; its pictures are prepared as CLIP's usually are",)
         else:

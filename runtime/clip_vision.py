@@ -27,8 +27,8 @@ def clip_pixels(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     image = image.resize((side, scaled) if image.width <= image.height else (scaled, side), Image.Resampling.BICUBIC)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     values = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / np.float32(255)
-    values = (values - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+    mean, deviation = np.array(MEAN, np.float32), np.array(DEVIATION, np.float32)
+    return np.ascontiguousarray(((values - mean) / deviation).transpose(2, 0, 1)[None])
 
 
 def clip_side(engine: Engine, component: str) -> int:

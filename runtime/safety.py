@@ -35,8 +35,9 @@ def verdicts(concepts: Floats, special: Floats) -> NDArray[np.bool_]:
         special: ``[pictures, concepts]``, likewise.
     """
     careful = (np.round(special, _DIGITS) > 0).any(axis=1, keepdims=True)
-    raised: NDArray[np.bool_] = np.round(concepts + _ADJUSTMENT * careful, _DIGITS) > 0
-    return raised.any(axis=1)
+    raised = np.round(concepts + _ADJUSTMENT * careful, _DIGITS) > 0
+    flagged: NDArray[np.bool_] = np.asarray(raised.any(axis=1))
+    return flagged
 
 
 def flag_pictures(engine: Engine, images: NDArray[np.uint8]) -> tuple[bool, ...]:

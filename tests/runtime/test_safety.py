@@ -133,10 +133,10 @@ def test_flagged_pictures_are_marked_or_black(pipe: Pipeline, theirs: Theirs) ->
 
 @pytest.mark.heavy
 def test_every_way_to_draw_is_checked(tiny: Any, theirs: Theirs) -> None:
-    """Batches, runs that are finished, pasted pictures and previews, with components in turns."""
+    """Batches, runs that are finished, pasted pictures and previews; a plain request opens no safety checker."""
     options = {**OPTIONS, "images": 3}
     previews: list[Preview] = []
-    with Pipeline.load(tiny.bundle("lcm"), "onnxruntime", threads=1, low_memory=True) as pipe:
+    with Pipeline.load(tiny.bundle("lcm"), "onnxruntime", threads=1) as pipe:
         apart = pipe.batch(["a red apple", "a rocket"], **options)
         assert "safety_checker" not in pipe.engines
         expected, flagged = theirs(np.concatenate([each.images for each in apart]))
@@ -164,6 +164,15 @@ def test_every_way_to_draw_is_checked(tiny: Any, theirs: Theirs) -> None:
         drawn = pipe("a rocket", **edit, safety="black")
         np.testing.assert_array_equal(drawn.images, pictures)
         assert drawn.flagged == flags
+
+
+@pytest.mark.heavy
+def test_components_in_turns_check_the_same(tiny: Any, theirs: Theirs) -> None:
+    """With little memory the safety checker has its turn, and gives it back."""
+    options = {**OPTIONS, "steps": 1, "safety": "mark"}
+    with Pipeline.load(tiny.bundle("lcm"), "onnxruntime", threads=1, low_memory=True) as pipe:
+        drawn = pipe("a red apple", **options)
+    assert drawn.flagged == theirs(drawn.images)[1]
 
 
 def test_what_cannot_be_checked_is_refused(pipe: Pipeline, tiny_bundles: dict[str, Path]) -> None:
