@@ -30,6 +30,7 @@ from .ip_adapter import IpAdapterFiles, with_ip_adapter
 from .lora import LoraFile, with_loras
 from .progress import Reporter, Silent
 from .reduce import Quantization
+from .safety_checker import with_safety_checker
 from .source import Reading, Source
 from .targets import PORTABLE, TARGETS, Form, exported_form, form_for
 from .tiny_vae import with_tiny_vae
@@ -67,6 +68,8 @@ class BuildRequest:
         tiny_vae: A directory of diffusers' AutoencoderTiny, whose decoder the bundle gets beside the model's own.
         controlnets: Directories of diffusers' ControlNetModel, and what requests call them.
         ip_adapter: An IP-Adapter and its image encoder.
+        safety_checker: A directory of diffusers' StableDiffusionSafetyChecker, or of a model that has one, for requests
+            that want their pictures checked.
         reading: What the source does not say itself.
     """
 
@@ -87,6 +90,7 @@ class BuildRequest:
     tiny_vae: Path | None = None
     controlnets: Sequence[ControlNetFile] = ()
     ip_adapter: IpAdapterFiles | None = None
+    safety_checker: Path | None = None
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -166,6 +170,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     source = with_loras(Source.open(request.source, request.reading), request.loras)
     source = with_tiny_vae(source, request.tiny_vae)
     source = with_ip_adapter(with_controlnets(source, request.controlnets), request.ip_adapter)
+    source = with_safety_checker(source, request.safety_checker)
     if source.notes:
         reporter.stage(source.name)
         reporter.result("; ".join(source.notes))
@@ -406,6 +411,7 @@ def _ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]
         m.TINY_DECODER: {"batch": pictures, **latents},
         "vae_encoder": {"batch": pictures, **pixels},
         m.IMAGE_ENCODER: {"batch": Range.fixed(1)},
+        m.SAFETY_CHECKER: {"batch": Range.fixed(1)},  # pictures are looked at one by one
     }
     if source.controlnets:
         ranges |= control_ranges(source, ranges, pixels)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
-from latentrt.runtime.manifest import IMAGE_ENCODER, TINY_DECODER
+from latentrt.runtime.manifest import IMAGE_ENCODER, SAFETY_CHECKER, TINY_DECODER
 
 if TYPE_CHECKING:
     from .source import Source
@@ -187,6 +187,8 @@ def load_component(source: Source, name: str, *, seed: int = 0) -> Component:
     generator = torch.Generator().manual_seed(seed)
     if source.tiny_vae is not None and name == TINY_DECODER:
         return source.tiny_vae.component(generator)
+    if source.safety_checker is not None and name == SAFETY_CHECKER:
+        return source.safety_checker.component(generator)
     for net in source.controlnets:
         if name in net.components:
             return net.component(source, name, generator)

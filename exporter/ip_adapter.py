@@ -18,15 +18,14 @@ import torch
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.runtime.manifest import IMAGE_ENCODER
 
+from .clip_vision import STEM, USUAL_SIDE, check_vision, empty_vision, load_vision
 from .components import Component
 from .description import check_bounds
 from .families.checks import natural
-from .families.parts import known
 from .graph_folders import GraphFolders
 from .weights import assign, empty_module, opened, read_json, read_tensors, read_weights, weight_files
 
@@ -37,8 +36,6 @@ TOKENS = 4
 """Tokens that a picture becomes, as in the adapters of the paper's first kind."""
 
 _CLASS = "CLIPVisionModelWithProjection"
-_STEM = "model"
-_LARGEST_SIDE = 1024  # pixels
 _PROJECTION = {"proj.weight": "image_embeds.weight", "proj.bias": "image_embeds.bias"}
 
 
@@ -202,7 +199,7 @@ class IpAdapter:
         if unknown := sorted(shapes.keys() - expected.keys()):
             raise SourceError(f"{name}: the tensor {unknown[0]!r} has no place in {source.name}")
         digest = hashlib.sha256()
-        for file in (files.adapter, files.encoder / "config.json", *weight_files(files.encoder, _STEM)):
+        for file in (files.adapter, files.encoder / "config.json", *weight_files(files.encoder, STEM)):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return cls(files, config, widths, digest.hexdigest())
@@ -219,19 +216,13 @@ class IpAdapter:
             SourceError: if it cannot be built.
         """
         name = self.files.encoder.name
-        tensors = read_weights(self.files.encoder, _STEM)
-        model = _empty_encoder(self.config, name)
-        tensors = {key: each for key, each in tensors.items() if not key.endswith("position_ids")}
-        assign(model, tensors, name)
-        if any(buffer.is_meta for buffer in model.buffers()):  # tables that are not stored, such as position ids
-            model = _build_encoder(self.config)
-            assign(model, tensors, name)
+        model = load_vision(name, self.config, read_weights(self.files.encoder, STEM))
         own = {key.removeprefix("image_proj."): each for key, each in self._tensors().items()}
         own = {_PROJECTION.get(key, key): each for key, each in own.items() if not key.startswith("ip_adapter.")}
         rows, width = own["image_embeds.weight"].shape
         projection = ImageProjection(width, rows // TOKENS, TOKENS)
         assign(projection, own, self.files.adapter.name)
-        side = int(self.config.get("image_size", 224))
+        side = int(self.config.get("image_size", USUAL_SIDE))
         pixels = torch.randn(2, 3, side, side, generator=generator)
         module = ImagePrompt(model, projection).eval().requires_grad_(False)
         outputs = ("image_tokens", "no_image_tokens")
@@ -310,24 +301,6 @@ def _encoder_config(path: Path) -> dict[str, Any]:
     if config.get("architectures") != [_CLASS]:
         raise SourceError(f"{where}: 'architectures' is {config.get('architectures')!r}, expected [{_CLASS!r}]")
     check_bounds(config, where)
-    for key, default in (("num_hidden_layers", 12), ("num_attention_heads", 12), ("hidden_size", 768)):
-        natural(path.name, config, key, default)
-    side, patch = natural(path.name, config, "image_size", 224), natural(path.name, config, "patch_size", 32)
-    if side > _LARGEST_SIDE or patch > side:
-        raise SourceError(
-            f"{where}: pictures have {side} pixels a side and patches {patch}, expected at most {_LARGEST_SIDE} and "
-            "patches that fit"
-        )
-    if natural(path.name, config, "num_channels", 3) != 3:
-        raise SourceError(f"{where}: 'num_channels' is {config['num_channels']}, expected 3")
-    _empty_encoder(config, path.name)
+    check_vision(path.name, config)
+    empty_vision(path.name, config)
     return config
-
-
-def _empty_encoder(config: Mapping[str, Any], name: str) -> nn.Module:
-    return empty_module(_build_encoder, config, name)
-
-
-def _build_encoder(config: Mapping[str, Any]) -> nn.Module:
-    model: nn.Module = CLIPVisionModelWithProjection(CLIPVisionConfig(**known(config, CLIPVisionConfig)))
-    return model.eval()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.runtime.manifest import IMAGE_ENCODER, STAGES, TINY_DECODER, controlled
+from latentrt.runtime.manifest import IMAGE_ENCODER, SAFETY_CHECKER, STAGES, TINY_DECODER, controlled
 
 from . import hub, single_file
 from .description import SCHEDULER, Description, TokenizerFolder, family_of
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .controlnet import ControlNet
     from .ip_adapter import IpAdapter
     from .lora import Lora
+    from .safety_checker import SafetyChecker
     from .tiny_vae import TinyVae
 
 
@@ -106,6 +107,7 @@ class Source:
         tiny_vae: A decoder beside the model's own.
         controlnets: Beside its denoiser.
         ip_adapter: In its denoiser.
+        safety_checker: Looks at pictures.
         dtype: What weights are loaded as.
     """
 
@@ -123,6 +125,7 @@ class Source:
     tiny_vae: TinyVae | None = None
     controlnets: tuple[ControlNet, ...] = ()
     ip_adapter: IpAdapter | None = None
+    safety_checker: SafetyChecker | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -131,7 +134,8 @@ class Source:
         beside = [name for net in self.controlnets for name in net.components]
         tiny = [] if self.tiny_vae is None else [TINY_DECODER]
         image_encoder = [] if self.ip_adapter is None else [IMAGE_ENCODER]
-        return (*self.family.components, *tiny, *image_encoder, *beside)
+        checker = [] if self.safety_checker is None else [SAFETY_CHECKER]
+        return (*self.family.components, *tiny, *image_encoder, *beside, *checker)
 
     @property
     def all_components(self) -> tuple[str, ...]:

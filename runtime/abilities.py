@@ -15,7 +15,7 @@ from .engine_choice import ENGINES, EngineSettings, graph_for
 from .engine_probe import SUPPORTED
 from .families import Family, family_of
 from .loop import between_whole
-from .manifest import IMAGE_ENCODER, Manifest
+from .manifest import IMAGE_ENCODER, SAFETY_CHECKER, Manifest
 from .opening import components_for
 from .plans import planned
 from .request import MAX_PIXELS, MAX_SIDE, Request
@@ -28,9 +28,9 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
 
     Returns:
         What :meth:`~latentrt.runtime.families.Family.abilities` says, and ``tasks``, ``controlnets``, ``ip_adapter``
-        (whether there is one), ``samplers``, ``sizes`` (what sides are multiples of, the longest, and the most pixels
-        of a request), ``loops``, and for each of ``engines`` that could run the bundle its precisions. Whether an
-        engine runs on this machine is another question.
+        and ``safety_checker`` (whether there is one), ``samplers``, ``sizes`` (what sides are multiples of, the
+        longest, and the most pixels of a request), ``loops``, and for each of ``engines`` that could run the bundle its
+        precisions. Whether an engine runs on this machine is another question.
 
     Raises:
         BundleError: if the family is unknown.
@@ -42,6 +42,7 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
         "tasks": tasks_of(family),
         "controlnets": list(controlnets_of(manifest)),
         "ip_adapter": IMAGE_ENCODER in manifest.components,
+        "safety_checker": SAFETY_CHECKER in manifest.components,
         "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
         "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],

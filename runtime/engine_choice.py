@@ -29,7 +29,7 @@ from .bundle import Bundle
 from .engine_probe import SUPPORTED, check_engine, check_precision
 from .families import family_of
 from .lora_weights import exchangeable_weights
-from .manifest import IMAGE_ENCODER, PRECISIONS, TINY_DECODER, Component, Graph
+from .manifest import IMAGE_ENCODER, PRECISIONS, SAFETY_CHECKER, TINY_DECODER, Component, Graph
 from .plans import find_plan
 
 CACHES = ("read", "write", "off")
@@ -306,8 +306,8 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
         return {}
     factor = bundle.manifest.latent.factor
     known = {"latent_height": size.height // factor, "latent_width": size.width // factor}
-    if component.startswith(("text_encoder", IMAGE_ENCODER)) or component.endswith("_prompt"):
-        known["batch"] = 1  # texts come one by one
+    if component.startswith(("text_encoder", IMAGE_ENCODER, SAFETY_CHECKER)) or component.endswith("_prompt"):
+        known["batch"] = 1  # texts come one by one, and so do the pictures that CLIP looks at
     elif component.endswith("_step") or component in ("vae_decoder", TINY_DECODER):
         known["batch"] = size.images
     if "prompt_syntax" in family_of(bundle.manifest).options:  # one chunk of tokens; others choose a text's length

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from latentrt.engines import Engine
-from latentrt.engines.errors import BundleError, InvalidRequestError
+from latentrt.engines.errors import InvalidRequestError
 
+from .clip_vision import clip_pixels, clip_side
 from .families import Family
 from .loop import outputs_of
 from .manifest import IMAGE_ENCODER, Manifest
@@ -20,10 +20,6 @@ from .run import Conditioning
 
 TOKENS, SCALE = "image_tokens", "image_scale"
 """What the denoiser is told of a picture: tokens ``[rows, 4, width]``, and how much of it ``[rows]``."""
-
-# Of CLIP's pictures (Radford et al. 2021, arXiv 2103.00020; its code's preprocessing), by channel.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def take_image_prompt(
@@ -52,21 +48,6 @@ def take_image_prompt(
     return {**rest, "ip_adapter_image": picture.record}, picture.pixels
 
 
-def clip_pixels(pixels: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
-    """A picture as CLIP takes it: float32 ``[1, 3, side, side]``.
-
-    The shorter side is resized to ``side`` (bicubic), the middle cut out, and channels brought to CLIP's mean and
-    deviation, as transformers' ``CLIPImageProcessor`` does.
-    """
-    image = Image.fromarray(pixels)
-    short, long = sorted(image.size)
-    scaled = int(side * long / short)
-    image = image.resize((side, scaled) if image.width <= image.height else (scaled, side), Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    values = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / np.float32(255)
-    return np.ascontiguousarray(((values - _MEAN) / _DEVIATION).transpose(2, 0, 1)[None])
-
-
 def encode_picture(engine: Engine, pixels: NDArray[np.uint8], scale: float) -> tuple[Conditioning, Conditioning]:
     """What the denoiser is told of a picture: in the unconditional half, where that is no picture, and in the other.
 
@@ -74,10 +55,7 @@ def encode_picture(engine: Engine, pixels: NDArray[np.uint8], scale: float) -> t
         EngineError: if the engine fails.
         BundleError: if it is no image encoder.
     """
-    side = engine.inputs["pixel_values"].shape[-1] if "pixel_values" in engine.inputs else None
-    if not isinstance(side, int):
-        raise BundleError(f"{IMAGE_ENCODER} takes no pictures of a fixed size; build the bundle again")
-    feeds = {"pixel_values": clip_pixels(pixels, side)}
+    feeds = {"pixel_values": clip_pixels(pixels, clip_side(engine, IMAGE_ENCODER))}
     found = outputs_of(engine, IMAGE_ENCODER, (TOKENS, f"no_{TOKENS}"), feeds)
     much = np.full(1, scale, np.float32)
     return {TOKENS: found[f"no_{TOKENS}"], SCALE: much}, {TOKENS: found[TOKENS], SCALE: much}

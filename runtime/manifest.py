@@ -52,6 +52,9 @@ STAGES = ("prompt", "schedule", "step")
 IMAGE_ENCODER = "image_encoder"
 """The component that turns a picture into tokens of a prompt, for an IP-Adapter."""
 
+SAFETY_CHECKER = "safety_checker"
+"""The component that finds pictures unsafe, which only requests that ask for it need."""
+
 CONTROLNET = "controlnet_"
 """What the components of a ControlNet begin with; its name follows."""
 

@@ -34,13 +34,14 @@ from .families import Text, family_of
 from .image_prompt import encode_picture, no_picture
 from .loop import Conditioning, Floats, Loop, Run, check_together, outputs_of, start_run
 from .lora import AppliedLora, Lora, Loras
-from .manifest import IMAGE_ENCODER, TINY_DECODER
+from .manifest import IMAGE_ENCODER, SAFETY_CHECKER, TINY_DECODER
 from .noise import Noise, SharedNoise, TorchGenerator
 from .opened import OpenedEngines
 from .opening import components_for, embedding_widths, fixed_size_of, load_tokenizers, make_loop, open_engines
 from .previews import PreviewOptions, Previews, take_previews
-from .request import RequestOptions
+from .request import Request, RequestOptions
 from .result import Result, StepInfo, Timings
+from .safety import check_pictures
 from .samplers import Plan
 from .switching import LoraEngines, read_loras
 from .tasks import Begun, begin_from
@@ -322,8 +323,13 @@ class Pipeline:
     def _previewed(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, list[Result]]:
         if previews is None:
             return self._stream(prepared)
-        draw = functools.partial(self.preview, vae_tiling=prepared.batch.requests[0].vae_tiling)
+        draw = functools.partial(self._preview, prepared.batch.requests[0])
         return previews.of(self._stream(prepared), draw)
+
+    def _preview(self, request: Request, step: StepInfo) -> NDArray[np.uint8]:
+        """What a request may have shown: where unsafe pictures are to be black, unsafe previews are too."""
+        images = self.preview(step, request.vae_tiling)
+        return check_pictures(self.opened, images, "black")[0] if request.safety == "black" else images
 
     def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, list[Result]]:
         try:
@@ -344,16 +350,22 @@ class Pipeline:
             if request.output == "image":
                 images = self.decode(latents, request.vae_tiling, request.decoder)
                 images = self._pasted(first, images)
-            timings.vae_decoder = time.perf_counter() - begin
+            decoded = time.perf_counter()
+            images, flagged = check_pictures(self.opened, images, request.safety)
+            timings.vae_decoder = decoded - begin
+            if flagged is not None:
+                timings.safety_checker += time.perf_counter() - decoded
         finally:
             self._rest()
         timings.total = timings.text_encoder + timings.prompt + timings.schedule + sum(timings.step)
-        timings.total += timings.vae_decoder + timings.vae_encoder
+        timings.total += timings.vae_decoder + timings.vae_encoder + timings.safety_checker
         found, count = [], first.request.images
         for number, (run, texts) in enumerate(zip(runs, prepared.texts, strict=True)):
             own = slice(number * count, (number + 1) * count)
             spent = dataclasses.replace(timings, step=list(timings.step))
-            found.append(Result(images[own], latents[own], spent, run.request, sum(text.truncated for text in texts)))
+            truncated = sum(text.truncated for text in texts)
+            marks = None if flagged is None else flagged[own]
+            found.append(Result(images[own], latents[own], spent, run.request, truncated, marks))
         return found
 
     def start(self, prompt: str, **options: Unpack[DrawOptions]) -> Run:
@@ -412,12 +424,20 @@ class Pipeline:
     def finish(self, run: Run) -> NDArray[np.uint8]:
         """Pixels ``[images, height, width, 3]`` of a run that is done.
 
+        Where its request has pictures checked, ``run.flagged`` says afterwards which are unsafe.
+
         Raises:
             InvalidRequestError: if it is not.
+            EngineError: if an engine fails.
         """
         if not run.done:
             raise InvalidRequestError(f"the run has taken {run.index} of {len(run)} steps; advance it to its end")
-        return self._pasted(run, self.decode(run.latents, run.request.vae_tiling, run.request.decoder))
+        try:
+            images = self._pasted(run, self.decode(run.latents, run.request.vae_tiling, run.request.decoder))
+            images, run.flagged = check_pictures(self.opened, images, run.request.safety)
+        finally:
+            self._rest()
+        return images
 
     def _rest(self) -> None:
         """Close what is open, where components take turns; what other threads have under way opens it again."""
@@ -537,6 +557,10 @@ class Pipeline:
         noise: list[Noise | None] = [None] * len(requests)
         if prepared.batch.one_stream:
             noise = [*SharedNoise(TorchGenerator(first.seed), [first.images] * len(requests)).members()]
+        if first.safety != "off":  # opened before anything is drawn: one that does not open would waste the pictures
+            begin = time.perf_counter()
+            self.opened(SAFETY_CHECKER)
+            timings.safety_checker = time.perf_counter() - begin
         begun = self._begun(prepared, noise)
         begin = time.perf_counter()
         extra = {} if begun is None else begun.conditioning
@@ -643,7 +667,7 @@ class Pipeline:
     def preview(self, step: StepInfo, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
         """The pictures as they stand after a step, uint8 ``[images, height, width, 3]``, with the noise that is left.
 
-        A tiny decoder draws them where the bundle has one.
+        A tiny decoder draws them where the bundle has one. No safety checker looks at them.
         """
         tiny = TINY_DECODER in self.manifest.components
         return self.decode(step.latents * np.float32(step.scale), vae_tiling, "tiny" if tiny else "full")
@@ -652,6 +676,8 @@ class Pipeline:
         self, latents: Floats, vae_tiling: Tiling | None = None, decoder: str | None = None
     ) -> NDArray[np.uint8]:
         """Latents ``[images, channels, h, w]``, as a step yields them, to pixels ``[images, height, width, 3]``.
+
+        No safety checker looks at them.
 
         Args:
             latents: What to decode.

@@ -25,7 +25,7 @@ def hand_over_options(
 
     Both have the same sampler and steps. The refiner's default guidance is its own; noise that its sampler draws is
     that of the next seed, so that it is not once more the noise that the picture began with. Options that only one of
-    the two families has are that family's; pictures steer the base alone.
+    the two families has are that family's; pictures steer the base alone, and ``safety`` is the refiner's, which draws.
 
     Args:
         base: Manifest of the base model.
@@ -54,7 +54,7 @@ def hand_over_options(
     other = {name: value for name, value in other.items() if name not in STEERING}
     neither = families[0].options | families[1].options
     unknown = {k: v for k, v in options.items() if v is not None and k in FAMILY_OPTIONS and k not in neither}
-    own |= {**unknown, "denoising_end": hand_over, "output": "latent", "decoder": None}
+    own |= {**unknown, "denoising_end": hand_over, "output": "latent", "decoder": None, "safety": None}
     first = Request.create(base, prompt, **own)
     first.compile_plan(base.scheduler)
     usual = {"sampler": first.sampler, "width": first.width, "height": first.height, "images": first.images}

@@ -19,7 +19,7 @@ from .control import Control
 from .embeddings import RecordedFile
 from .families import family_of, refuse_foreign
 from .lora import AppliedLora
-from .manifest import TINY_DECODER, Manifest
+from .manifest import SAFETY_CHECKER, TINY_DECODER, Manifest
 from .pictures import Picture, PictureRecord
 from .prompts import check_syntax
 from .samplers import SAMPLERS, Plan, compile_plan
@@ -37,6 +37,9 @@ OUTPUTS = ("image", "latent")
 
 DECODERS = ("full", "tiny")
 """What may turn latents into pictures."""
+
+SAFETY = ("off", "mark", "black")
+"""What may become of unsafe pictures: they are not looked for, or flagged, or flagged and made black."""
 
 LONGEST_SEQUENCE = 512
 """Most tokens of a T5 text encoder, as in diffusers."""
@@ -127,6 +130,7 @@ class RequestOptions(_SpecialOptions, total=False):
     guess_mode: bool
     ip_adapter_image: PictureRecord | None
     ip_adapter_scale: float | None
+    safety: str | None
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class Request:
             2023, arXiv 2302.05543, section 3.4 as of its first version).
         ip_adapter_image: What is kept of a picture that is part of the prompt.
         ip_adapter_scale: How much of it, 0 to 10; 1 unless given.
+        safety: What becomes of unsafe pictures: ``"off"`` does not look for them, ``"mark"`` flags them, ``"black"``
+            flags them and makes them black.
         classifier_free: Whether guidance comes from a second prediction, for the negative prompt. If not, the model
             takes its scale in, or knows none.
         embeddings: Words of the pipeline with vectors from files.
@@ -243,6 +249,7 @@ class Request:
     guess_mode: bool = False
     ip_adapter_image: PictureRecord | None = None
     ip_adapter_scale: float | None = None
+    safety: str = "off"
     classifier_free: bool = True
     embeddings: tuple[RecordedFile, ...] = ()
     loras: tuple[AppliedLora, ...] = ()
@@ -323,6 +330,7 @@ class Request:
         guess_mode: bool = False,
         ip_adapter_image: PictureRecord | None = None,
         ip_adapter_scale: float | None = None,
+        safety: str | None = None,
         **special: Unpack[_SpecialOptions],
     ) -> Request:
         """Fill in a bundle's defaults and check everything.
@@ -383,6 +391,7 @@ class Request:
             ip_adapter_scale=None
             if ip_adapter_image is None
             else _number("ip_adapter_scale", 1.0 if ip_adapter_scale is None else ip_adapter_scale, 10),
+            safety=check_safety(manifest, safety),
             **{name: check(name, special.get(name)) for name, check in FAMILY_OPTIONS.items()},
             **task_values({name: check(name, special.get(name)) for name, check in TASK_OPTIONS.items()}, family),
         )
@@ -392,6 +401,11 @@ class Request:
             )
         if request.guess_mode and not request.control:
             raise InvalidRequestError("guess_mode is for ControlNets, and none is asked for; leave it out")
+        if request.safety != "off" and request.output == "latent":
+            raise InvalidRequestError(
+                f"safety is {request.safety!r}, but the request ends in latents, which cannot be looked at; "
+                "leave it out"
+            )
         if request.guidance_start >= request.guidance_end:
             raise InvalidRequestError(
                 f"guidance_start is {request.guidance_start:g}, expected less than guidance_end, "
@@ -423,6 +437,21 @@ def check_decoder(manifest: Manifest, decoder: str | None) -> str:
             "decoder is 'tiny', but the bundle has no tiny decoder; build it again with --tiny-vae DIR"
         )
     return decoder or "full"
+
+
+def check_safety(manifest: Manifest, safety: str | None) -> str:
+    """What to do about unsafe pictures, by default nothing.
+
+    Raises:
+        InvalidRequestError: if that is unknown, or the bundle has nothing that finds them.
+    """
+    if safety not in (None, *SAFETY):
+        raise InvalidRequestError(f"safety is {_show(safety)}, expected one of {', '.join(SAFETY)}")
+    if safety not in (None, "off") and SAFETY_CHECKER not in manifest.components:
+        raise InvalidRequestError(
+            f"safety is {safety!r}, but the bundle has no safety checker; build it again with --safety-checker DIR"
+        )
+    return safety or "off"
 
 
 def _check_guidance(request: Request, kind: str) -> None:

@@ -26,7 +26,7 @@ from .files import read_bounded, require_same
 from .images import program_name, read_text
 from .lora import LoraFile
 from .prompts import SYNTAXES
-from .request import DECODERS, OUTPUTS, Request, RequestOptions
+from .request import DECODERS, OUTPUTS, SAFETY, Request, RequestOptions
 from .samplers import SAMPLERS
 
 KEYWORD = "latentrt"
@@ -41,6 +41,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "prompt_syntax": SYNTAXES,
     "decoder": DECODERS,
     "output": OUTPUTS,
+    "safety": SAFETY,
 }
 _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
 _WORDS: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}

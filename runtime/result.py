@@ -52,6 +52,7 @@ class Timings:
         step: Each step of the loop.
         vae_decoder: Decoding to pixels.
         vae_encoder: Encoding of pictures that were given.
+        safety_checker: Looking at pictures, where that is asked for.
         total: All of it.
     """
 
@@ -61,6 +62,7 @@ class Timings:
     step: list[float] = field(default_factory=list)
     vae_decoder: float = 0.0
     vae_encoder: float = 0.0
+    safety_checker: float = 0.0
     total: float = 0.0
 
 
@@ -74,6 +76,7 @@ class Result:
         timings: Seconds of each stage.
         request: The request with every default filled in, the seed among them.
         truncated: Tokens of prompt and negative prompt that did not fit the text encoder and were cut off.
+        flagged: Which pictures the safety checker takes for unsafe; ``None`` where the request had none looked at.
     """
 
     images: NDArray[np.uint8]
@@ -81,3 +84,4 @@ class Result:
     timings: Timings
     request: Request
     truncated: int
+    flagged: tuple[bool, ...] | None = None

@@ -62,6 +62,8 @@ class Run:
         controls: Its ControlNets.
         kept: Inputs that its steps have in common, once they were put together.
         loop: What takes it further, with the weights that were in place when it began.
+        flagged: Which of its pictures the safety checker takes for unsafe, once it was finished; ``None`` where it had
+            none looked at.
     """
 
     request: Request
@@ -76,6 +78,7 @@ class Run:
     controls: Sequence[ControlState] = field(default=(), repr=False)
     kept: dict[Hashable, Mapping[str, Array]] = field(default_factory=dict, init=False, repr=False)
     loop: Loop | None = field(default=None, repr=False)
+    flagged: tuple[bool, ...] | None = field(default=None, init=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

@@ -107,6 +107,11 @@ class TinyModels:
         path = self._sources / "taesd"
         return path if path.exists() else Path(self._module.tiny_vae(path))
 
+    def safety_checker(self) -> Path:
+        """A StableDiffusionSafetyChecker, which goes with any."""
+        path = self._sources / "safety_checker"
+        return path if path.exists() else Path(self._module.safety_checker(path))
+
     def controlnet(self, kind: str, order: str = "rgb") -> Path:
         """A ControlNet for a kind, which takes colours in that order; its weights are the same for any."""
         path = self._sources / f"{kind}-{order}"
@@ -132,9 +137,10 @@ class TinyModels:
         """Its bundle."""
         if kind not in self._built:
             tiny_vae = self.tiny_vae() if kind in self._module.WITH_TINY_VAE else None
+            checker = self.safety_checker() if kind in self._module.WITH_SAFETY_CHECKER else None
             lender, parts = self._module.LENDERS.get(kind, (None, ()))
             with _borrowing(self.bundle(lender), parts) if lender else contextlib.nullcontext():
-                _build(self.source(kind), self._bundles / kind, tiny_vae)
+                _build(self.source(kind), self._bundles / kind, tiny_vae, safety_checker=checker)
             self._built.add(kind)
         return self._bundles / kind
 
@@ -210,6 +216,7 @@ def _build(
     tiny_vae: Path | None = None,
     controlnets: Mapping[str, Path] | None = None,
     ip_adapter: Path | None = None,
+    safety_checker: Path | None = None,
 ) -> Path:
     from latentrt.exporter.build import BuildRequest, build_bundle
     from latentrt.exporter.controlnet import ControlNetFile
@@ -219,7 +226,8 @@ def _build(
     with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well
         nets = [ControlNetFile(name, path) for name, path in (controlnets or {}).items()]
         adapter = ip_adapter and IpAdapterFiles(ip_adapter / "ip-adapter.safetensors", ip_adapter / "image_encoder")
-        build_bundle(BuildRequest(source, output, tiny_vae=tiny_vae, controlnets=nets, ip_adapter=adapter))
+        extras = {"tiny_vae": tiny_vae, "controlnets": nets, "ip_adapter": adapter, "safety_checker": safety_checker}
+        build_bundle(BuildRequest(source, output, **extras))
     return output
 
 

@@ -29,8 +29,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -338,6 +341,29 @@ def tiny_vae(path: Path, factor: int = 2, seed: int = 0) -> Path:
     return path
 
 
+def safety_checker(path: Path, seed: int = 0) -> Path:
+    """A StableDiffusionSafetyChecker with its CLIPImageProcessor, which flags about a third of all pictures."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=24)).eval()
+    for weight in checker.parameters():
+        weight.data *= 3  # or all pictures would look alike
+    for name in ("concept_embeds", "special_care_embeds"):
+        torch.nn.init.normal_(getattr(checker, name))
+    torch.nn.init.uniform_(checker.concept_embeds_weights, 0.3, 0.4)  # cosines deviate by about 0.17
+    torch.nn.init.uniform_(checker.special_care_embeds_weights, 0.1, 0.3)
+    checker.save_pretrained(path, safe_serialization=True)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
 def stable_diffusion_3(path: Path, *, t5: bool) -> None:
     """SD3.5: normalised queries and keys, and a block of dual attention. Without T5 all other weights are the same."""
     vae = _shifted_vae()
@@ -441,6 +467,9 @@ LENDERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 WITH_TINY_VAE = {"lcm"}
 """Kinds whose bundles get a tiny decoder too."""
+
+WITH_SAFETY_CHECKER = {"lcm", "flux-schnell"}
+"""Kinds whose bundles get a safety checker too."""
 
 
 def write(path: Path, kind: str, seed: int = 0) -> Path:

@@ -84,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-encoder", type=Path, metavar="DIR", help="CLIPVisionModelWithProjection that the IP-Adapter goes with"
     )
+    parser.add_argument(
+        "--safety-checker",
+        type=Path,
+        metavar="DIR",
+        help="StableDiffusionSafetyChecker, or a model that has one, for requests that want their pictures checked",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument(
         "--calibration",
@@ -136,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         accept_quality=arguments.accept_quality,
         tiny_vae=arguments.tiny_vae,
         ip_adapter=IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder),
+        safety_checker=arguments.safety_checker,
         controlnets=tuple(map(ControlNetFile.parse, arguments.controlnet)),
         loras=tuple(map(LoraFile.parse, arguments.lora)),
         reading=reading(arguments),

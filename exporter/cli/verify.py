@@ -15,6 +15,7 @@ from ..bisect import RUNNERS, find_drift
 from ..controlnet import ControlNetFile, with_controlnets
 from ..ip_adapter import IpAdapterFiles, with_ip_adapter
 from ..lora import LoraFile, with_loras
+from ..safety_checker import with_safety_checker
 from ..source import Source
 from ..targets import PRECISIONS
 from ..tiny_vae import with_tiny_vae
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter that it was built with")
     parser.add_argument("--image-encoder", type=Path, metavar="DIR", help="image encoder that goes with that")
+    parser.add_argument("--safety-checker", type=Path, metavar="DIR", help="safety checker that it was built with")
     parser.add_argument(
         "--bisect", metavar="COMPONENT", help="name the operators where a component drifts from fp32, e.g. unet_step"
     )
@@ -73,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = with_tiny_vae(source, arguments.tiny_vae)
     source = with_controlnets(source, [ControlNetFile.parse(text) for text in arguments.controlnet])
     source = with_ip_adapter(source, IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder))
+    source = with_safety_checker(source, arguments.safety_checker)
     figures = verify_bundle(bundle, source, BuildConsole(quiet=arguments.json))
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})

@@ -22,7 +22,7 @@ from ..pipeline import LOOPS, Pipeline
 from ..previews import PREVIEW_EVERY, Preview
 from ..prompts import SYNTAXES
 from ..refine import HAND_OVER, hand_over_options
-from ..request import DECODERS, FAMILY_OPTIONS, TASK_OPTIONS, Request, RequestOptions
+from ..request import DECODERS, FAMILY_OPTIONS, SAFETY, TASK_OPTIONS, Request, RequestOptions
 from ..request_file import KEYWORD as REQUEST_KEYWORD
 from ..request_file import RequestFile, document, read_png, read_request, record
 from ..result import Result, StepInfo
@@ -126,6 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hand-over", type=float, metavar="F", help=f"fraction of the run at which it does; default {HAND_OVER}"
     )
     parser.add_argument("--decoder", choices=DECODERS, help="what draws pixels: the model's own decoder, or a tiny one")
+    parser.add_argument(
+        "--safety", choices=SAFETY, help="have a safety checker mark unsafe pictures, or make them black (default: off)"
+    )
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="file to write previews to while drawing")
     parser.add_argument(
         "--preview-every", type=int, metavar="N", help=f"steps between two previews; default {PREVIEW_EVERY}"
@@ -215,6 +218,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if truncated := max(each.result.truncated for each in parts):
         print(f"note: {truncated} tokens did not fit the text encoder and were cut off")
+    if flagged := parts[-1].result.flagged:
+        _tell_flagged(flagged, black=parts[-1].result.request.safety == "black")
     steps = [second for each in parts for second in each.result.timings.step]
     print(
         f"{arguments.output}: {request.width}x{request.height}, seed {request.seed}, {request.sampler}, "
@@ -248,11 +253,20 @@ class _Part:
         return {
             "request": dataclasses.asdict(self.result.request),
             "truncated_tokens": self.result.truncated,
+            "flagged": self.result.flagged,
             "engine": self.engine,
             "engine_choice": dataclasses.asdict(self.choice),
             "loop": self.loop,
             "seconds": dataclasses.asdict(self.result.timings),
         }
+
+
+def _tell_flagged(flagged: Sequence[bool], *, black: bool) -> None:
+    """Say which pictures are unsafe, counted from 1 in the order of the sheet."""
+    numbers = [str(number) for number, each in enumerate(flagged, 1) if each]
+    if numbers:
+        which = "the picture" if len(flagged) == 1 else f"{', '.join(numbers)} of {len(flagged)} pictures"
+        print(f"note: the safety checker flagged {which}, {'now black' if black else 'left as drawn'}")
 
 
 def _asked(arguments: argparse.Namespace) -> RequestFile:
@@ -288,7 +302,7 @@ def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -
     request: dict[str, Any] = {}
     if share is not None:
         own = document(last)
-        request = {name: own[name] for name in own if name in (*FAMILY_OPTIONS, "decoder", "vae_tiling")}
+        request = {name: own[name] for name in own if name in (*FAMILY_OPTIONS, "decoder", "vae_tiling", "safety")}
         request |= {name: value for name, value in document(first).items() if name != "denoising_end"}
         request["output"] = "image"
         first = dataclasses.replace(first, denoising_end=None)
@@ -411,7 +425,7 @@ def _extra(request: Request) -> dict[str, object]:
     """What the web UI has no entry for, where it is not as usual."""
     usual: dict[str, Any] = {"guidance_start": 0.0, "guidance_end": 1.0, "guidance_rescale": 0.0}
     usual |= dict.fromkeys(("eta", "timesteps", "sigmas", "vae_tiling", *FAMILY_OPTIONS, *TASK_OPTIONS))
-    usual |= {"guess_mode": False, "prompt_syntax": "plain"}
+    usual |= {"guess_mode": False, "prompt_syntax": "plain", "safety": "off"}
     given = {name: getattr(request, name) for name, value in usual.items() if getattr(request, name) != value}
     labels = {name: LABELS.get(name, name.replace("_", " ").capitalize()) for name in given}
     found = {labels[name]: _written(name, value) for name, value in given.items()}

@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"ControlNets: {' '.join(controlnets)}")
     if abilities["ip_adapter"]:
         print("IP-Adapter: pictures may be part of prompts")
+    if abilities["safety_checker"]:
+        print("safety checker: requests may have pictures checked, and those that are flagged marked or made black")
     print(f"samplers: {' '.join(abilities['samplers'])}")
     print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
     if abilities["loops"] == ["plain"]:
@@ -119,7 +121,10 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
     return rows
 
 
-_OF_THEIR_OWN = ("guidance", "options", "tasks", "controlnets", "ip_adapter", "samplers", "sizes", "loops", "engines")
+_OF_THEIR_OWN = (
+    *("guidance", "options", "tasks", "controlnets", "ip_adapter", "safety_checker"),
+    *("samplers", "sizes", "loops", "engines"),
+)
 
 
 def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:

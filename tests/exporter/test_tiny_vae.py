@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.exporter.components import load_component
+from latentrt.exporter.safety_checker import with_safety_checker
 from latentrt.exporter.source import Source
 from latentrt.exporter.tiny_vae import with_tiny_vae
 from latentrt.runtime import Pipeline
@@ -78,9 +79,10 @@ def test_a_bundle_is_verified_with_its_tiny_decoder(
     """The decoder is part of what the bundle comes from: without it the fingerprint is another."""
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["quality"]["vae_decoder_tiny/model.onnx"] > 60
-    with_decoder = with_tiny_vae(Source.open(tiny.source("lcm")), directory)
+    source, checker = tiny.source("lcm"), tiny.safety_checker()
+    with_decoder = with_safety_checker(with_tiny_vae(Source.open(source), directory), checker)
     assert manifest["source"]["fingerprint"] == with_decoder.fingerprint
-    command = ["verify", str(bundle), "--source", str(tiny.source("lcm"))]
+    command = ["verify", str(bundle), "--source", str(source), "--safety-checker", str(checker)]
     assert main([*command, "--tiny-vae", str(directory)]) == 0
     assert main(command) == 1
     assert "the fingerprints of the weights differ" in capsys.readouterr().err

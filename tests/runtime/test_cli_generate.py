@@ -168,7 +168,7 @@ def test_json(bundle: Path, tmp_path: Path, capsys: Captured) -> None:
     assert (report["request"]["seed"], report["request"]["width"], report["truncated_tokens"]) == (7, 32, 0)
     assert (report["engine"], report["loop"]) == ("unet_step (onnxruntime)", "fused")
     assert report["engine_choice"].keys() == {"name", "reason", "passed_over"}
-    stages = {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "vae_encoder"}
+    stages = {"text_encoder", "prompt", "schedule", "step", "vae_decoder", "vae_encoder", "safety_checker"}
     assert report["seconds"].keys() == {*stages, "total"}
     assert len(report["seconds"]["step"]) == 1
 

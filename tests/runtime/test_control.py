@@ -16,9 +16,10 @@ from latentrt.engines.errors import BundleError, InvalidRequestError
 from latentrt.runtime import Bundle, Control, Pipeline
 from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import main
+from latentrt.runtime.clip_vision import clip_pixels
 from latentrt.runtime.control import control_image, take_controls
 from latentrt.runtime.controlnets import ControlNets
-from latentrt.runtime.image_prompt import clip_pixels, take_image_prompt
+from latentrt.runtime.image_prompt import take_image_prompt
 from latentrt.runtime.loop import FusedLoop
 from latentrt.runtime.manifest import Component
 

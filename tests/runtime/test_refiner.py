@@ -17,6 +17,7 @@ from PIL import Image
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.cli import main
+from latentrt.runtime.manifest import Component
 from latentrt.runtime.refine import hand_over_options
 
 GATE = 45.0  # dB
@@ -149,6 +150,16 @@ def test_the_options_of_both_models(models: dict[str, Pipeline]) -> None:
     assert "prompt_2" not in rest
     with pytest.raises(InvalidRequestError, match="none of the 2 steps of euler begins after denoising_start"):
         hand_over_options(base, refiner, PROMPT, {"steps": 2, "sampler": "euler"}, 0.9995)
+
+
+def test_pictures_are_checked_by_the_bundle_that_draws_them(models: dict[str, Pipeline]) -> None:
+    """The base ends in latents, which cannot be looked at; a refiner without a safety checker refuses."""
+    base, refiner = models["base"].manifest, models["refiner"].manifest
+    with pytest.raises(InvalidRequestError, match="the bundle has no safety checker; build it again with --safety"):
+        hand_over_options(base, refiner, PROMPT, {"safety": "black"})
+    checked = dataclasses.replace(refiner, components={**refiner.components, "safety_checker": Component("", {})})
+    own, rest = hand_over_options(base, checked, PROMPT, {"safety": "black"})
+    assert (own["safety"], rest["safety"]) == (None, "black")
 
 
 def test_a_refiner_of_another_model_is_refused(models: dict[str, Pipeline], tiny: Any) -> None:

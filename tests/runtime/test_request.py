@@ -24,7 +24,7 @@ MANIFEST = cast(
         latent=Latent(4, 8, 0.18215, 0.0),
         defaults=Defaults("dpmpp-2m", steps=20, guidance=7.5, width=512, height=768, clip_skip=0),
         family="stable-diffusion",
-        components={},
+        components={"safety_checker": None},
         settings={"guidance": "classifier-free"},
     ),
 )
@@ -69,6 +69,7 @@ def test_what_is_given_is_kept() -> None:
         "guess_mode": True,
         "ip_adapter_image": PictureRecord("1" * 64, "portrait.png"),
         "ip_adapter_scale": 0.6,
+        "safety": "mark",
     }
     assert options.keys() == RequestOptions.__annotations__.keys() - FAMILY_OPTIONS.keys() - TASK_OPTIONS.keys()
     request = create(**options)

@@ -22,6 +22,7 @@ from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime import Bundle, Pipeline
 from latentrt.runtime.cli import main
 from latentrt.runtime.images import read_parameters, read_text
+from latentrt.runtime.manifest import Component
 from latentrt.runtime.request import Request, RequestOptions
 from latentrt.runtime.request_file import KEYWORD, MOST_BYTES, document, read_png, read_request, record, schema_text
 from latentrt.runtime.tiling import Tiling
@@ -54,6 +55,7 @@ VALUES: Mapping[str, Any] = {
     "negative_target_size": (24, 16),
     "prompt_syntax": "weighted",
     "variation_seed": 5,
+    "safety": "black",
     "variation_strength": 0.5,
 }
 
@@ -92,6 +94,7 @@ def test_the_schema_is_the_codes() -> None:
 def test_a_request_survives_its_record(tiny: Any, tmp_path: Path) -> None:
     """Every option comes back with its type, the record fits the schema, and what is as usual is not in it."""
     manifest = Bundle.open(tiny.bundle("sdxl")).manifest
+    manifest = dataclasses.replace(manifest, components={**manifest.components, "safety_checker": Component("", {})})
     request = Request.create(manifest, "a red apple", **VALUES)
     path = png(tmp_path / "o.png", {KEYWORD: record(request, "sdxl") or ""})
     found = read_png(path)
