@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import InvalidRequestError, SourceError
 
 from .lora_names import ALPHA, DOWN, UP, Layers, other_kind, split_name, split_part
+from .lora_transformers import model_of
 
 Floats = NDArray[np.float32]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...] | None]
@@ -292,22 +293,28 @@ def _fitted(
             shapes = target.shapes(part)
             skeletons[part] = Layers(shapes), shapes
         layers, shapes = skeletons[part]
-        path = layers.find(flat)
-        if path is None:
+        place = layers.find(flat)
+        if place is None:
             raise SourceError(f"{name} changes {layer}, a layer that {target.name} does not have{_hint(tensors)}")
-        shape = shapes[path]
-        if shape is None:
-            raise SourceError(
-                f"{name} changes {part}.{path}, whose weights are equal to another layer's and cannot be changed "
-                "alone once the model is exported; fuse the LoRA when the bundle is built"
-            )
+        sizes: list[tuple[int, ...]] = []
+        for path in place.paths:
+            shape = shapes[path]
+            if shape is None:
+                raise SourceError(
+                    f"{name} changes {part}.{path}, whose weights are equal to another layer's and cannot be changed "
+                    "alone once the model is exported; fuse the LoRA when the bundle is built"
+                )
+            sizes.append(shape)
         if DOWN not in roles or UP not in roles:
             raise SourceError(f"{name}: {layer!r} has one of its two factors alone, the file is incomplete")
         down, up = roles[DOWN], roles[UP]
-        _check_shapes(target, name, f"{part}.{path}", down, up, shape, _hint(tensors))
-        if path in found.setdefault(part, {}):
-            raise SourceError(f"{name} changes {part}.{path} twice, under two names")
-        found[part][path] = Factors(down, up, alphas.scale(part, path, len(down), roles.get(ALPHA), name))
+        rows = [size[0] for size in sizes]
+        whole = f"{part}.{' and '.join(place.paths)}"
+        _check_shapes(target, name, whole, down, up, (sum(rows), *sizes[0][1:]), _hint(tensors))
+        for path, own in zip(place.paths, place.divide(up, rows), strict=True):
+            if path in found.setdefault(part, {}):
+                raise SourceError(f"{name} changes {part}.{path} twice, under two names")
+            found[part][path] = Factors(down, own, alphas.scale(part, path, len(down), roles.get(ALPHA), name))
     return found
 
 
@@ -332,8 +339,10 @@ def _check_shapes(
 
 
 def _hint(tensors: Mapping[str, Mapping[str, Floats]]) -> str:
-    """What a file was made for, by the width of the texts that its layers attend to."""
+    """What a file was made for, by the names of its layers or the width of the texts that they attend to."""
     for layer, roles in tensors.items():
+        if model := model_of(layer):
+            return f"; its layers have the names of {model}'s"
         if (
             layer.endswith(("attn2_to_k", "attn2.to_k", "attn2.processor.to_k"))
             and DOWN in roles

@@ -1,12 +1,15 @@
 """What the tensors of LoRA files are called: the layouts of PEFT, of diffusers before it, and of kohya's scripts.
 
 A file names layers of a model. In kohya's layout dots have become underscores, so layers are looked up by their paths
-without either. Files for SDXL often have the names of the original U-Net's blocks.
+without either. Files for SDXL often have the names of the original U-Net's blocks, and those for SD3 and FLUX the names
+of the original transformers' layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from .lora_transformers import Place, original_place
 
 DOWN, UP, ALPHA = "down", "up", "alpha"
 """What a tensor is: the first factor, the second, or the number that divided by the rank scales their product."""
@@ -24,6 +27,8 @@ _ENDINGS = {
     ".lora_linear_layer.up.weight": UP,
     "_lora.down.weight": DOWN,
     "_lora.up.weight": UP,
+    ".down.weight": DOWN,
+    ".up.weight": UP,
     ".alpha": ALPHA,
 }
 
@@ -73,9 +78,12 @@ def split_part(layer: str, parts: Iterable[str], denoiser: str) -> tuple[str, st
         parts: Parts of the model, such as ``text_encoder`` and ``unet``.
         denoiser: The one that a name without a part is of.
     """
-    layer = layer.removeprefix("base_model.model.")
-    prefixes = {"lora_unet_": denoiser, "lora_te_": "text_encoder"}
-    prefixes |= {f"lora_te{number}_": f"text_encoder_{number}" for number in (2, 3)} | {"lora_te1_": "text_encoder"}
+    layer, parts = layer.removeprefix("base_model.model."), set(parts)
+    prefixes = dict.fromkeys(("lora_unet_", "lora_transformer_", "diffusion_model."), denoiser)
+    prefixes |= dict.fromkeys(("lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."), "text_encoder")
+    # T5, which is FLUX's second text encoder, is the third in kohya's layout for any model.
+    t5 = "text_encoder_2" if denoiser == "transformer" and "text_encoder_3" not in parts else "text_encoder_3"
+    prefixes |= {"lora_te2_": "text_encoder_2", "lora_te3_": t5}
     prefixes |= {f"{part}.": part for part in {*parts, "unet", "transformer", "text_encoder", "text_encoder_2"}}
     for prefix, part in prefixes.items():
         if layer.startswith(prefix):
@@ -97,18 +105,19 @@ class Layers:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = {flat(path).removeprefix("text_model_"): path for path in paths}
-        self._blocks = _original_blocks(self._paths.values())
+        self._known = frozenset(self._paths.values())
+        self._blocks = _original_blocks(self._known)
 
-    def find(self, name: str) -> str | None:
-        """Path of the layer of a flat name; ``None`` if there is none."""
+    def find(self, name: str) -> Place | None:
+        """The layer of a flat name, or the layers that it was divided into; ``None`` if there is none."""
         for each in (name, *self._original(name)):
             bare = each.removeprefix("text_model_")
             candidates = [bare, f"{bare}_0"]  # a projection back was a layer, and is now the first of two
             candidates += [bare.removesuffix(old) + new for old, new in _OLD_ATTENTION.items() if bare.endswith(old)]
             for candidate in candidates:
                 if candidate in self._paths:
-                    return self._paths[candidate]
-        return None
+                    return Place((self._paths[candidate],))
+        return original_place(name, self._known)
 
     def _original(self, name: str) -> list[str]:
         """What diffusers calls a layer of the original U-Net."""

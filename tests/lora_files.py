@@ -16,7 +16,30 @@ LAYERS = {
     # diffusers recognises kohya's layout by the projection back, and drops the other projections without it.
     "text_encoder": ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"),
     "text_encoder_2": ("self_attn.v_proj", "self_attn.out_proj", "mlp.fc2"),
+    "transformer": (
+        *("attn.to_q", "attn.to_out.0", "attn2.to_v", "attn.add_k_proj", "attn.to_add_out", "net.0.proj", "proj_mlp"),
+        *("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "x_embedder", "context_embedder"),
+        *(
+            "timestep_embedder.linear_1",
+            "text_embedder.linear_2",
+            "guidance_embedder.linear_1",
+            "proj_out",
+            "pos_embed.proj",
+        ),
+    ),
 }
+DENOISERS = ("unet", "transformer")
+FLUX = {
+    "double_blocks_0_img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "double_blocks_0_txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "double_blocks_0_img_attn_proj": ("attn.to_out.0",),
+    "double_blocks_0_txt_mlp_0": ("ff_context.net.0.proj",),
+    "double_blocks_0_img_mlp_2": ("ff.net.2",),
+    "double_blocks_0_txt_mod_lin": ("norm1_context.linear",),
+    "single_blocks_0_linear2": ("proj_out",),
+    "single_blocks_0_modulation_lin": ("norm.linear",),
+}
+"""Layers of FLUX's original transformer, those that diffusers converts at any size, and what they are in its blocks."""
 
 
 def factors(source: Any, part: str, rank: int = RANK, seed: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
@@ -33,6 +56,11 @@ def factors(source: Any, part: str, rank: int = RANK, seed: int = 1) -> dict[str
     return found
 
 
+def parts(source: Any) -> list[str]:
+    """Parts that get factors: T5, for which diffusers takes none, is not among them."""
+    return [part for part in LAYERS if part in source.configs and "d_kv" not in source.configs[part]]
+
+
 def clip_path(path: str) -> str:
     """A text encoder's layer as files name it, whatever the installed transformers does."""
     return path if path.startswith("text_model.") or path == "text_projection" else f"text_model.{path}"
@@ -41,9 +69,9 @@ def clip_path(path: str) -> str:
 def peft(source: Any, seed: int = 1) -> dict[str, Tensor]:
     """What diffusers' training scripts write today."""
     tensors = {}
-    for part in [name for name in LAYERS if name in source.configs]:
+    for part in parts(source):
         for path, (down, up) in factors(source, part, seed=seed).items():
-            layer = f"{part}.{path if part == 'unet' else clip_path(path)}"
+            layer = f"{part}.{path if part in DENOISERS else clip_path(path)}"
             tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     return tensors
 
@@ -64,7 +92,7 @@ def kohya(source: Any, seed: int = 1, names: Callable[[str], str] = lambda path:
     """kohya's layout, with alphas and in half precision, as most LoRAs are."""
     tensors, second = {}, "text_encoder_2" in source.configs
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if second else "lora_te", "text_encoder_2": "lora_te2"}
-    for part in [name for name in LAYERS if name in source.configs]:
+    for part in parts(source):
         for number, (path, (down, up)) in enumerate(factors(source, part, seed=seed).items()):
             flat = (names(path) if part == "unet" else clip_path(path)).replace(".", "_")
             layer = f"{prefixes[part]}_{flat}"
@@ -76,8 +104,27 @@ def kohya(source: Any, seed: int = 1, names: Callable[[str], str] = lambda path:
 
 
 def kohya_original(source: Any, seed: int = 1) -> dict[str, Tensor]:
-    """The same with the names of the original U-Net's blocks, for the tiny SDXL."""
-    return kohya(source, seed, original)
+    """The same with the names of the original denoiser's blocks, for the tiny SDXL, and for the tiny FLUX."""
+    return kohya_flux(source, seed) if "transformer" in source.configs else kohya(source, seed, original)
+
+
+def kohya_flux(source: Any, seed: int = 1) -> dict[str, Tensor]:
+    """kohya's layout for the tiny FLUX, where one layer of the file may be several of the model's."""
+    generator, transformer, tensors = torch.Generator().manual_seed(seed), source.load("transformer"), {}
+    for number, (name, paths) in enumerate(FLUX.items()):
+        block = transformer.transformer_blocks if name.startswith("double") else transformer.single_transformer_blocks
+        weights = [block[0].get_submodule(path).weight for path in paths]
+        rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
+        tensors |= {
+            f"lora_unet_{name}.lora_down.weight": torch.randn(RANK, columns, generator=generator).half() * 0.3,
+            f"lora_unet_{name}.lora_up.weight": torch.randn(rows, RANK, generator=generator).half() * 0.3,
+            f"lora_unet_{name}.alpha": torch.tensor(1.5 if number % 2 else 2.0),
+        }
+    for path, (down, up) in factors(source, "text_encoder", seed=seed).items():
+        layer = f"lora_te1_{clip_path(path).replace('.', '_')}"
+        tensors |= {f"{layer}.lora_down.weight": down.half(), f"{layer}.lora_up.weight": up.half()}
+        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    return tensors
 
 
 def original(path: str) -> str:

@@ -39,19 +39,20 @@ def fused_by_diffusers(path: Path, file: Path, scale: float) -> Any:
         ("sdxl", "peft"),
         ("sdxl", "kohya"),
         ("sdxl", "kohya_original"),
+        ("sd35", "peft"),
+        ("flux-dev", "peft"),
+        ("flux-dev", "kohya_original"),
     ],
 )
 def test_fused_weights_are_those_of_diffusers(
     tiny: Any, lora_files: Any, tmp_path: Path, kind: str, layout: str
 ) -> None:
-    """Every layout, for linear layers and convolutions of U-Net and text encoders, with and without alphas."""
+    """Every layout, for linear layers and convolutions of denoiser and text encoders, with and without alphas."""
     source = Source.open(tiny.source(kind))
     file = lora_files.write(getattr(lora_files, layout)(source), tmp_path / "style.safetensors")
     fused = with_loras(source, [LoraFile(file, 0.7)])
     pipe = fused_by_diffusers(tiny.source(kind), file, 0.7)
-    for part in source.configs:
-        if part == "vae":
-            continue
+    for part in lora_files.parts(source):
         ours, before = fused.load(part).state_dict(), source.load(part).state_dict()
         expected = getattr(pipe, part).state_dict()
         assert ours.keys() == expected.keys()

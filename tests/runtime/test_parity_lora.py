@@ -38,17 +38,24 @@ class Case:
         pipeline: diffusers' class.
         layouts: Functions of ``tests/lora_files.py``, each for a file; nothing is the file of the emoji model.
         scales: One for each file.
+        sampler: Ours; diffusers' is the pipeline's own where it is a flow model's.
+        negative: What to steer away from; None for a family that cannot.
     """
 
     models: str
     pipeline: str
     layouts: Sequence[str]
     scales: Sequence[float]
+    sampler: str = "euler"
+    negative: str | None = NEGATIVE
 
 
 CASES: Mapping[str, Case] = {
     "sd1": Case("Stable Diffusion 1.x", "StableDiffusionPipeline", ("peft", "kohya"), (0.7, -0.4)),
+    "sd2": Case("Stable Diffusion 2.x", "StableDiffusionPipeline", ("peft", "kohya"), (0.7, -0.4)),
     "sdxl": Case("Stable Diffusion XL", "StableDiffusionXLPipeline", ("kohya_original", "peft"), (0.6, 0.5)),
+    "sd35": Case("Stable Diffusion 3.5", "StableDiffusion3Pipeline", ("peft",), (0.5,), "flow-euler"),
+    "flux-dev": Case("FLUX.1 dev", "FluxPipeline", ("kohya_original", "peft"), (0.6, 0.5), "flow-euler", None),
     "emoji": Case("the emoji model", "StableDiffusionPipeline", (), (0.9,)),
 }
 
@@ -89,14 +96,15 @@ def test_the_pictures_are_diffusers(
         ]
     theirs = getattr(diffusers, case.pipeline).from_pretrained(path, dtype=torch.float32, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config)
+    if case.sampler == "euler":
+        theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config)
     for number, file in enumerate(files):
         theirs.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"lora{number}")
     side = 64 if kind == "emoji" else 32
-    size = {"width": side, "height": side, "negative_prompt": NEGATIVE}
+    size = {"width": side, "height": side, **({"negative_prompt": case.negative} if case.negative else {})}
     figures, seen = [], []
     with Pipeline.load(bundle, "onnxruntime") as ours:
-        options = {"steps": STEPS, "guidance": GUIDANCE, "sampler": "euler", "seed": SEED, "images": 2}
+        options = {"steps": STEPS, "guidance": GUIDANCE, "sampler": case.sampler, "seed": SEED, "images": 2}
         base = ours(PROMPT, **size, **options).images
         for count in range(1, len(files) + 1):
             ours.set_loras(list(zip(files[:count], case.scales, strict=False)))
