@@ -118,12 +118,12 @@ def kohya_flux(source: Any, seed: int = 1) -> dict[str, Tensor]:
         tensors |= {
             f"lora_unet_{name}.lora_down.weight": torch.randn(RANK, columns, generator=generator).half() * 0.3,
             f"lora_unet_{name}.lora_up.weight": torch.randn(rows, RANK, generator=generator).half() * 0.3,
-            f"lora_unet_{name}.alpha": torch.tensor(1.5 if number % 2 else 2.0),
+            f"lora_unet_{name}.alpha": torch.tensor(RANK / (1 + number % 2)),
         }
     for path, (down, up) in factors(source, "text_encoder", seed=seed).items():
         layer = f"lora_te1_{clip_path(path).replace('.', '_')}"
         tensors |= {f"{layer}.lora_down.weight": down.half(), f"{layer}.lora_up.weight": up.half()}
-        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+        tensors[f"{layer}.alpha"] = torch.tensor(RANK / 2)  # diffusers scales in half precision: here that is exact
     return tensors
 
 

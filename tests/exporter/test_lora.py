@@ -24,7 +24,7 @@ from latentrt.exporter.tiny_vae import with_tiny_vae
 def fused_by_diffusers(path: Path, file: Path, scale: float) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(path)
     pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    pipe.fuse_lora(lora_scale=scale)
+    pipe.fuse_lora(pipe._lora_loadable_modules, lora_scale=scale)  # of FLUX it leaves the text encoder out unless told
     pipe.unload_lora_weights()
     return pipe
 
