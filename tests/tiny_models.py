@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -55,8 +56,11 @@ def _from_the_start() -> None:
     torch.manual_seed(torch.initial_seed())
 
 
-def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, **settings: Any) -> Any:
-    _from_the_start()
+def _clip(
+    tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, *, alike: bool = True, **settings: Any
+) -> Any:
+    if alike:
+        _from_the_start()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -362,8 +366,9 @@ def stable_diffusion_3(path: Path, *, t5: bool) -> None:
         dual_attention_layers=(0,),
     )
     _enliven(transformer)
-    text = _clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16)
-    text_2 = _clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24)
+    projected = functools.partial(_clip, kind=CLIPTextModelWithProjection, alike=False)
+    text = projected(tokenizer, projection_dim=16)
+    text_2 = projected(tokenizer_2, width=48, hidden_act="gelu", projection_dim=24)
     text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if t5 else (None, None)
     StableDiffusion3Pipeline(
         text_encoder=text,
@@ -385,7 +390,7 @@ def flux(path: Path, *, schnell: bool) -> None:
     """
     vae = _shifted_vae()
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    text = _clip(tokenizer)
+    text = _clip(tokenizer, alike=False)
     text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
     transformer = FluxTransformer2DModel(
         in_channels=32,
