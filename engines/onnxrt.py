@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .base import Array, BaseEngine, TensorSpec, check_threads
-from .errors import EngineClosedError, EngineError, EngineUnavailableError, translated
+from .base import Array, BaseEngine, TensorSpec, check_feeds, check_threads
+from .errors import EngineClosedError, EngineError, EngineUnavailableError, TensorMismatchError, translated
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -60,6 +60,8 @@ class OnnxRuntimeEngine(BaseEngine):
         label: What messages call the engine.
         weights: Initializers to put in place of the graph's own, which it must have in another file. They must not be
             changed while the engine is open.
+        exchangeable: Initializers that :meth:`with_weights` may replace later. They are not laid out for the processor
+            when the graph is opened, as others are, but at every run, which makes runs a little slower.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class OnnxRuntimeEngine(BaseEngine):
         options: OnnxRuntimeOptions | None = None,
         label: str | None = None,
         weights: Mapping[str, Array] | None = None,
+        exchangeable: Sequence[TensorSpec] = (),
     ) -> None:
         super().__init__(label or f"{path.parent.name} (onnxruntime)")
         self.path = path
         self.options = options or OnnxRuntimeOptions()
         self.weights = dict(weights or {})
+        self.exchangeable = {spec.name: spec for spec in exchangeable}
         self._session: Any = None
         self._output_names: list[str] = []
 
@@ -91,13 +95,30 @@ class OnnxRuntimeEngine(BaseEngine):
                 values = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]
                 settings.add_external_initializers(list(self.weights), values)
             session = self._make_session(ort, settings)
+        if lacking := self.exchangeable.keys() - {node.name for node in session.get_overridable_initializers()}:
+            raise EngineError(f"{self.label}: {self.path.name} has no weights named {min(lacking)!r} of its own")
         inputs = {node.name: _spec(node) for node in session.get_inputs()}
         outputs = {node.name: _spec(node) for node in session.get_outputs()}
         self._session, self._output_names = session, list(outputs)
         return inputs, outputs
 
     def _make_session(self, ort: ModuleType, settings: Any) -> Any:
-        return ort.InferenceSession(str(self.path), settings, providers=["CPUExecutionProvider"])
+        graph: str | bytes = str(self.path)
+        if self.exchangeable:
+            # An initializer that is an input, too, is a default for it, and no constant (ONNX's IR since version 4).
+            graph = with_inputs(self.path.read_bytes(), self.exchangeable.values())
+            settings.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self.path.parent)
+            )
+        return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+
+    def with_weights(self, weights: Mapping[str, Array]) -> ExchangedWeights:
+        """This engine, open as it is, with other values for some of its exchangeable weights.
+
+        Args:
+            weights: By name; must not be changed while the engine is open.
+        """
+        return ExchangedWeights(self, weights)
 
     def _running_session(self) -> Any:
         if (session := self._session) is None:
@@ -112,6 +133,71 @@ class OnnxRuntimeEngine(BaseEngine):
 
     def _close(self) -> None:
         self._session = None
+
+
+class ExchangedWeights(BaseEngine):
+    """An engine that is open already, with other weights. Opening it costs nothing; closing it leaves the other open.
+
+    Args:
+        engine: The engine; it must be open for as long as this one is used.
+        weights: Of its exchangeable ones, by name.
+
+    Raises:
+        TensorMismatchError: on opening, if a weight is not exchangeable, or has another shape or element type.
+    """
+
+    def __init__(self, engine: OnnxRuntimeEngine, weights: Mapping[str, Array]) -> None:
+        super().__init__(engine.label)
+        self.engine = engine
+        self._weights = dict(weights)
+
+    def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+        known = self.engine.exchangeable
+        try:
+            check_feeds({name: known[name] for name in self._weights if name in known}, self._weights)
+        except TensorMismatchError as error:
+            raise TensorMismatchError(f"{self.label}: {error}") from None
+        return self.engine.inputs, self.engine.outputs
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        return self.engine._run({**feeds, **self._weights})
+
+    def _close(self) -> None:
+        self._weights = {}
+
+
+_ELEMENTS = {"float32": 1, "float16": 10}  # TensorProto.DataType
+
+
+def with_inputs(graph: bytes, specs: Iterable[TensorSpec]) -> bytes:
+    """A serialized ONNX model whose graph has more inputs, float32 or float16 and of fixed shapes.
+
+    Two messages of protocol buffers one behind the other are one message with the fields of both, in which lists are
+    joined (protobuf.dev, "Encoding", section on last one wins). Numbers of fields are those of onnx.proto.
+    """
+    added = b""
+    for spec in specs:
+        shape = b"".join(_field(1, _varint(1, int(length))) for length in spec.shape)
+        kind = _varint(1, _ELEMENTS[spec.dtype]) + _field(2, shape)
+        added += _field(11, _field(1, spec.name.encode()) + _field(2, _field(1, kind)))
+    return graph + _field(7, added)
+
+
+def _varint(number: int, value: int) -> bytes:
+    return bytes([number << 3]) + _encoded(value)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _encoded(len(content)) + content
+
+
+def _encoded(value: int) -> bytes:
+    """A number in groups of seven bits, the lowest first."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def load_sdk() -> ModuleType:

@@ -45,8 +45,9 @@ class Lora:
         """
         for path in self.content.factors.get(part, {}):
             layer: Any = module.get_submodule(path)
-            fused = self.content.changed(part, path, layer.weight.detach().numpy())
-            layer.weight = nn.Parameter(torch.from_numpy(fused), requires_grad=False)
+            fused = layer.weight.detach().clone(memory_format=torch.contiguous_format)
+            self.content.add_to(part, path, fused.numpy())
+            layer.weight = nn.Parameter(fused, requires_grad=False)
 
 
 def with_loras(source: Source, files: Sequence[LoraFile]) -> Source:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from latentrt.engines import Engine
+from latentrt.engines import Engine, TensorSpec
 from latentrt.engines.errors import (
     BundleError,
     BundleIntegrityError,
@@ -28,6 +28,7 @@ from latentrt.engines.trt.cuda import cuda_devices
 from .bundle import Bundle
 from .engine_probe import SUPPORTED, check_engine, check_precision
 from .families import family_of
+from .lora_weights import exchangeable_weights
 from .manifest import IMAGE_ENCODER, PRECISIONS, TINY_DECODER, Component, Graph
 from .plans import find_plan
 
@@ -81,6 +82,7 @@ class EngineSettings:
         fixed_size: The only size to be drawn, if there is one.
         verify_hash: Hash a plan before it is opened. (A compiled OpenVINO model always is.)
         low_memory: Keep no memory between runs that the next one could use.
+        switchable: Leave the weights that LoRAs change exchangeable in engines that are open.
     """
 
     name: str = "auto"
@@ -90,6 +92,7 @@ class EngineSettings:
     fixed_size: FixedSize | None = None
     verify_hash: bool = False
     low_memory: bool = False
+    switchable: bool = False
 
     def __post_init__(self) -> None:
         if self.engine_cache not in CACHES:
@@ -236,10 +239,13 @@ def most_pictures(bundle: Bundle, components: Iterable[str], settings: EngineSet
 
 
 def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
-    form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
+    form, graph = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
     path = bundle.graph_path(component, form)
     options = OnnxRuntimeOptions(threads=settings.threads, arena=not settings.low_memory)
-    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)", weights)
+    exchangeable: Sequence[TensorSpec] = ()
+    if settings.switchable and not weights:
+        exchangeable = exchangeable_weights(bundle, component, graph, family_of(bundle.manifest))
+    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)", weights, exchangeable)
 
 
 def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:

@@ -36,6 +36,8 @@ _MAX_HEADER = 100 << 20  # as the safetensors library has it
 _MOST_TENSORS = 100_000
 _MOST_FILES = 100
 _LARGEST_SCALE = 100.0
+_PART = 1 << 14  # numbers of a weight that are computed at a time, at least
+_PRODUCT = 1 << 18  # multiplications that OpenBLAS does not share out to threads, which would wait for each other
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -127,12 +129,22 @@ class Factors:
     up: Floats
     scale: float
 
-    def delta(self, scale: float, *, transposed: bool = False) -> Floats:
-        """Their product times a scale, fp32 ``[out, rest]`` or ``[rest, out]``."""
+    def add_to(self, weight: Floats, scale: float, *, transposed: bool = False) -> bool:
+        """Add their product times a scale to a contiguous weight, in place. Returns whether all of it is finite.
+
+        It is done in parts that stay in the processor's caches: fresh memory for the whole product takes longer than
+        computing it.
+        """
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
         scaled = up * np.float32(self.scale * scale)
-        product = down.T @ scaled.T if transposed else scaled @ down
-        return product.astype(np.float32, copy=False)
+        left, right = (down.T, scaled.T) if transposed else (scaled, down)
+        matrix, finite = weight.reshape(len(left), -1), True
+        rows = max(1, max(_PART, _PRODUCT // scaled.shape[1]) // matrix.shape[1])
+        for first in range(0, len(matrix), rows):
+            part = matrix[first : first + rows]
+            part += left[first : first + rows] @ right
+            finite = finite and math.isfinite(part.min()) and math.isfinite(part.max())
+        return finite
 
 
 @dataclass(frozen=True)
@@ -152,25 +164,22 @@ class Lora:
         """The file's name."""
         return Path(self.applied.path).name
 
-    def changed(self, part: str, path: str, weight: NDArray[Any], *, transposed: bool = False) -> Floats:
-        """A layer's weight with this LoRA added to it, fp32.
+    def add_to(self, part: str, path: str, weight: Floats, *, transposed: bool = False) -> None:
+        """Add this LoRA to a layer's weight, in place.
 
         Args:
             part: Part of the model.
             path: A layer that the LoRA changes.
-            weight: Of floating-point numbers, in the layer's own shape; left as it is.
+            weight: fp32, contiguous, in the layer's own shape.
             transposed: Whether it is a matrix that is the other way round.
 
         Raises:
             SourceError: if it is not finite afterwards.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            changed = self.factors[part][path].delta(self.applied.scale, transposed=transposed).reshape(weight.shape)
-            changed += weight
-        # Without an array of truth values: weights are large, and fresh memory is what takes the time.
-        if not (math.isfinite(changed.min()) and math.isfinite(changed.max())):
+            finite = self.factors[part][path].add_to(weight, self.applied.scale, transposed=transposed)
+        if not finite:
             raise SourceError(f"with {self.name} the weights of {part}.{path} are not finite")
-        return changed
 
 
 @dataclass(frozen=True)

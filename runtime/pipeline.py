@@ -122,7 +122,7 @@ class Pipeline:
         self.family = family_of(self.manifest)
         self.max_batch = fixed_size.images if fixed_size else max_batch
         self._shut, self._turns = threading.Event(), turns
-        self._switch = None if settings is None else LoraEngines(bundle, self.family, settings, turns)
+        self._switch = None if settings is None else LoraEngines(bundle, self.family, settings, turns, engines)
         self._changed: set[str] = set()  # components with other weights than the bundle's
         self._use(engines, ())
         self._texts = TensorCache(prompt_cache)
@@ -165,6 +165,7 @@ class Pipeline:
         verify_hash: bool = False,
         embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
         loras: Loras = (),
+        switchable: bool = False,
     ) -> Self:
         """Open a bundle.
 
@@ -188,6 +189,9 @@ class Pipeline:
             verify_hash: Hash every file of the bundle first.
             embeddings: By word of prompts, a safetensors file of a textual inversion that it stands for.
             loras: LoRAs to put on, see :meth:`set_loras`.
+            switchable: With ONNX Runtime on a CPU: leave weights that LoRAs change exchangeable, so that putting one
+                on opens nothing anew. Steps are a little slower, and pictures differ in the last bits from those of a
+                pipeline without.
 
         Raises:
             BundleError: if the bundle is missing, damaged, hostile, or lacks what is asked for.
@@ -210,13 +214,19 @@ class Pipeline:
             raise InvalidRequestError(
                 f"max_batch is {max_batch}, and engines for {size.images} pictures are asked for; give one of the two"
             )
-        settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash, low_memory)
+        if switchable and low_memory:
+            raise InvalidRequestError("switchable keeps engines open, and low_memory closes them; give one of the two")
+        settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash, low_memory, switchable)
         components = components_for(bundle, loop)
         failed: dict[str, str] = {}
         turns = Turns() if low_memory else None
         with ExitStack() as stack:
             while True:
                 choice = choose_engine(bundle, components, settings, failed)
+                if switchable and choice.name != "onnxruntime":
+                    raise InvalidRequestError(
+                        f"switchable is for onnxruntime on a CPU, and the engine is {choice.name}"
+                    )
                 try:
                     chosen = dataclasses.replace(settings, name=choice.name)
                     engines = open_engines(bundle, components, chosen, turns)

@@ -6,13 +6,14 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
-from latentrt.engines import Engine
+from latentrt.engines import Array, Engine
+from latentrt.engines.onnxrt import OnnxRuntimeEngine
 
 from .bundle import Bundle
 from .engine_choice import EngineSettings, graph_for
 from .families import Family
 from .lora import Lora, Loras, lora_files, read_lora
-from .lora_weights import changed_weights, target_of
+from .lora_weights import SpareMemory, changed_weights, target_of
 from .opening import open_engines
 from .turns import Turns
 
@@ -38,10 +39,20 @@ class LoraEngines:
         family: Its family.
         settings: What engines are made with.
         turns: What opens and closes them, if they take turns.
+        engines: What is open, without any LoRA.
     """
 
-    def __init__(self, bundle: Bundle, family: Family, settings: EngineSettings, turns: Turns | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        family: Family,
+        settings: EngineSettings,
+        turns: Turns | None,
+        engines: Mapping[str, Engine],
+    ) -> None:
         self._bundle, self._family, self._settings, self._turns = bundle, family, settings, turns
+        self._plain = dict(engines) if settings.switchable else {}  # stay open, whatever is put on
+        self._memory = SpareMemory()
         self._known: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
 
     def open(
@@ -58,11 +69,24 @@ class LoraEngines:
             The engines, and which components have other weights than the bundle's now.
         """
         graphs = {name: graph_for(self._bundle, name, self._settings) for name in engines}
-        weights = changed_weights(self._bundle, self._family, graphs, loras)
+        weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
         components = [name for name in engines if name in weights or name in changed]
-        opened = open_engines(self._bundle, components, self._settings, self._turns, weights)
+        opened = self._opened(components, weights)
         self._known.update([*opened.values(), *(engines[name] for name in components)])
         return {**engines, **opened}, set(weights)
+
+    def _opened(self, components: Sequence[str], weights: Mapping[str, Mapping[str, Array]]) -> dict[str, Engine]:
+        """Engines of components with these weights: those that are open anyway, where nothing else is needed."""
+        found: dict[str, Engine] = {}
+        for name in components:
+            plain = self._plain.get(name)
+            if plain is not None and name not in weights:
+                found[name] = plain
+            elif isinstance(plain, OnnxRuntimeEngine) and weights[name].keys() <= plain.exchangeable.keys():
+                found[name] = engine = plain.with_weights(weights[name]).open()
+                weakref.finalize(engine, self._memory.keep, name, list(weights[name].values()))
+        rest = [name for name in components if name not in found]
+        return {**found, **open_engines(self._bundle, rest, self._settings, self._turns, weights)}
 
     def opener(self, loras: Sequence[Lora], changed: set[str]) -> Callable[[str], Engine]:
         """Opens the engine of a component that a request needs for the first time since these LoRAs were put on.
@@ -73,13 +97,16 @@ class LoraEngines:
 
     def _open_one(self, loras: Sequence[Lora], changed: set[str], component: str) -> Engine:
         graphs = {component: graph_for(self._bundle, component, self._settings)}
-        weights = changed_weights(self._bundle, self._family, graphs, loras)
-        engine = open_engines(self._bundle, [component], self._settings, self._turns, weights)[component]
+        weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
+        if self._settings.switchable and component not in self._plain:
+            self._plain |= open_engines(self._bundle, [component], self._settings, self._turns)
+        engine = self._opened([component], weights)[component]
         self._known.add(engine)
         changed.update(weights)
         return engine
 
     def close(self) -> None:
         """Close every engine that was opened or replaced here."""
-        for engine in list(self._known):
+        for engine in [*self._known, *self._plain.values()]:
             engine.close()
+        self._memory.close()

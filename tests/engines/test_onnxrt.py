@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from latentrt.engines import TensorSpec
 from latentrt.engines.errors import (
     EngineClosedError,
     EngineError,
@@ -22,7 +23,7 @@ from latentrt.engines.errors import (
     TensorMismatchError,
     translated,
 )
-from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions, with_inputs
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((6, 5)).astype(np.float32)
@@ -161,6 +162,39 @@ def test_other_weights_take_the_place_of_the_graphs_own(linear: Path, tmp_path: 
     for wrong in ({"none": other}, {name: other[:2]}):
         with pytest.raises(EngineError, match=r"could not load apart\.onnx"):
             OnnxRuntimeEngine(apart, weights=wrong).open()
+
+
+def test_weights_are_exchanged_while_an_engine_is_open(linear: Path, tmp_path: Path) -> None:
+    """The graph means to onnx what it meant, with its weights as inputs; each view computes with its own weights."""
+    model = onnx.load(linear)
+    apart = tmp_path / "apart" / "model.onnx"
+    apart.parent.mkdir()
+    onnx.save_model(model, apart, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    spec = TensorSpec("w", "float32", WEIGHT.shape)
+    read = onnx.load_from_string(with_inputs(linear.read_bytes(), [spec]))
+    onnx.checker.check_model(read)
+    expected = onnx.load(linear)
+    expected.graph.input.append(tensor("w", TensorProto.FLOAT, WEIGHT.shape))
+    assert read == expected
+    x, other = np.ones((2, 6), np.float32), (WEIGHT * 0.5 + 0.1).astype(np.float32)
+    with OnnxRuntimeEngine(apart, exchangeable=[spec]) as engine, OnnxRuntimeEngine(linear) as plain:
+        assert list(engine.inputs) == ["x"]
+        changed, again = engine.with_weights({"w": other}).open(), engine.with_weights({"w": WEIGHT}).open()
+        own = engine.run({"x": x})["y"]
+        np.testing.assert_allclose(own, plain.run({"x": x})["y"], rtol=1e-6)
+        np.testing.assert_allclose(changed.run({"x": x})["y"], np.tanh(x @ other), rtol=1e-5)
+        np.testing.assert_array_equal(again.run({"x": x})["y"], own)
+        changed.close()
+        with pytest.raises(EngineClosedError):
+            changed.run({"x": x})
+        np.testing.assert_array_equal(engine.run({"x": x})["y"], own)
+        for wrong in ({"v": other}, {"w": other[:2]}, {"w": other.astype(np.float16)}):
+            with pytest.raises(TensorMismatchError, match=r"input '[vw]'"):
+                engine.with_weights(wrong).open()
+    with pytest.raises(EngineClosedError):
+        again.run({"x": x})
+    with pytest.raises(EngineError, match=r"model.onnx has no weights named 'v' of its own"):
+        OnnxRuntimeEngine(apart, exchangeable=[TensorSpec("v", "float32", (1,))]).open()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "directory"])

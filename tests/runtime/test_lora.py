@@ -103,6 +103,60 @@ def test_every_way_to_run_takes_them(
     assert difference.max() <= (0 if "low_memory" in settings else 1)
 
 
+@pytest.fixture(scope="module")
+def matrices(tiny: Any, lora_files: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two LoRAs that change linear layers and convolutions of one by one alone."""
+    source, folder = Source.open(tiny.source("sd1")), tmp_path_factory.mktemp("matrices")
+    found = []
+    for name, tensors in (("a", lora_files.peft(source)), ("b", lora_files.kohya(source, seed=2))):
+        small = {key: value for key, value in tensors.items() if "conv1" not in key}
+        found.append(lora_files.write(small, folder / f"{name}.safetensors"))
+    return found[0], found[1]
+
+
+def test_switching_without_opening(
+    pipe: Pipeline, bundle: Path, files: tuple[Path, Path], matrices: tuple[Path, Path]
+) -> None:
+    """With exchangeable weights no session is opened anew, but for other convolutions, and pictures are as exact."""
+    a, b = matrices
+    with Pipeline.load(bundle, "onnxruntime", switchable=True) as switchable:
+        base, engines = draw(switchable), dict(switchable.engines)
+        np.testing.assert_array_equal(draw(pipe), base)
+        for loras in ([(a, 0.8)], [(b, -0.5)], [(a, 0.8), (b, -0.5)], [(files[0], 0.8)], [(a, 0.8)]):
+            switchable.set_loras(loras)
+            opened = {name: getattr(each, "engine", each) for name, each in switchable.engines.items()}
+            assert {name for name in opened if opened[name] is not engines[name]} == (
+                {"unet_step"} if loras[0][0] == files[0] else set()
+            )
+            pictures = draw(switchable)
+            np.testing.assert_array_equal(pictures, drawn_alone(bundle, loras, switchable=True))
+            pipe.set_loras(loras)
+            assert np.abs(draw(pipe).astype(int) - pictures).max() <= 1
+            assert not np.array_equal(pictures, base)
+            np.testing.assert_array_equal(draw(switchable, loras=[]), base)
+        runs = [switchable.start("a red apple", **OPTIONS, loras=each) for each in ([], [(b, -0.5)], [(a, 0.8)])]
+        for loras in ([(b, 1.0)], [(b, 0.5)], []):  # whose weights may take the place of those that nobody uses
+            switchable.set_loras(loras)
+        while running := [run for run in runs if not run.done]:
+            switchable.advance(running)
+        np.testing.assert_array_equal(switchable.finish(runs[0]), base)
+        np.testing.assert_array_equal(switchable.finish(runs[2]), pictures)
+        np.testing.assert_array_equal(draw(switchable), base)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "message"),
+    [
+        ("onnxruntime", {"low_memory": True}, "switchable keeps engines open, and low_memory closes them; give one"),
+        ("openvino", {}, "switchable is for onnxruntime on a CPU, and the engine is openvino"),
+    ],
+)
+def test_switching_that_is_not_there(bundle: Path, engine: str, options: dict[str, Any], message: str) -> None:
+    """Where weights cannot stay exchangeable, that is said when the bundle is loaded."""
+    with pytest.raises(InvalidRequestError, match=message):
+        Pipeline.load(bundle, engine, switchable=True, **options)
+
+
 def test_openvino_takes_them(pipe: Pipeline, bundle: Path, files: tuple[Path, Path]) -> None:
     """Compiled anew with other constants it draws what ONNX Runtime draws, and itself again without them."""
     pipe.set_loras([(files[0], 0.8)])
