@@ -55,7 +55,7 @@ types: $(VENV)/dev.stamp
 		-p latentrt.engines -p latentrt.runtime -p latentrt.exporter -p latentrt.benchmarks
 
 pytest: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .random_weights import write_weights
+from .checkpoint_parts import write_denoiser_and_vae, write_texts
 
 SIZES = ("sd35-medium", "tiny")
 """What can be written: the size of the real model, and one for tests."""
@@ -38,26 +38,8 @@ TRANSFORMER: Mapping[str, dict[str, Any]] = {
         "qk_norm": "rms_norm",
     },
 }
-_TEXT: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sd35-medium": (
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        | {"projection_dim": 768},
-        {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-        | {"projection_dim": 1280},
-    ),
-    "tiny": (
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"projection_dim": 16},
-        {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"projection_dim": 24},
-    ),
-}
-_VAE: Mapping[str, dict[str, Any]] = {
-    "sd35-medium": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024},
-    "tiny": {"block_out_channels": (32, 32), "layers_per_block": 1, "sample_size": 32},
-}
 _LATENTS = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-_VOCABULARY = {"sd35-medium": 49408}
+_VAE = {**_LATENTS, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def write_sd3(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> None:
@@ -70,8 +52,8 @@ def write_sd3(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> Non
         seed: Of the weights.
     """
     import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
 
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -79,37 +61,7 @@ def write_sd3(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> Non
     index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
     index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
-    for suffix, settings, activation in zip(("", "_2"), _TEXT[size], ("quick_gelu", "gelu"), strict=True):
-        words = CLIPTokenizer.from_pretrained(tokenizer)
-        config = CLIPTextConfig(
-            vocab_size=_VOCABULARY.get(size, len(words)),
-            **settings,
-            hidden_act=activation,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=1,
-            architectures=["CLIPTextModelWithProjection"],
-            dtype="float16",
-        )
-        if suffix:
-            words.pad_token = words.convert_ids_to_tokens(0)
-        words.save_pretrained(directory / f"tokenizer{suffix}")
-        with torch.device("meta"):  # shapes without memory
-            text = CLIPTextModelWithProjection(config)
-        config.save_pretrained(directory / f"text_encoder{suffix}")
-        write_weights(directory / f"text_encoder{suffix}", "model", text, generator)
-        index[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModelWithProjection"]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-    vae = {**_VAE[size], **_LATENTS, "use_quant_conv": False, "use_post_quant_conv": False}
-    vae["down_block_types"] = ("DownEncoderBlock2D",) * len(vae["block_out_channels"])
-    vae["up_block_types"] = ("UpDecoderBlock2D",) * len(vae["block_out_channels"])
-    for name, part, config in (
-        ("transformer", SD3Transformer2DModel, TRANSFORMER[size]),
-        ("vae", AutoencoderKL, vae),
-    ):
-        with torch.device("meta"):
-            model = part(**config)
-        model.save_config(directory / name)
-        write_weights(directory / name, "diffusion_pytorch_model", model, generator)
-        index[name] = ["diffusers", part.__name__]
+    index |= write_texts(directory, size, tokenizer, [CLIPTextModelWithProjection] * 2, generator)
+    transformer = ("transformer", SD3Transformer2DModel, TRANSFORMER[size])
+    index |= write_denoiser_and_vae(directory, size, transformer, _VAE, generator)
     (directory / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

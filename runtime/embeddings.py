@@ -20,6 +20,7 @@ from latentrt.engines import TensorSpec
 from latentrt.engines.errors import InvalidRequestError
 
 from .files import read_bounded
+from .safetensors_file import StoredTensor, stored_tensors
 
 Floats = NDArray[np.float32]
 
@@ -152,28 +153,22 @@ def _content(path: str | os.PathLike[str], label: str) -> bytes:
 
 
 def _tensors(data: bytes, label: str) -> dict[str, Floats]:
-    import safetensors  # here, since most pipelines have no embeddings
-
     try:
-        found: list[tuple[str, Mapping[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise InvalidRequestError(f"{label} is no sound safetensors file: {str(error)[:120]}") from error
+        found = stored_tensors(data)
+    except ValueError as error:
+        raise InvalidRequestError(f"{label} is no sound safetensors file: {error}") from error
     if len(found) > MOST_VECTORS:
         raise InvalidRequestError(f"{label} holds {len(found)} tensors, expected one, or one for each text encoder")
-    return {name: _vectors(each, f"{label}, tensor {name[:80]!r},") for name, each in found}
+    return {each.name: _vectors(each, f"{label}, tensor {each.name[:80]!r},") for each in found}
 
 
-def _vectors(tensor: Mapping[str, Any], label: str) -> Floats:
+def _vectors(tensor: StoredTensor, label: str) -> Floats:
     """A tensor as float32 ``[vectors, width]``."""
-    kind, shape = tensor["dtype"], tensor["shape"]
-    if kind == "BF16":  # the upper half of a float32
-        values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif kind in ("F32", "F16"):
-        values = np.frombuffer(tensor["data"], "<f4" if kind == "F32" else "<f2").astype(np.float32)
-    else:
-        raise InvalidRequestError(f"{label} holds {kind}, expected F32, F16 or BF16")
+    values, shape = tensor.floats(), tensor.shape
+    if values is None:
+        raise InvalidRequestError(f"{label} holds {tensor.kind}, expected F32, F16 or BF16")
     if len(shape) not in (1, 2) or not values.size:
-        raise InvalidRequestError(f"{label} is {shape}, expected [vectors, width]")
+        raise InvalidRequestError(f"{label} is {list(shape)}, expected [vectors, width]")
     if not np.isfinite(values).all():
         raise InvalidRequestError(f"{label} holds NaN or infinity")
     rows = values.reshape(-1, shape[-1])

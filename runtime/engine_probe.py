@@ -18,7 +18,7 @@ _ON_TENSORRT = ("fp32", "fp16", "bf16", "int8", "fp8")
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "fp16", "int8", "int8-weights"),
     "openvino": ("fp32", "fp16", "bf16", "int8", "int8-weights"),
-    "onnxruntime-cuda": ("fp32", "fp16", "bf16"),
+    "onnxruntime-cuda": ("fp32", "fp16"),
     "onnxruntime-tensorrt": _ON_TENSORRT,
     "onnxruntime-tensorrt-rtx": _ON_TENSORRT,
     "tensorrt": _ON_TENSORRT,
@@ -26,7 +26,8 @@ SUPPORTED: Mapping[str, tuple[str, ...]] = {
 }
 """Engines by name, and the precisions that each has kernels for.
 
-ONNX Runtime has no bf16 and no fp8 arithmetic on a CPU, OpenVINO no fp8. TensorRT multiplies 8-bit weights with 8-bit
+ONNX Runtime has no bf16 and no fp8 arithmetic on a CPU, OpenVINO no fp8. The graphs that ONNX Runtime's CUDA provider
+takes are of operator set 20, in which ONNX has no convolution of bf16. TensorRT multiplies 8-bit weights with 8-bit
 activations only.
 """
 

@@ -25,6 +25,7 @@ from latentrt.engines.errors import InvalidRequestError, SourceError
 
 from .lora_names import ALPHA, DOWN, UP, Layers, other_kind, split_name, split_part
 from .lora_transformers import model_of
+from .safetensors_file import stored_tensors
 
 Floats = NDArray[np.float32]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...] | None]
@@ -40,7 +41,6 @@ _LARGEST_SCALE = 100.0
 _PART = 1 << 14  # numbers of a weight that are computed at a time, at least
 _PRODUCT = 1 << 18  # multiplications that OpenBLAS does not share out to threads, which would wait for each other
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -254,29 +254,15 @@ def _content(path: Path) -> bytes:
 
 def _tensors(content: bytes, name: str) -> tuple[Mapping[str, str], Iterator[tuple[str, Floats | None]]]:
     """What the header of a file says besides, and its tensors as fp32: ``None`` for one of other numbers."""
-    import safetensors  # here, since most requests have no LoRA
-
     try:
-        # Checks names, types, and that all bytes are some tensor's.
-        found = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+        found = stored_tensors(content)
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
         metadata = header.get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise SourceError(f"{name} is damaged: {reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{name} is damaged: {error}") from error
     if len(found) > _MOST_TENSORS:
         raise SourceError(f"{name} has {len(found)} tensors, at most {_MOST_TENSORS} are plausible")
-    return metadata, ((each, _as_floats(entry)) for each, entry in found)
-
-
-def _as_floats(entry: Mapping[str, Any]) -> Floats | None:
-    kind, shape, data = entry["dtype"], tuple(entry["shape"]), entry["data"]
-    if kind == "BF16":  # the upper half of fp32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    if kind not in _FLOATS:
-        return None
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
-        return np.frombuffer(data, _FLOATS[kind]).astype(np.float32).reshape(shape)
+    return metadata, ((each.name, each.floats()) for each in found)
 
 
 def _fitted(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import gc
 import hashlib
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -22,7 +21,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers sha
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "examples" / "emoji"
-_STAGE_FILES = [f"{stage}.onnx" for stage in ("prompt", "schedule", "step")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most heavy tests come first, so that no worker is left alone with one at the end."""
+    heavy = Counter(item.path for item in items if item.get_closest_marker("heavy"))
+    items.sort(key=lambda item: -heavy[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What test modules imported is left out of garbage collections, of which each would take most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _module(name: str) -> Any:
@@ -91,10 +101,11 @@ class TinyModels:
         module: ``tests/tiny_models.py``.
         sources: Where to write sources.
         bundles: Where to write bundles.
+        exports: Graphs that several of them have in common.
     """
 
-    def __init__(self, module: Any, sources: Path, bundles: Path) -> None:
-        self._module, self._sources, self._bundles = module, sources, bundles
+    def __init__(self, module: Any, sources: Path, bundles: Path, exports: Any) -> None:
+        self._module, self._sources, self._bundles, self._exports = module, sources, bundles, exports
         self._built: set[str] = set()
 
     def source(self, kind: str) -> Path:
@@ -127,9 +138,7 @@ class TinyModels:
         path = self._bundles / f"{kind}-controlled"
         if str(path) not in self._built:
             nets = {"edges": self.controlnet(kind), "depth": self.controlnet(kind, "bgr")}
-            parts = ("text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
-            with _borrowing(self.bundle(kind), parts, {"controlnet_depth": "controlnet_edges"}):
-                _build(self.source(kind), path, controlnets=nets, ip_adapter=self.ip_adapter(kind))
+            _build(self._exports, self.source(kind), path, controlnets=nets, ip_adapter=self.ip_adapter(kind))
             self._built.add(str(path))
         return path
 
@@ -138,17 +147,17 @@ class TinyModels:
         if kind not in self._built:
             tiny_vae = self.tiny_vae() if kind in self._module.WITH_TINY_VAE else None
             checker = self.safety_checker() if kind in self._module.WITH_SAFETY_CHECKER else None
-            lender, parts = self._module.LENDERS.get(kind, (None, ()))
-            with _borrowing(self.bundle(lender), parts) if lender else contextlib.nullcontext():
-                _build(self.source(kind), self._bundles / kind, tiny_vae, safety_checker=checker)
+            _build(self._exports, self.source(kind), self._bundles / kind, tiny_vae, safety_checker=checker)
             self._built.add(kind)
         return self._bundles / kind
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory, bundle_cache: Path) -> TinyModels:
+def tiny(
+    tiny_models: Any, tmp_path_factory: pytest.TempPathFactory, bundle_cache: Path, shared_exports: Any
+) -> TinyModels:
     """Random tiny sources and bundles of every family."""
-    return TinyModels(tiny_models, tmp_path_factory.mktemp("sources"), bundle_cache)
+    return TinyModels(tiny_models, tmp_path_factory.mktemp("sources"), bundle_cache, shared_exports)
 
 
 @pytest.fixture(scope="session")
@@ -177,40 +186,14 @@ def bundle_cache(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.cache.mkdir("bundles") / digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _borrowing(lender: Path, parts: Collection[str], alike: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Copy the graphs of some components instead of exporting them; the build still compares them with torch.
-
-    Args:
-        lender: A bundle.
-        parts: Components to copy from it.
-        alike: Components to copy from one that was exported before, whose name follows.
-    """
-    from latentrt.exporter import construction
-    from latentrt.runtime import Bundle
-
-    bundle, export = Bundle.open(lender), construction.export_component
-    made: dict[str, Any] = {}
-
-    def borrow(component: Any, form: Any, directory: Path) -> Any:
-        if (other := (alike or {}).get(component.name)) is not None:
-            shutil.copytree(directory / other, directory / component.name, ignore=lambda *_: _STAGE_FILES)
-            own = [file.replace(other, component.name, 1) for file in (made[other].file, *made[other].external)]
-            return dataclasses.replace(made[other], file=own[0], external=tuple(own[1:]))
-        if component.name not in parts:
-            made[component.name] = export(component, form, directory)
-            return made[component.name]
-        graph = bundle.graph(component.name, form.name)
-        for file in (graph.file, *graph.external):
-            (directory / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(bundle.file(file), directory / file)
-        return graph
-
-    with mock.patch.object(construction, "export_component", borrow):
-        yield
+@pytest.fixture(scope="session")
+def shared_exports(bundle_cache: Path) -> Any:
+    """Exports that several bundles have in common, see ``tests/shared_exports.py``."""
+    return _module("shared_exports").SharedExports(bundle_cache / "exports")
 
 
 def _build(
+    exports: Any,
     source: Path,
     output: Path,
     tiny_vae: Path | None = None,
@@ -227,7 +210,8 @@ def _build(
         nets = [ControlNetFile(name, path) for name, path in (controlnets or {}).items()]
         adapter = ip_adapter and IpAdapterFiles(ip_adapter / "ip-adapter.safetensors", ip_adapter / "image_encoder")
         extras = {"tiny_vae": tiny_vae, "controlnets": nets, "ip_adapter": adapter, "safety_checker": safety_checker}
-        build_bundle(BuildRequest(source, output, **extras))
+        with exports.used():
+            build_bundle(BuildRequest(source, output, **extras))
     return output
 
 
@@ -244,6 +228,6 @@ def tiny_bundle(tiny_bundles: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def emoji_bundle(emoji_source: Path, bundle_cache: Path) -> Path:
+def emoji_bundle(emoji_source: Path, bundle_cache: Path, shared_exports: Any) -> Path:
     """The emoji model's bundle for ONNX Runtime; never to be changed."""
-    return _build(emoji_source, bundle_cache / "emoji")
+    return _build(shared_exports, emoji_source, bundle_cache / "emoji")

@@ -22,17 +22,21 @@ def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
 
 
 class DocTable:
-    """A table between two comments of a page; its rows are told apart by their first two cells.
+    """A table between two comments of a page; its rows are told apart by their first cells.
 
     Args:
         page: File in ``docs/``.
         begin: Comment, with the line's end, that the table's head follows.
         end: Comment behind the table.
-        order: First two cells of every row.
+        order: The first cells of every row, as many as tell it from the others.
     """
 
-    def __init__(self, page: str, begin: str, end: str, order: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, page: str, begin: str, end: str, order: Sequence[tuple[str, ...]]) -> None:
         self.path, self.begin, self.end, self.order = DOCS / page, begin, end, list(order)
+
+    def key(self, row: Sequence[str]) -> tuple[str, ...]:
+        """The cells that tell a row from the others."""
+        return tuple(row[: len(self.order[0])])
 
     def rows(self) -> list[list[str]]:
         """Cells of every row that the page has."""
@@ -48,7 +52,7 @@ class DocTable:
         text = self.path.read_text(encoding="utf-8")
         before, _, rest = text.partition(self.begin)
         table, _, after = rest.partition(self.end)
-        kept = [each for each in self.rows() if each[:2] != list(row[:2])]
-        rows = sorted([*kept, list(row)], key=lambda each: self.order.index((each[0], each[1])))
+        kept = [each for each in self.rows() if self.key(each) != self.key(row)]
+        rows = sorted([*kept, list(row)], key=lambda each: self.order.index(self.key(each)))
         lines = [*table.splitlines()[:2], *(f"| {' | '.join(each)} |" for each in rows)]
         self.path.write_text(f"{before}{self.begin}" + "\n".join(lines) + f"\n{self.end}{after}", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -49,7 +52,19 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "emoji" / "tok
 BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, **settings: Any) -> Any:
+def _from_the_start() -> None:
+    """Draw what follows from the seed's beginning: parts that are alike are then equal in every family.
+
+    Their graphs are exported once for all, see ``tests/shared_exports.py``.
+    """
+    torch.manual_seed(torch.initial_seed())
+
+
+def _clip(
+    tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, *, alike: bool = True, **settings: Any
+) -> Any:
+    if alike:
+        _from_the_start()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -68,6 +83,7 @@ def _clip(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModel, width: int = 32, 
 
 
 def _vae(**settings: Any) -> AutoencoderKL:
+    _from_the_start()
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -86,14 +102,14 @@ def _shifted_vae() -> AutoencoderKL:
 
 def write_spiece(path: Path) -> Path:
     """Train a small sentencepiece model with T5's ids and normalisation into ``path``/spiece.model."""
-    path.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # a file's own path would be part of the model
     vocabulary = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     words = [word.removesuffix("</w>") for word in vocabulary if word.isascii() and "<|" not in word]
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x17F), 0x4E00, 0x4E01, 0x1F34E, 0x2019)]
     text = [" ".join(words[start : start + 9]) for start in range(0, len(words), 5)] + [" ".join(letters)] * 9
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text * 3),
-        model_prefix=str(path / "spiece"),
+        model_writer=model,
         vocab_size=700,
         hard_vocab_limit=False,
         character_coverage=1.0,
@@ -105,7 +121,8 @@ def write_spiece(path: Path) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    (path / "spiece.vocab").unlink()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "spiece.model").write_bytes(model.getvalue())
     return path
 
 
@@ -123,33 +140,51 @@ def _t5(folder: Path, width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     return T5EncoderModel(config).eval(), tokenizer
 
 
-def stable_diffusion(path: Path, *, modern: bool) -> None:
+def _unet(**settings: Any) -> UNet2DConditionModel:
+    """The U-Net of SD 1.x, with other settings where they are given."""
+    usual: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**usual, **settings})
+
+
+ONE_LEVEL: Mapping[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+"""A U-Net of one level with one transformer, for models that differ in what it takes in: transformers take seconds each
+to export."""
+
+
+def stable_diffusion(path: Path, *, modern: bool, channels: int = 4) -> None:
     """SD 1.x: epsilon prediction, heads of one number in all blocks, PNDM scheduler.
 
-    ``modern`` is SD 2.x: v prediction, heads by block, linear projections, GELU text encoder, DDIM scheduler.
+    ``modern`` is SD 2.x: v prediction, heads by block, linear projections, GELU text encoder, DDIM scheduler. A model
+    made for inpainting has a U-Net of nine ``channels`` and one level, all else is the same.
     """
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     text = _clip(tokenizer, hidden_act="gelu" if modern else "quick_gelu")
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=[2, 4] if modern else 4,
-        use_linear_projection=modern,
-        norm_num_groups=8,
-    )
+    settings: dict[str, Any] = {"attention_head_dim": [2, 4], "use_linear_projection": True} if modern else {}
+    if channels != 4:
+        settings = {"in_channels": channels, **ONE_LEVEL}
     schedule = {**BETAS, "set_alpha_to_one": False, "steps_offset": 1}
     scheduler = (
         DDIMScheduler(**schedule, clip_sample=False, prediction_type="v_prediction")
         if modern
         else PNDMScheduler(**schedule, skip_prk_steps=True)
     )
-    StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline if channels == 4 else StableDiffusionInpaintPipeline
+    pipeline(
         text_encoder=text,
-        unet=unet.eval(),
+        unet=_unet(**settings).eval(),
         vae=_vae(),
         tokenizer=tokenizer,
         scheduler=scheduler,
@@ -157,16 +192,6 @@ def stable_diffusion(path: Path, *, modern: bool) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(path, safe_serialization=True)
-
-
-def inpainting(path: Path) -> None:
-    """SD 1.x for inpainting: a U-Net of nine channels, all else that of :func:`stable_diffusion`."""
-    stable_diffusion(path, modern=False)
-    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    config = {**pipe.unet.config, "in_channels": 9}
-    parts = {**pipe.components, "unet": UNet2DConditionModel.from_config(config).eval()}
-    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(path)
 
 
 def lcm_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -178,20 +203,10 @@ def lcm_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def latent_consistency(path: Path) -> None:
     """A latent consistency model of SD 1.x."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        time_cond_proj_dim=16,
-    )
+    unet = lcm_weights(_unet(time_cond_proj_dim=16, **ONE_LEVEL))
     LatentConsistencyModelPipeline(
         text_encoder=_clip(tokenizer, hidden_act="quick_gelu"),
-        unet=lcm_weights(unet),
+        unet=unet,
         vae=_vae(),
         tokenizer=tokenizer,
         scheduler=LCMScheduler(**BETAS, set_alpha_to_one=True),
@@ -201,32 +216,36 @@ def latent_consistency(path: Path) -> None:
     ).save_pretrained(path, safe_serialization=True)
 
 
-def stable_diffusion_xl(path: Path, *, consistent: bool = False) -> None:
-    """SDXL: two text encoders of different widths, the second padding with another token, transformers by level.
+def stable_diffusion_xl(path: Path, *, consistent: bool = False, channels: int = 4) -> None:
+    """SDXL: two text encoders of different widths, the second padding with another token, heads by level.
 
-    ``consistent`` is a latent consistency model of it.
+    ``consistent`` is a latent consistency model of it, of one level, with two blocks in its transformer. A model made
+    for inpainting has a U-Net of nine ``channels`` and one level, all else is the same.
     """
     tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(2))
     tokenizer_2.pad_token = tokenizer_2.convert_ids_to_tokens(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
+    blocks: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+    }
+    if consistent:
+        blocks = {**ONE_LEVEL, "transformer_layers_per_block": 2, "time_cond_proj_dim": 17}
+    elif channels != 4:
+        blocks = {**ONE_LEVEL, "in_channels": channels}
+    unet = _unet(
+        **blocks,
         cross_attention_dim=32 + 48,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 24,
-        norm_num_groups=8,
-        time_cond_proj_dim=17 if consistent else None,
     )
     for weight in unet.add_embedding.parameters():
         weight.data *= 4  # or sizes would hardly change a picture
-    StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline if channels == 4 else StableDiffusionXLInpaintPipeline
+    pipeline(
         text_encoder=_clip(tokenizer),
         text_encoder_2=_clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24),
         unet=lcm_weights(unet) if consistent else unet.eval(),
@@ -244,20 +263,16 @@ def stable_diffusion_xl_refiner(path: Path) -> None:
     """SDXL's refiner: the second text encoder alone, attention in the middle levels, a score in place of a size."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
+    unet = _unet(
         block_out_channels=(32, 64, 64),
-        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=2,
         attention_head_dim=(2, 4, 4),
         cross_attention_dim=48,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=5 * 8 + 24,
-        norm_num_groups=8,
     )
     for weight in unet.add_embedding.parameters():
         weight.data *= 4  # as for the base
@@ -384,8 +399,9 @@ def stable_diffusion_3(path: Path, *, t5: bool) -> None:
         dual_attention_layers=(0,),
     )
     _enliven(transformer)
-    text = _clip(tokenizer, CLIPTextModelWithProjection, projection_dim=16)
-    text_2 = _clip(tokenizer_2, CLIPTextModelWithProjection, width=48, hidden_act="gelu", projection_dim=24)
+    projected = functools.partial(_clip, kind=CLIPTextModelWithProjection, alike=False)
+    text = projected(tokenizer, projection_dim=16)
+    text_2 = projected(tokenizer_2, width=48, hidden_act="gelu", projection_dim=24)
     text_3, tokenizer_3 = _t5(path / "tokenizer_3", 96) if t5 else (None, None)
     StableDiffusion3Pipeline(
         text_encoder=text,
@@ -407,7 +423,7 @@ def flux(path: Path, *, schnell: bool) -> None:
     """
     vae = _shifted_vae()
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    text = _clip(tokenizer)
+    text = _clip(tokenizer, alike=False)
     text_2, tokenizer_2 = _t5(path / "tokenizer_2", 48)
     transformer = FluxTransformer2DModel(
         in_channels=32,
@@ -444,9 +460,10 @@ def _enliven(transformer: Any) -> None:
 WRITERS: Mapping[str, Callable[[Path], None]] = {
     "sd1": lambda path: stable_diffusion(path, modern=False),
     "sd2": lambda path: stable_diffusion(path, modern=True),
-    "sd1-inpaint": inpainting,
+    "sd1-inpaint": lambda path: stable_diffusion(path, modern=False, channels=9),
     "lcm": latent_consistency,
     "sdxl": stable_diffusion_xl,
+    "sdxl-inpaint": lambda path: stable_diffusion_xl(path, channels=9),
     "sdxl-lcm": lambda path: stable_diffusion_xl(path, consistent=True),
     "sdxl-refiner": stable_diffusion_xl_refiner,
     "sd3": lambda path: stable_diffusion_3(path, t5=False),
@@ -454,16 +471,6 @@ WRITERS: Mapping[str, Callable[[Path], None]] = {
     "flux-dev": lambda path: flux(path, schnell=False),
     "flux-schnell": lambda path: flux(path, schnell=True),
 }
-
-_VAE_PARTS = ("vae_decoder", "vae_encoder")
-LENDERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "sd1-inpaint": ("sd1", ("text_encoder", *_VAE_PARTS)),
-    "sd3": ("sd35", ("text_encoder", "text_encoder_2", "transformer", *_VAE_PARTS)),
-    "flux-dev": ("sd35", _VAE_PARTS),
-    "flux-schnell": ("flux-dev", ("text_encoder", "text_encoder_2", *_VAE_PARTS)),
-}
-"""Components that are those of another kind, weight for weight, so that they need not be exported again."""
-
 
 WITH_TINY_VAE = {"lcm"}
 """Kinds whose bundles get a tiny decoder too."""

@@ -28,7 +28,7 @@ INSTALL = {
 REFUSED = {  # engine -> precisions that no machine computes with it
     "onnxruntime": {"bf16", "fp8"},
     "openvino": {"fp8"},
-    "onnxruntime-cuda": {"int8", "fp8", "int8-weights"},
+    "onnxruntime-cuda": {"bf16", "int8", "fp8", "int8-weights"},
     "onnxruntime-tensorrt": {"int8-weights"},
     "onnxruntime-tensorrt-rtx": {"int8-weights"},
     "tensorrt": {"int8-weights"},

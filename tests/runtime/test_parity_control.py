@@ -5,10 +5,8 @@ With LATENTRT_WRITE_DOCS=1 the rows of the table are written anew from what was 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,10 +19,6 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from latentrt.runtime import Pipeline
 
-GATE = 45.0
-"""Least PSNR in dB, on uint8 pictures."""
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "control.md"
-BEGIN, END = "<!-- control: written by tests/runtime/test_parity_control.py -->\n", "<!-- end of control -->\n"
 EDGES, DEPTH = (
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8)) for seed in (1, 2)
 )
@@ -85,12 +79,6 @@ CASES = {
 }
 
 
-def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """PSNR in dB of the worst picture."""
-    errors = np.square(pictures.astype(np.float64) - expected).mean(axis=(1, 2, 3))
-    return float(10 * np.log10(255**2 / max(errors.max(), 1e-9)))
-
-
 @dataclass(frozen=True)
 class Theirs:
     """A kind in diffusers: without an IP-Adapter, with one, and ControlNets by name."""
@@ -148,23 +136,31 @@ def expect(theirs: Theirs, variant: Variant) -> NDArray[np.uint8]:
     return np.round(pictures * 255).astype(np.uint8)
 
 
+def table_of(doc_table: Any) -> Any:
+    """The table in the manual."""
+    begin, end = "<!-- control: written by tests/runtime/test_parity_control.py -->\n", "<!-- end of control -->\n"
+    order = [(f"{title}, {models}",) for title in ("ControlNet", "IP-Adapter") for models, *_ in CASES.values()]
+    return doc_table.DocTable("control.md", begin, end, order)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", CASES)
-def test_steered_pictures_are_diffusers(kind: str, tiny: Any) -> None:
+def test_steered_pictures_are_diffusers(kind: str, tiny: Any, doc_table: Any) -> None:
     """ControlNets and an IP-Adapter, with all their options, in both loops, give diffusers' pictures."""
+    psnr, gate = doc_table.psnr, doc_table.GATE
     models, name, _ = CASES[kind]
     theirs = Theirs.open(kind, tiny)
     path, figures = tiny.controlled(kind), dict[str, dict[str, float]]()
     with Pipeline.load(path, "onnxruntime") as fused, Pipeline.load(path, "onnxruntime", loop="plain") as plain:
         assert (fused.loop.name, plain.loop.name) == ("fused", "plain")
         usual = expect(theirs, Variant([]))
-        assert min(psnr(pipe("a red apple", **OPTIONS).images, usual) for pipe in (fused, plain)) >= GATE
+        assert min(psnr(pipe("a red apple", **OPTIONS).images, usual) for pipe in (fused, plain)) >= gate
         assert not any("control" in part or part.startswith("image") for part in fused.engines), "opened too early"
         for title, variants in (("ControlNet", VARIANTS), ("IP-Adapter", ADAPTED)):
             figures[title] = {}
             for label, variant in variants.items():
                 expected = expect(theirs, variant)
-                assert psnr(expected[:1], usual) < GATE, f"{label} makes no difference"
+                assert psnr(expected[:1], usual) < gate, f"{label} makes no difference"
                 asked = {**OPTIONS, **variant.ours, "control": variant.control}
                 if variant.picture is not None:
                     asked |= {"ip_adapter_image": EDGES, "ip_adapter_scale": variant.picture}
@@ -172,21 +168,7 @@ def test_steered_pictures_are_diffusers(kind: str, tiny: Any) -> None:
                 figures[title][label] = min(psnr(each, expected) for each in drawn)
     for title, found in figures.items():
         print(title, models, {label: round(figure, 1) for label, figure in found.items()})
-        passed = f"{GATE:.0f} dB or more" if min(found.values()) >= GATE else "fails"
+        passed = f"{gate:.0f} dB or more" if min(found.values()) >= gate else "fails"
         pipeline = f"{name}{'ControlNet' if title == 'ControlNet' else ''}Pipeline"
-        write_row(f"| {title}, {models} | `{pipeline}` | {', '.join(found)} | {passed} |")
-        assert min(found.values()) >= GATE, found
-
-
-def write_row(measured: str) -> None:
-    """Hold a row against the manual's, or write it there."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    rows, _, after = rest.partition(END)
-    head, rule, *lines = rows.splitlines()
-    if os.environ.get("LATENTRT_WRITE_DOCS"):
-        kept = [line for line in lines if line.split(" | ")[0] != measured.split(" | ")[0]]
-        table = "\n".join([head, rule, *sorted([*kept, measured])])
-        PAGE.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
-    else:
-        assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
+        table_of(doc_table).hold((f"{title}, {models}", f"`{pipeline}`", ", ".join(found), passed))
+        assert min(found.values()) >= gate, found

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,6 @@ from numpy.typing import NDArray
 from latentrt.runtime import Bundle, Pipeline
 from latentrt.runtime.families import FAMILIES
 
-GATE = 45.0
-"""Least PSNR in dB, on uint8 pictures."""
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-BEGIN, END = "<!-- families: written by tests/runtime/test_parity_families.py -->\n", "<!-- end of families -->\n"
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red apple", "a green leaf", 4, 4.0, 7
 
 Options = Mapping[str, Any]
@@ -231,12 +226,6 @@ CASES = {
 }
 
 
-def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """PSNR in dB of the worst picture."""
-    errors = np.square(pictures.astype(np.float64) - expected).mean(axis=(1, 2, 3))
-    return float(10 * np.log10(255**2 / max(errors.max(), 1e-9)))
-
-
 @dataclass(frozen=True)
 class Pair:
     """One checkpoint, opened here, with both loops, and in diffusers."""
@@ -245,6 +234,8 @@ class Pair:
     ours: tuple[Pipeline, Pipeline]
     theirs: Any
     scheduler: Options
+    table: Any
+    plain: dict[tuple[str, tuple[int, int], int], NDArray[np.uint8]] = field(default_factory=dict)
 
     def compare(self, sampler: str, size: tuple[int, int], images: int, variant: Variant = PLAIN) -> float:
         """PSNR in dB of the worst picture of both loops."""
@@ -256,10 +247,10 @@ class Pair:
         expected = self.expect(sampler, options, images, variant)
         assert {pictures.shape for pictures in drawn} == {expected.shape} == {(images, *size[::-1], 3)}
         assert len(np.unique(expected)) > 16, "a flat picture would make the comparison easy"
+        plain = self.plain.setdefault((sampler, size, images), expected)  # which comes first
         if variant is not PLAIN:
-            plain = self.expect(sampler, options, images, PLAIN)
-            assert psnr(plain, expected) < GATE, f"{variant} makes no difference"
-        return min(psnr(pictures, expected) for pictures in drawn)
+            assert self.table.psnr(plain, expected) < self.table.GATE, f"{variant} makes no difference"
+        return min(self.table.psnr(pictures, expected) for pictures in drawn)
 
     def expect(self, sampler: str, options: Options, images: int, variant: Variant) -> NDArray[np.uint8]:
         """diffusers' pictures."""
@@ -295,31 +286,23 @@ def open_theirs(path: Path, pipeline: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, tiny: Any) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tiny: Any, doc_table: Any) -> Iterator[Pair]:
     """One for each row."""
     case, path = CASES[request.param], tiny.bundle(request.param)
     with Pipeline.load(path, "onnxruntime") as fused, Pipeline.load(path, "onnxruntime", loop="plain") as plain:
         assert (fused.loop.name, plain.loop.name) == ("fused", "plain")
         theirs = open_theirs(tiny.source(case.kind), case.pipeline)
-        yield Pair(case, (fused, plain), theirs, dict(theirs.scheduler.config))
+        yield Pair(case, (fused, plain), theirs, dict(theirs.scheduler.config), doc_table)
 
 
-def row(case: Case, family: str, passed: bool) -> str:
-    """The table's row of a family."""
-    cells = (
-        case.models,
-        f"`{family}`",
-        f"`{case.pipeline}`",
-        ", ".join(f"`{sampler}`" for sampler in case.samplers),
-        ", ".join(f"{width}x{height}" for width, height in case.sizes),
-        ", ".join(case.variants) or "-",
-        f"{GATE:.0f} dB or more" if passed else "fails",
-    )
-    return f"| {' | '.join(cells)} |"
+def table_of(doc_table: Any) -> Any:
+    """The table in the manual."""
+    begin, end = "<!-- families: written by tests/runtime/test_parity_families.py -->\n", "<!-- end of families -->\n"
+    return doc_table.DocTable("families.md", begin, end, [(case.models,) for case in CASES.values()])
 
 
 @pytest.mark.heavy
-def test_the_pictures_are_diffusers(pair: Pair) -> None:
+def test_the_pictures_are_diffusers(pair: Pair, doc_table: Any) -> None:
     """Samplers, sizes, one and three pictures, both loops, and what a family has besides agree, as the manual says."""
     figures = {
         f"{sampler} {size} {images}": pair.compare(sampler, size, images)
@@ -328,22 +311,21 @@ def test_the_pictures_are_diffusers(pair: Pair) -> None:
     first, size = next(iter(pair.case.samplers)), pair.case.sizes[1]
     figures |= {name: pair.compare(first, size, 1, each) for name, each in pair.case.variants.items()}
     print(pair.case.models, {name: round(figure, 1) for name, figure in figures.items()})
-    measured = row(pair.case, pair.ours[0].manifest.family, min(figures.values()) >= GATE)
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    rows, _, after = rest.partition(END)
-    lines = rows.splitlines()
-    if os.environ.get("LATENTRT_WRITE_DOCS"):
-        kept = [line for line in lines if not line.startswith(f"| {pair.case.models} |")]
-        order = [case.models for case in CASES.values()]
-        table = sorted([*kept[2:], measured], key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
-        PAGE.write_text(f"{before}{BEGIN}" + "\n".join([*kept[:2], *table]) + f"\n{END}{after}", encoding="utf-8")
-    else:
-        assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
-    assert min(figures.values()) >= GATE, figures
+    case, passed = pair.case, min(figures.values()) >= doc_table.GATE
+    row = (
+        case.models,
+        f"`{pair.ours[0].manifest.family}`",
+        f"`{case.pipeline}`",
+        ", ".join(f"`{sampler}`" for sampler in case.samplers),
+        ", ".join(f"{width}x{height}" for width, height in case.sizes),
+        ", ".join(case.variants) or "-",
+        f"{doc_table.GATE:.0f} dB or more" if passed else "fails",
+    )
+    table_of(doc_table).hold(row)
+    assert passed, figures
 
 
-def test_a_latent_consistency_model_in_a_pipeline_of_its_own(tiny: Any) -> None:
+def test_a_latent_consistency_model_in_a_pipeline_of_its_own(tiny: Any, doc_table: Any) -> None:
     """diffusers' other pipeline for these models draws what ours draws, too."""
     theirs = open_theirs(tiny.source("lcm"), "LatentConsistencyModelPipeline")
     asked = {"num_images_per_prompt": 2, "width": 48, "height": 24, "generator": torch.Generator().manual_seed(SEED)}
@@ -351,11 +333,11 @@ def test_a_latent_consistency_model_in_a_pipeline_of_its_own(tiny: Any) -> None:
     with Pipeline.load(tiny.bundle("lcm"), "onnxruntime") as pipe:
         drawn = pipe(PROMPT, images=2, width=48, height=24, seed=SEED)
     assert (drawn.request.sampler, drawn.request.steps, drawn.request.guidance) == ("lcm", 4, 8.5)
-    assert psnr(drawn.images, expected.astype(np.uint8)) >= GATE
+    assert doc_table.psnr(drawn.images, expected.astype(np.uint8)) >= doc_table.GATE
 
 
-def test_the_manual_has_every_family() -> None:
+def test_the_manual_has_every_family(doc_table: Any) -> None:
     """The table has a row for each case, and each family of the runtime has a case."""
-    rows = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()[2:]
-    assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == [case.models for case in CASES.values()]
-    assert {line.split(" | ")[1].strip("`") for line in rows} == set(FAMILIES)
+    rows = table_of(doc_table).rows()
+    assert [row[0] for row in rows] == [case.models for case in CASES.values()]
+    assert {row[1].strip("`") for row in rows} == set(FAMILIES)

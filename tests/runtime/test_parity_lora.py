@@ -5,7 +5,6 @@ With LATENTRT_WRITE_DOCS=1 the rows of the table are written anew from what was 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from latentrt.exporter.source import Source
 from latentrt.runtime import Pipeline
 
-GATE = 45.0
-"""Least PSNR in dB, on uint8 pictures."""
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "lora.md"
-BEGIN, END = "<!-- loras: written by tests/runtime/test_parity_lora.py -->\n", "<!-- end of loras -->\n"
-STYLE = ROOT / "examples" / "emoji" / "lora" / "blue-ink.safetensors"
+STYLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "lora" / "blue-ink.safetensors"
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red apple", "a green leaf", 4, 4.0, 7
 
 
@@ -60,29 +53,22 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def psnr(pictures: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """PSNR in dB of the worst picture."""
-    errors = np.square(pictures.astype(np.float64) - expected).mean(axis=(1, 2, 3))
-    return float(10 * np.log10(255**2 / max(errors.max(), 1e-9)))
-
-
-def told(case: Case, passed: bool) -> str:
-    """The table's row of a case."""
-    layouts = ", ".join(layout.replace("_original", ", original blocks") for layout in case.layouts)
-    cells = (
-        case.models,
-        f"`{case.pipeline}`",
-        layouts or "PEFT (as shipped)",
-        "one, both" if len(case.scales) > 1 else "one",
-        f"{GATE:.0f} dB or more" if passed else "fails",
-    )
-    return f"| {' | '.join(cells)} |"
+def table_of(doc_table: Any) -> Any:
+    """The table in the manual."""
+    begin, end = "<!-- loras: written by tests/runtime/test_parity_lora.py -->\n", "<!-- end of loras -->\n"
+    return doc_table.DocTable("lora.md", begin, end, [(case.models,) for case in CASES.values()])
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", CASES)
 def test_the_pictures_are_diffusers(
-    kind: str, request: pytest.FixtureRequest, tiny: Any, lora_files: Any, emoji_source: Path, tmp_path: Path
+    kind: str,
+    request: pytest.FixtureRequest,
+    tiny: Any,
+    lora_files: Any,
+    emoji_source: Path,
+    tmp_path: Path,
+    doc_table: Any,
 ) -> None:
     """One LoRA, and several with scales of their own, draw what ``load_lora_weights`` and ``set_adapters`` draw."""
     case = CASES[kind]
@@ -119,23 +105,17 @@ def test_the_pictures_are_diffusers(
                 **size,
             ).images
             expected = np.round(drawn * 255).astype(np.uint8)
-            figures.append(psnr(ours(PROMPT, **size, **options).images, expected))
+            figures.append(doc_table.psnr(ours(PROMPT, **size, **options).images, expected))
             for other in [base, *seen]:
-                assert psnr(other, expected) < GATE, "a LoRA that makes no difference"
+                assert doc_table.psnr(other, expected) < doc_table.GATE, "a LoRA that makes no difference"
             seen.append(expected)
     print(case.models, [round(figure, 1) for figure in figures])
-    measured = told(case, min(figures) >= GATE)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    rows, _, after = rest.partition(END)
-    lines = rows.splitlines()
-    if os.environ.get("LATENTRT_WRITE_DOCS"):
-        kept = [line for line in lines if not line.startswith(f"| {case.models} |")]
-        order = [each.models for each in CASES.values()]
-        table = sorted([*kept[2:], measured], key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
-        PAGE.write_text(f"{before}{BEGIN}" + "\n".join([*kept[:2], *table]) + f"\n{END}{after}", encoding="utf-8")
-    else:
-        assert measured in lines, f"{PAGE.name} has another row; write it with LATENTRT_WRITE_DOCS=1"
-    assert min(figures) >= GATE, figures
+    passed = min(figures) >= doc_table.GATE
+    layouts = ", ".join(layout.replace("_original", ", original blocks") for layout in case.layouts)
+    together, verdict = "one, both" if len(files) > 1 else "one", f"{doc_table.GATE:.0f} dB or more"
+    row = (case.models, f"`{case.pipeline}`", layouts or "PEFT (as shipped)", together, verdict if passed else "fails")
+    table_of(doc_table).hold(row)
+    assert passed, figures
 
 
 @pytest.mark.heavy

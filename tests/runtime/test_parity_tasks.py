@@ -67,6 +67,7 @@ LCM = {"lcm": "LCMScheduler"}
 CHANGE, CHANGE_XL = "StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"
 CHANGE_LCM = "LatentConsistencyModelImg2ImgPipeline"
 PAINT, PAINT_3 = "StableDiffusionInpaintPipeline", "StableDiffusion3InpaintPipeline"
+PAINT_XL = "StableDiffusionXLInpaintPipeline"
 CASES = {
     case.key: case
     for case in (
@@ -81,7 +82,8 @@ CASES = {
         Case(INPAINTING, "Emoji example", "emoji", PAINT, EMOJI, sized=True, channels=4),
         Case(INPAINTING, "Stable Diffusion 1.x", "sd1", PAINT, FRESH, sized=True),
         Case(INPAINTING, "Stable Diffusion 1.x, made for it", "sd1-inpaint", PAINT, FRESH, sized=True),
-        Case(INPAINTING, "Stable Diffusion XL base", "sdxl", "StableDiffusionXLInpaintPipeline", FRESH, sized=True),
+        Case(INPAINTING, "Stable Diffusion XL base", "sdxl", PAINT_XL, FRESH, sized=True),
+        Case(INPAINTING, "Stable Diffusion XL, made for it", "sdxl-inpaint", PAINT_XL, STEADY, sized=True),
         Case(INPAINTING, "Stable Diffusion 3.5", "sd35", PAINT_3, FLOW, sized=True, channels=16),
         Case(INPAINTING, "FLUX.1 dev", "flux-dev", "FluxInpaintPipeline", FLOW, sized=True, guided=False),
     )

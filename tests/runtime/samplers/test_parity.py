@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-STEPS = (1, 2, 3, 4, 5, 20, 50)
+STEPS = (1, 2, 3, 4, 5, 20)
+MANY = 50
+"""For each sampler's plainest case: where few steps agree and 20 too, another variant adds nothing at 50."""
 
 STABLE_DIFFUSION = {
     "_class_name": "PNDMScheduler",
@@ -147,7 +149,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("sampler", "config"), cases())
 def test_a_sampler_gives_the_latents_of_its_diffusers_class(parity: Any, sampler: str, config: dict[str, Any]) -> None:
     """A sampler reaches diffusers' latents from the same noise stream, for every number of steps."""
-    for steps in STEPS:
+    for steps in (*STEPS, MANY) if config == STABLE_DIFFUSION else STEPS:
         parity.check(sampler, config, steps)
 
 
@@ -156,7 +158,7 @@ def test_flow_and_edm_samplers_give_the_latents_of_their_diffusers_class(
     parity: Any, sampler: str, config: dict[str, Any]
 ) -> None:
     """Samplers without a table of trained noise levels agree with diffusers too."""
-    for steps in STEPS:
+    for steps in (*STEPS, MANY) if config in (EDM, FLOW) else STEPS:
         parity.check(sampler, config, steps)
 
 
@@ -175,7 +177,7 @@ def test_pndm_starts_with_runge_kutta_steps_unless_they_are_skipped(parity: Any,
         "timestep_spacing": spacing,
         "prediction_type": prediction,
     }
-    for steps in (4, 5, 20, 50):
+    for steps in (4, 5, 20):
         parity.check("pndm", config, steps)
 
 

@@ -50,7 +50,7 @@ def test_any_config_gives_diffusers_latents_or_a_refusal(
 ) -> None:
     """Whatever the config, a sampler agrees with diffusers wherever that reaches finite latents, or says why not."""
     sampler = data.draw(st.sampled_from([name for name in parity.samplers if not name.startswith(("edm", "flow"))]))
-    steps = data.draw(st.sampled_from([1, 2, 3, 4, 5, 20, 50]))
+    steps = data.draw(st.sampled_from([1, 2, 3, 4, 5, 20]))
     # There diffusers' weight of the third order has a constant of the wrong sign, see dpmpp_2m_sde.
     assume(sampler != "dpmpp-2m-sde" or config.get("solver_order") != 3)
     try:
