@@ -171,9 +171,7 @@ class ControlNets:
             made: dict[str, Array] = {}
             for name, spec in engine.inputs.items():
                 if name.startswith("sum_"):
-                    # Named like latent_height_2: halved twice, rounding up.
-                    halvings = int(str(spec.shape[2]).removeprefix("latent_height").removeprefix("_") or 0)
-                    height, width = (-(-length >> halvings) for length in size)
+                    height, width = map(_level_length, spec.shape[2:], size)
                     made[name] = np.zeros((rows, int(spec.shape[1]), height, width), spec.dtype)
             self._zeros = key, made
         return self._zeros[1]
@@ -203,6 +201,15 @@ class ControlNets:
                 scaled = values * scales[:, number, None, None, None]
                 total[name] = total[name] + scaled if name in total else scaled
         return {**total}
+
+
+def _level_length(length: int | str, side: int) -> int:
+    """Length of a side of a residual, for latents whose side it is; an engine for one size has it as a number."""
+    if isinstance(length, int):
+        return length
+    # Named like latent_height_2: halved twice, rounding up.
+    halvings = int(length.removeprefix("latent_height").removeprefix("latent_width").removeprefix("_") or 0)
+    return -(-side >> halvings)
 
 
 def _scales(share: Share, state: ControlState) -> Floats:

@@ -116,6 +116,19 @@ def test_requests_of_all_kinds_share_a_batch(tiny: Any) -> None:
 
 
 @pytest.mark.heavy
+def test_openvino_steers_as_onnx_runtime_does(tiny: Any) -> None:
+    """Two ControlNets, one of them for a part of the run, and a picture in the prompt, with engines for one size."""
+    both = [{**EDGES, "end": 0.7}, {"name": "depth", "image": PICTURE[::-1], "scale": 0.5}]
+    options = {**OPTIONS, "control": both, "ip_adapter_image": PICTURE, "guidance_end": 0.7}
+    with Pipeline.load(tiny.controlled("sd1"), "onnxruntime") as pipe:
+        expected, plain = pipe("a red apple", **options).images, pipe("a red apple", **OPTIONS).images
+    with Pipeline.load(tiny.controlled("sd1"), "openvino", engine_cache="off", fixed_size=(48, 24, 1)) as pipe:
+        pictures = pipe("a red apple", **options).images
+    assert abs(pictures.astype(int) - expected).max() <= 2
+    assert abs(plain.astype(int) - expected).max() > 20
+
+
+@pytest.mark.heavy
 def test_steps_on_a_device_are_those_on_the_host(tiny: Any) -> None:
     """Binding what stays the same, with ControlNets that come and go, changes nothing."""
     both = [{**EDGES, "end": 0.7}, {"name": "depth", "image": PICTURE[::-1], "start": 0.3}]
