@@ -95,8 +95,10 @@ class OnnxRuntimeEngine(BaseEngine):
                 values = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]
                 settings.add_external_initializers(list(self.weights), values)
             session = self._make_session(ort, settings)
-        if lacking := self.exchangeable.keys() - {node.name for node in session.get_overridable_initializers()}:
-            raise EngineError(f"{self.label}: {self.path.name} has no weights named {min(lacking)!r} of its own")
+        if self.exchangeable:
+            there = {node.name for node in session.get_overridable_initializers()}
+            if lacking := self.exchangeable.keys() - there:
+                raise EngineError(f"{self.label}: {self.path.name} has no weights named {min(lacking)!r} of its own")
         inputs = {node.name: _spec(node) for node in session.get_inputs()}
         outputs = {node.name: _spec(node) for node in session.get_outputs()}
         self._session, self._output_names = session, list(outputs)
