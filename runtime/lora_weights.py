@@ -45,7 +45,7 @@ class SpareMemory:
     def __init__(self) -> None:
         self._blocks: dict[str, dict[int, list[NDArray[np.uint8]]]] = {}
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # keep may be called by the garbage collector, in the midst of either
 
     def array(self, component: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array of any content, for weights of a component."""

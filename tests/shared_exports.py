@@ -59,12 +59,22 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in vars(module).items():
         if name == "config" or name.startswith("_"):
             continue
-        plain = value is None or isinstance(value, bool | int | float | str | tuple | list | torch.dtype)
-        yield name, repr(value) if plain else getattr(value, "__qualname__", _kind(value))
+        yield name, _told(value)
     config: Any = getattr(module, "config", None)
     if config is not None:
         entries: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         yield from ((f"config.{name}", repr(value)) for name, value in entries.items() if not name.startswith("_"))
+
+
+def _told(value: object) -> str:
+    """An attribute, by its content where that is numbers or text."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
+    if isinstance(value, tuple | list):
+        return repr([_told(each) for each in value])
+    plain = value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    return repr(value) if plain else str(getattr(value, "__qualname__", _kind(value)))
 
 
 class SharedExports:
