@@ -80,10 +80,17 @@ def fuse_update(graph: ir.Graph, *, sample: str, prediction: str) -> None:
     one = [BATCH, 1, *element]
     columns = [builder.add("Unsqueeze", [value, axis], _FLOAT, one) for value in (guided, noise)]
     terms = builder.add("Concat", [registers, *columns], _FLOAT, [BATCH, TERMS, *element], axis=1)
-    flat = builder.add("Reshape", [terms, builder.constant([0, 0, -1])], _FLOAT)
-    new = builder.add("MatMul", [update, flat], _FLOAT)
-    shape = builder.add("Shape", [registers], ir.DataType.INT64, [2 + len(element)])
-    final = builder.add("Reshape", [new, shape], _FLOAT, [BATCH, REGISTERS, *element])
+    # Not as a MatMul: OpenVINO computes products in bf16 where that is asked for, and the state that goes from step to
+    # step would be rounded every time. What comes after the last product of matrices stays fp32 there.
+    lone = [1] * len(element)
+    factors = builder.add(
+        "Reshape", [update, builder.constant([0, 0, 0, *lone])], _FLOAT, [BATCH, REGISTERS, TERMS, *lone]
+    )
+    each = builder.add("Unsqueeze", [terms, axis], _FLOAT, [BATCH, 1, TERMS, *element])
+    weighted = builder.add("Mul", [factors, each], _FLOAT, [BATCH, REGISTERS, TERMS, *element])
+    final = builder.add(
+        "ReduceSum", [weighted, builder.constant([2])], _FLOAT, [BATCH, REGISTERS, *element], keepdims=0
+    )
     final.name = RESULT
     graph.outputs[list(graph.outputs).index(output)] = final
 
