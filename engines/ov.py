@@ -16,6 +16,7 @@ import numpy as np
 from .base import Array, BaseEngine, TensorSpec, check_threads
 from .errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, translated
 from .ov_cache import ModelCache, Opened
+from .ov_rewrite import rewrite
 
 PRECISIONS = ("fp32", "bf16", "int8")
 """What a graph may be computed in."""
@@ -153,6 +154,7 @@ class OpenVinoEngine(BaseEngine):
                 )
             fixed = [self._fixed(spec) for spec in specs]
             model.reshape({spec.name: [n if isinstance(n, int) else -1 for n in spec.shape] for spec in fixed})
+        rewrite(model, load_sdk())
         return model
 
     def _fixed(self, spec: TensorSpec) -> TensorSpec:

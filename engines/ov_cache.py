@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BundleError, LatentRTError
+from .ov_rewrite import VERSION
 from .store import EngineRecord, EngineStore, engine_key
 
 ENGINE = "openvino"
@@ -94,7 +95,7 @@ class ModelCache:
             "precision": precision,
             "profile": {},
             # Threads are no part of it: they are given to a model when it is imported.
-            "flags": {"shapes": dict(shapes)},
+            "flags": {"shapes": dict(shapes), "rewriting": VERSION},
             "target": cpu_target(core),
         }
         key = engine_key(graph=self.graph, weights=self.weights, **facts)
@@ -139,7 +140,8 @@ class ModelCache:
 
     def _tell_stale(self, present: str, facts: Mapping[str, Any], label: str) -> None:
         """Name models that were compiled for the same use and do not fit any more."""
-        use = {"component": self.component, **{name: facts[name] for name in ("engine", "precision", "flags")}}
+        use = {"component": self.component, **{name: facts[name] for name in ("engine", "precision")}}
+        shapes = facts["flags"]["shapes"]
         for key in self._stored_keys():
             try:
                 record = self.store.find(key, verify_hash=False)
@@ -147,10 +149,14 @@ class ModelCache:
                 continue  # a damaged one is named where it is asked for
             if key == present or record is None or any(getattr(record, name) != use[name] for name in use):
                 continue
+            if record.flags.get("shapes") != shapes:
+                continue
             if record.sdk_version != facts["sdk_version"]:
                 reason = f"OpenVINO {record.sdk_version}, and this is {facts['sdk_version']}"
             elif record.target != facts["target"]:
                 reason = f"{record.target}, and this is {facts['target']}"
+            elif record.flags != facts["flags"]:
+                reason = "another version of LatentRT"
             else:
                 reason = "another graph"
             _logger.warning("%s: the compiled model %s is stale, it is of %s; compiling again", label, key, reason)

@@ -20,6 +20,7 @@ from latentrt.engines import TensorSpec, ov, ov_cache
 from latentrt.engines.errors import InvalidRequestError, TensorMismatchError
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.ov_cache import ModelCache
+from latentrt.engines.ov_rewrite import VERSION
 from latentrt.engines.store import EngineStore, file_sha256
 
 MODEL = """
@@ -92,7 +93,7 @@ def test_a_kept_model_is_opened_without_compiling(graph: Path, cache: ModelCache
         "fp32",
     )
     assert record.sdk_version == ov.load_sdk().__version__
-    assert record.flags == {"shapes": {}}
+    assert record.flags == {"shapes": {}, "rewriting": VERSION}
     with OpenVinoEngine(graph, None, "unet", SPECS, dataclasses.replace(cache, keep=False)) as engine:
         np.testing.assert_array_equal(engine.run(FEEDS)["y"], first)
         assert list(engine.inputs.values()) == list(SPECS[0])
@@ -132,6 +133,19 @@ def test_another_graph_has_another_model(
     assert warnings() == [f"unet: the compiled model {record.key} is stale, it is of another graph; compiling again"]
     assert len(compilations) == 2
     assert len(cache.store.records()) == 2
+
+
+def test_another_way_of_rewriting_has_another_model(
+    graph: Path, cache: ModelCache, compilations: list[Path], warnings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another LatentRT made of the graph is not opened, and named in the log."""
+    run(graph, cache)
+    (record,) = cache.store.records()
+    monkeypatch.setattr(ov_cache, "VERSION", VERSION + 1)
+    run(graph, cache)
+    (warning,) = warnings()
+    assert warning.startswith(f"unet: the compiled model {record.key} is stale, it is of another version of LatentRT")
+    assert len(compilations) == 2
 
 
 def test_another_version_processor_or_size_has_another_model(
