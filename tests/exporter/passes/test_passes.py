@@ -243,6 +243,13 @@ def test_a_fused_step_is_guidance_and_the_plans_update(parse: Parse, run: Run, d
         np.testing.assert_allclose(result[sample], expected, atol=2e-2 if dtype == "float16" else 1e-5)
 
 
+def test_the_update_is_no_product_of_matrices(parse: Parse) -> None:
+    """Engines that compute products in less than fp32 leave the sampler's state alone."""
+    graph = parse("denoiser (float[batch, 2, h, w] latents) => (float[rows, 2, h, w] out) { out = Identity(latents) }")
+    fuse_update(graph, sample="latents", prediction="out")
+    assert {node.op_type for node in graph}.isdisjoint({"MatMul", "Gemm", "Einsum", "Conv"})
+
+
 def test_a_step_of_unknown_names_is_not_fused(parse: Parse) -> None:
     """An input or output that the graph does not have is refused by name."""
     with pytest.raises(ValueError, match="no input 'sample' and output 'out'"):
