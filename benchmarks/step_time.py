@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentrt.engines import Array, Engine, TensorSpec
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
@@ -110,13 +111,9 @@ def measure(
         generator = np.random.default_rng(0)
         tokens = length if isinstance(length, int) else _TOKENS
         texts = [generator.standard_normal((1, tokens, int(width)), np.float32) for _ in range(2)]
-        runs: dict[str, Run] = {}
-        for name, (loop, _) in loops.items():
-            plan = compile_plan("euler", _SCHEDULER, warm_up + rounds)
-            request = Request("", "", warm_up + rounds, 7.5, 0, "euler", side, side, images, 0)
-            conditioning = [loop.condition({"encoder_hidden_states": text}) for text in texts]
-            runs[name] = start_run(request, plan, conditioning, shape)
-            loop.begin(runs[name])
+        runs = {
+            name: begin_run(loop, _SCHEDULER, texts, shape, warm_up + rounds, 7.5) for name, (loop, _) in loops.items()
+        }
         samples = {name: Samples() for name in loops}
         for turn in range(warm_up + rounds):
             for name, (loop, engine) in loops.items():
@@ -139,6 +136,32 @@ def measure(
                 name: asdict(summarize(path)) | {"outputs": len(engines[name].outputs)} for name, path in paths.items()
             },
         }
+
+
+def begin_run(
+    loop: Loop,
+    scheduler: Mapping[str, Any],
+    texts: Sequence[NDArray[np.float32]],
+    shape: tuple[int, ...],
+    steps: int,
+    guidance: float,
+) -> Run:
+    """A run of Euler's method that has begun, with texts that are given as states of a text encoder.
+
+    Args:
+        loop: The loop that will take it further.
+        scheduler: A scheduler's configuration.
+        texts: Of the unconditional and the conditional text, fp32 ``[1, tokens, width]`` each.
+        shape: Of the latents, ``[images, channels, h, w]``.
+        steps: Steps of the run.
+        guidance: Guidance scale.
+    """
+    plan = compile_plan("euler", scheduler, steps)
+    images, _, height, width = shape
+    request = Request("", "", steps, guidance, 0, "euler", width, height, images, 0)
+    run = start_run(request, plan, [loop.condition({"encoder_hidden_states": text}) for text in texts], shape)
+    loop.begin(run)
+    return run
 
 
 def table(report: Mapping[str, Any]) -> str:
