@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +290,20 @@ def test_auto_with_bf16(bundle: Bundle, machine: Machine) -> None:
     machine.states["openvino"] = "missing"
     with pytest.raises(EngineUnavailableError, match=r"^openvino is missing$"):
         choose_engine(bundle, PARTS, EngineSettings(precision="bf16"))
+
+
+def test_auto_with_int8(bundle: Bundle, machine: Machine) -> None:
+    """OpenVINO goes before ONNX Runtime, which is taken where that is missing."""
+    components = {
+        name: replace(part, graphs={"opset20-int8": part.graphs["opset20-fp32"]})
+        for name, part in bundle.manifest.components.items()
+    }
+    bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
+    choice = choose_engine(bundle, PARTS, EngineSettings(precision="int8"))
+    assert (choice.name, choice.reason) == ("openvino", "the fastest in int8 on this CPU")
+    machine.states["openvino"] = "missing"
+    choice = choose_engine(bundle, PARTS, EngineSettings(precision="int8"))
+    assert (choice.name, choice.passed_over["openvino"]) == ("onnxruntime", "openvino is missing")
 
 
 def test_auto_where_nothing_fits(bundle: Bundle, machine: Machine) -> None:
