@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def steps_of(
     for engine, precision in engines:
         settings = EngineSettings(engine, precision, fixed_size=FixedSize(size, size, 1))
         prompt, schedule, step = (
-            stack.enter_context(make_engine(bundle, f"unet_{stage}", settings))
+            stack.enter_context(closing(make_engine(bundle, f"unet_{stage}", settings).open()))
             for stage in ("prompt", "schedule", "step")
         )
         loop = FusedLoop(step, prompt, schedule)
@@ -152,7 +152,7 @@ def decoders(
     contenders: dict[str, Contender] = {}
     for name, precision in engines:
         settings = EngineSettings(name, precision, fixed_size=FixedSize(size, size, 1))
-        engine = stack.enter_context(make_engine(bundle, "vae_decoder", settings))
+        engine = stack.enter_context(closing(make_engine(bundle, "vae_decoder", settings).open()))
         contenders[f"LatentRT, {name} {precision}"] = _decoding(engine, latents)
     for dtype in dtypes:
         decoder = Decoder(dataclasses.replace(source, dtype=_DTYPES[dtype]).load("vae"))

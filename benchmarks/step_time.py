@@ -142,7 +142,7 @@ def begin_run(
     loop: Loop,
     scheduler: Mapping[str, Any],
     texts: Sequence[NDArray[np.float32]],
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int, int],
     steps: int,
     guidance: float,
 ) -> Run:

@@ -149,7 +149,7 @@ class ModelCache:
                 continue  # a damaged one is named where it is asked for
             if key == present or record is None or any(getattr(record, name) != use[name] for name in use):
                 continue
-            if record.flags.get("shapes") != shapes:
+            if (record.flags or {}).get("shapes") != shapes:
                 continue
             if record.sdk_version != facts["sdk_version"]:
                 reason = f"OpenVINO {record.sdk_version}, and this is {facts['sdk_version']}"

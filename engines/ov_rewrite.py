@@ -133,7 +133,7 @@ def _split_gate(split: Any, sdk: ModuleType) -> bool:
     if matmul.get_type_name() != "MatMul" or bias is None or not _taken_once(product):
         return False
     attributes, weights = matmul.get_attributes(), _weights(matmul.input_value(1), axis=1)
-    last = total.get_partial_shape().rank.get_length() - 1
+    last = _rank(total.get_partial_shape()) - 1
     if weights is None or any(attributes.values()) or int(axis.data) not in (-1, last):
         return False
     if weights.values.ndim != 2 or bias.data.shape != (weights.values.shape[1],):
@@ -177,12 +177,17 @@ def _size(value: Any) -> int:
     return int(np.prod(list(shape.to_shape()), dtype=np.int64)) if shape.is_static else 0
 
 
+def _rank(shape: Any) -> int:
+    """Number of dimensions; 0 where that is not known."""
+    return 0 if shape.rank.is_dynamic else int(shape.rank.get_length())
+
+
 def _doubles(node: Any) -> bool:
     """Whether every pixel becomes a square of four."""
     before, after = node.get_input_partial_shape(0), node.get_output_partial_shape(0)
     attributes = node.get_attributes()
     wanted = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    if any(attributes[name] != value for name, value in wanted.items()) or before.rank.get_length() != 4:
+    if any(attributes[name] != value for name, value in wanted.items()) or _rank(before) != 4:
         return False
     if any(attributes["pads_begin"]) or any(attributes["pads_end"]):
         return False
@@ -228,7 +233,7 @@ def _folded(value: Any) -> NDArray[np.float32] | None:
     node = value.get_node()
     kind = node.get_type_name()
     if kind == "Constant":
-        return node.data.astype(np.float32)
+        return np.asarray(node.data, np.float32)
     if kind == "Convert":
         return _folded(node.input_value(0))
     if kind == "Reshape" and node.get_output_partial_shape(0).is_static:
