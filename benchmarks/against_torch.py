@@ -5,10 +5,9 @@
 
 ``latentrt bench`` measures whole pictures with every contender in a process of its own. Here all are in one process and
 take one step (or decode one picture) in turn, A B A B, so that ratios hold on a machine whose speed changes from minute
-to minute. Each turn is taken twice, and the second counts. Steps are those of one run: the same noise, texts, guidance
-and sampler, diffusers' own scheduler on its side; how far the latents are from diffusers' in fp32 at the end is told
-beside the times. The ceilings are measured in the same minutes: the most that products of matrices reach here in each
-precision.
+to minute. Steps are those of one run: the same noise, texts, guidance and sampler, diffusers' own scheduler on its
+side; how far the latents are from diffusers' in fp32 at the end is told beside the times. The ceilings are measured in
+the same minutes: the most that products of matrices reach here in each precision.
 """
 
 from __future__ import annotations
@@ -179,15 +178,13 @@ def _torch_decoding(decoder: Decoder, latents: torch.Tensor) -> Contender:
     return Contender(turn, lambda: np.asarray(found["pixels"].float().numpy()))
 
 
-def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Any]:
+def measure(contenders: Mapping[str, Contender], rounds: int, *, warm_up: int = 1) -> dict[str, Any]:
     """Let all take their turns; each round begins with another one.
 
-    A turn is taken twice and the second one counts. In a run nobody waits between steps; who has waited for all others
-    finds weights that were last used a minute ago, which on a virtual machine may have to be brought back.
-
     Args:
-        contenders: By name; each takes two turns a round.
-        rounds: How many.
+        contenders: By name.
+        rounds: Turns of each that count.
+        warm_up: Turns of each before that.
 
     Returns:
         ``contenders``: by name ``seconds`` (samples), ``median`` with its 95 % interval, ``over`` (by each contender of
@@ -195,14 +192,14 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Any]:
         the first of diffusers' at the end). ``control``: seconds of a fixed piece of work, by round.
     """
     names, control, steady = list(contenders), Control(), []
-    for number in range(rounds):
+    for number in range(warm_up + rounds):
         steady.append(control.sample())
         for name in names[number % len(names) :] + names[: number % len(names)]:
             time.sleep(_REST)
-            contenders[name].turn()
             begin = time.perf_counter()
             contenders[name].turn()
-            contenders[name].seconds.append(time.perf_counter() - begin)
+            if number >= warm_up:
+                contenders[name].seconds.append(time.perf_counter() - begin)
     theirs = [name for name in names if name.startswith("diffusers")]
     reference = contenders[theirs[0]].result() if theirs else None
     figures: dict[str, Any] = {}
@@ -219,7 +216,7 @@ def measure(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Any]:
         if reference is not None:
             apart = np.linalg.norm(contender.result() - reference) / np.linalg.norm(reference)
             figures[name]["difference"] = float(apart)
-    return {"contenders": figures, "control": steady}
+    return {"contenders": figures, "control": steady[warm_up:]}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -277,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{arguments.bundle} was not built from {arguments.source}")
     begun, ceilings = now(), measure_ceilings(0)
     if arguments.part == "step":
-        contenders, stack = steps_of(bundle, source, engines, arguments.torch, arguments.size, 2 * arguments.rounds)
+        contenders, stack = steps_of(bundle, source, engines, arguments.torch, arguments.size, 1 + arguments.rounds)
     else:
         contenders, stack = decoders(bundle, source, engines, arguments.torch, arguments.size)
     with stack:
