@@ -6,8 +6,8 @@
 ``latentrt bench`` measures whole pictures with every contender in a process of its own. Here all are in one process and
 take one step (or decode one picture) in turn, A B A B, so that ratios hold on a machine whose speed changes from minute
 to minute. Steps are those of one run: the same noise, texts, guidance and sampler, diffusers' own scheduler on its
-side; how far the latents are from diffusers' in fp32 at the end is told beside the times. The ceilings are measured in
-the same minutes: the most that products of matrices reach here in each precision.
+side; how far the latents are from diffusers' in fp32 at the end is told beside the times. Just before, the
+ceilings are measured: the most that products of matrices reach here in each precision.
 """
 
 from __future__ import annotations

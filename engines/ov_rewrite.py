@@ -1,7 +1,6 @@
-"""Rewriting of OpenVINO models: the same results from fewer multiplications than the graph says.
+"""Rewriting of OpenVINO models: the same results from fewer multiplications, or fewer copies, than the graph says.
 
-What is done here needs lengths that are known, which they are once a model is made for one size; a graph that serves
-all sizes cannot have it.
+Results are the same to rounding. Kernels in 8 bits that were added up are rounded to 8 bits once more.
 """
 
 from __future__ import annotations
@@ -79,8 +78,10 @@ def convolve_before_upsampling(model: Any, sdk: ModuleType) -> int:
 
 def _convolve_before(convolution: Any, sdk: ModuleType) -> bool:
     chain = _to_upsampling(convolution)
+    if chain is None or not _is_3x3(convolution):
+        return False
     weights = _weights(convolution.input_value(1), axis=0)
-    if chain is None or weights is None or not _is_3x3(convolution, weights):
+    if weights is None:
         return False
     op = sdk.opset13
     upsampling, *between = chain
@@ -207,10 +208,11 @@ def _constant_of(node: Any, place: int) -> Any:
     return source if source.get_type_name() == "Constant" else None
 
 
-def _is_3x3(convolution: Any, weights: Weights) -> bool:
-    attributes = convolution.get_attributes()
+def _is_3x3(convolution: Any) -> bool:
+    attributes, kernel = convolution.get_attributes(), convolution.get_input_partial_shape(1)
     ones = ("strides", "pads_begin", "pads_end", "dilations")
-    return weights.values.shape[2:] == (3, 3) and all(list(attributes[name]) == [1, 1] for name in ones)
+    known = kernel.is_static and list(kernel.to_shape())[2:] == [3, 3]
+    return known and all(list(attributes[name]) == [1, 1] for name in ones)
 
 
 def _weights(value: Any, axis: int) -> Weights | None:
