@@ -59,12 +59,16 @@ class OpenVinoOptions:
             if type(length) is not int or length < 1:
                 raise InvalidRequestError(f"shapes has {symbol} = {length!r}, expected a whole number from 1")
 
+    def computed_in(self, *, has_bf16: bool) -> str:
+        """``"fp32"`` or ``"bf16"``: what is not quantised is computed in, with or without instructions for bf16."""
+        if self.precision == "int8":
+            return "bf16" if has_bf16 else "fp32"
+        return self.precision
+
     def as_properties(self, *, has_bf16: bool) -> dict[str, str]:
         """OpenVINO's properties for all but the shapes, on a processor with or without instructions for bf16."""
-        computed_in = self.precision
-        if computed_in == "int8":
-            computed_in = "bf16" if has_bf16 else "fp32"
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[computed_in]}
+        hint = _HINTS[self.computed_in(has_bf16=has_bf16)]
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if self.threads:
             properties["INFERENCE_NUM_THREADS"] = str(self.threads)
         return properties
@@ -127,7 +131,9 @@ class OpenVinoEngine(BaseEngine):
         properties = self.options.as_properties(has_bf16=has_bf16(core))
 
         def compile_model() -> Any:
-            return core.compile_model(self._read(), "CPU", properties)
+            model = self._read()
+            rewrite(model, load_sdk(), self.options.computed_in(has_bf16=has_bf16(core)))
+            return core.compile_model(model, "CPU", properties)
 
         if self.cache is None or self.weights:  # what is kept was compiled from the graph's own
             return Opened(compile_model())
@@ -154,7 +160,6 @@ class OpenVinoEngine(BaseEngine):
                 )
             fixed = [self._fixed(spec) for spec in specs]
             model.reshape({spec.name: [n if isinstance(n, int) else -1 for n in spec.shape] for spec in fixed})
-        rewrite(model, load_sdk())
         return model
 
     def _fixed(self, spec: TensorSpec) -> TensorSpec:

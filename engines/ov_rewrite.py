@@ -1,6 +1,7 @@
 """Rewriting of OpenVINO models: the same results from fewer multiplications, or fewer copies, than the graph says.
 
-Results are the same to rounding. Kernels in 8 bits that were added up are rounded to 8 bits once more.
+Results are the same to rounding. Kernels in 8 bits that were added up are rounded to 8 bits once more, and convolutions
+by tiles round more than plain ones, see :mod:`latentrt.engines.ov_winograd`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1
+from .ov_winograd import convolve_by_tiles, is_plain_3x3
+
+VERSION = 2
 """Goes up when a rewriting changes; a part of what decides a compiled model."""
 
 # By phase, which taps of a kernel of three meet the same pixel of the picture before upsampling. The even pixels of the
@@ -20,6 +23,7 @@ VERSION = 1
 # first two and pixel i + 1 with the last.
 _TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 _LARGEST = 127.0  # of what 8 bits hold symmetrically
+_LARGEST_TILES = {"fp32": 4, "bf16": 2}  # larger ones lose too much to rounding in bf16
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,19 @@ class Weights:
     axis: int
 
 
-def rewrite(model: Any, sdk: ModuleType) -> int:
-    """Apply every rewriting of this module to a model that was just read.
+def rewrite(model: Any, sdk: ModuleType, computed_in: str) -> int:
+    """Apply every rewriting to a model that was just read.
 
     Args:
         model: OpenVINO's model, changed in place.
         sdk: The Python module ``openvino``.
+        computed_in: ``"fp32"`` or ``"bf16"``: what is not quantised is computed in.
 
     Returns:
         How many places changed.
     """
-    return convolve_before_upsampling(model, sdk) + split_gates(model, sdk)
+    places = convolve_before_upsampling(model, sdk) + split_gates(model, sdk)
+    return places + convolve_by_tiles(model, sdk, largest=_LARGEST_TILES[computed_in])
 
 
 def convolve_before_upsampling(model: Any, sdk: ModuleType) -> int:
@@ -78,7 +84,7 @@ def convolve_before_upsampling(model: Any, sdk: ModuleType) -> int:
 
 def _convolve_before(convolution: Any, sdk: ModuleType) -> bool:
     chain = _to_upsampling(convolution)
-    if chain is None or not _is_3x3(convolution):
+    if chain is None or not is_plain_3x3(convolution):
         return False
     weights = _weights(convolution.input_value(1), axis=0)
     if weights is None:
@@ -206,13 +212,6 @@ def _doubles(node: Any) -> bool:
 def _constant_of(node: Any, place: int) -> Any:
     source = node.input_value(place).get_node()
     return source if source.get_type_name() == "Constant" else None
-
-
-def _is_3x3(convolution: Any) -> bool:
-    attributes, kernel = convolution.get_attributes(), convolution.get_input_partial_shape(1)
-    ones = ("strides", "pads_begin", "pads_end", "dilations")
-    known = kernel.is_static and list(kernel.to_shape())[2:] == [3, 3]
-    return known and all(list(attributes[name]) == [1, 1] for name in ones)
 
 
 def _weights(value: Any, axis: int) -> Weights | None:

@@ -1,0 +1,258 @@
+"""Winograd convolution in OpenVINO models: 3x3 convolutions from fewer multiplications than their kernels have taps.
+
+The picture is cut into tiles that overlap. A tile of m x m results meets (m + 2) x (m + 2) pixels. Pixels and kernel
+are transformed, multiplied point by point, and what comes of it is transformed back. Over many channels each point is a
+product of matrices, (m + 2)^2 of them in place of 9 m^2: 16 for 36 with m = 2, 36 for 144 with m = 4. (Winograd 1980,
+"Arithmetic complexity of computations"; Lavin and Gray 2015, "Fast algorithms for convolutional neural networks",
+arXiv 1509.09308.)
+
+The transforms round, so larger tiles are for fp32 only. All of it is made of operators that OpenVINO has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+_Pair = tuple[int, int]
+
+# Measured with OpenVINO 2026.4 on a processor with AVX-512: with fewer channels the transforms cost what they save.
+CHANNELS = 256
+"""Fewest channels, of both sides, that are worth it."""
+TILES = 64
+"""Fewest tiles of a picture: with fewer, transformed weights are read for too little work, and they take memory."""
+WIDE = 1024
+"""From so many channels on (of both sides), pictures of unknown size are taken to have fewer tiles than that."""
+
+# The points at which polynomials are taken, and infinity. {0, 1, -1} is Lavin and Gray's. For tiles of 4 these round to
+# half of what their {0, 1, -1, 2, -2} does, since they keep the entries of all three matrices near 1 (the idea is that
+# of Barabasz et al. 2020, "Error analysis and improving the accuracy of Winograd convolution", arXiv 1803.10986).
+_POINTS = {
+    2: (Fraction(0), Fraction(1), Fraction(-1)),
+    4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """The matrices of one tile size: ``results @ ((kernel @ g) * (pixels @ d))`` convolves d with g.
+
+    Attributes:
+        results: ``[m, m + 2]``.
+        kernel: ``[m + 2, 3]``.
+        pixels: ``[m + 2, m + 2]``.
+    """
+
+    results: Matrix
+    kernel: Matrix
+    pixels: Matrix
+
+    @property
+    def tile(self) -> int:
+        """Results of a tile along one dimension."""
+        return len(self.results)
+
+
+@cache
+def transforms(tile: int) -> Transforms:
+    """Matrices of a tile size, 2 or 4, by the construction of Toom and Cook."""
+    points = _POINTS[tile]
+    others = [[each for each in points if each != point] for point in points]
+    results = [[point**power for point in points] + [Fraction(power == tile - 1)] for power in range(tile)]
+    kernel = [
+        [point**power / _product(point - other for other in rest) for power in range(3)]
+        for point, rest in zip(points, others, strict=True)
+    ]
+    kernel.append([Fraction(0), Fraction(0), Fraction(1)])
+    pixels = [[*_polynomial(rest), Fraction(0)] for rest in others]
+    pixels.append(_polynomial(points))
+    return Transforms(*(np.array(each, np.float64) for each in (results, kernel, pixels)))
+
+
+def _product(factors: Any) -> Fraction:
+    result = Fraction(1)
+    for factor in factors:
+        result *= factor
+    return result
+
+
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of the polynomial with these roots, lowest power first."""
+    found = [Fraction(1)]
+    for root in roots:
+        found = [low - root * high for low, high in zip([Fraction(0), *found], [*found, Fraction(0)], strict=True)]
+    return found
+
+
+def convolve_by_tiles(model: Any, sdk: ModuleType, *, largest: int) -> int:
+    """Compute convolutions by the transforms of Winograd, where that is faster.
+
+    Cases:
+        1. 3x3, a pixel of padding, nothing skipped, constant weights of fp32, :data:`CHANNELS` channels or more, and a
+           picture of known size with :data:`TILES` tiles or more: the largest tile that leaves so many.
+        2. A picture of unknown size: the largest tile, unless there are :data:`WIDE` channels or more.
+        3. Anything else, such as weights of 8 bits: left as it is.
+
+    Pictures that tiles do not divide are filled up with zeros, and the results cut.
+
+    Args:
+        model: OpenVINO's model, changed in place.
+        sdk: The Python module ``openvino``.
+        largest: Largest tile, 2 or 4. With 4, what rounding loses is 6 times that of a plain convolution in bf16, and
+            with 2 twice.
+
+    Returns:
+        The number of convolutions that changed.
+    """
+    found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    return sum(_convolve(node, sdk, largest) for node in found)
+
+
+def _convolve(convolution: Any, sdk: ModuleType, largest: int) -> bool:
+    weights = convolution.input_value(1).get_node()
+    if weights.get_type_name() != "Constant" or weights.get_element_type().get_type_name() != "f32":
+        return False
+    if not is_plain_3x3(convolution):
+        return False
+    lengths = [each.get_length() if each.is_static else 0 for each in list(convolution.get_input_partial_shape(0))[2:]]
+    tile = _tile(weights.data.shape[:2], (lengths[0], lengths[1]), largest)
+    if tile:
+        _put(convolution, sdk, transforms(tile), (lengths[0], lengths[1]))
+    return tile > 0
+
+
+def is_plain_3x3(convolution: Any) -> bool:
+    """Whether the kernel has 3x3 taps, with one pixel of padding on all sides and nothing skipped."""
+    attributes, kernel = convolution.get_attributes(), convolution.get_input_partial_shape(1)
+    ones = ("strides", "pads_begin", "pads_end", "dilations")
+    known = kernel.is_static and list(kernel.to_shape())[2:] == [3, 3]
+    return known and all(list(attributes[name]) == [1, 1] for name in ones)
+
+
+def _tile(channels: Sequence[int], lengths: _Pair, largest: int) -> int:
+    """Which tile is worth it for a picture, whose lengths are 0 where they are not known; 0 for none."""
+    if min(channels) < CHANNELS:
+        return 0
+    if not all(lengths):
+        return 0 if min(channels) >= WIDE else largest
+    sizes = [
+        size for size in _POINTS if size <= largest and _tiles(lengths[0], size) * _tiles(lengths[1], size) >= TILES
+    ]
+    return max(sizes, default=0)
+
+
+def _tiles(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _put(convolution: Any, sdk: ModuleType, by: Transforms, lengths: _Pair) -> None:
+    """Put operators that compute the same in place of a convolution."""
+    op, picture = sdk.opset13, convolution.input_value(0)
+    kernels = _kernels(convolution.input_value(1).get_node().data, by)
+    points = [
+        [
+            op.convolution(pixels, op.constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
+            for pixels, kernel in zip(*row, strict=True)
+        ]
+        for row in zip(_pixels(picture, op, by, lengths, kernels.shape[3]), kernels, strict=True)
+    ]
+    halfway = [_results(row, op, by) for row in points]
+    columns = [_results([row[place] for row in halfway], op, by) for place in range(by.tile)]
+    phases = [columns[column][row] for row in range(by.tile) for column in range(by.tile)]
+    woven = op.depth_to_space(op.concat(phases, 1), "blocks_first", by.tile)
+    if not all(length and length % by.tile == 0 for length in lengths):
+        size = op.gather(op.shape_of(picture), op.constant([2, 3]), op.constant(0))
+        woven = op.slice(woven, op.constant([0, 0]), size, op.constant([1, 1]), op.constant([2, 3]))
+    woven.set_friendly_name(convolution.get_friendly_name())
+    for user in convolution.output(0).get_target_inputs():
+        user.replace_source_output(woven.output(0))
+
+
+def _kernels(kernel: NDArray[np.float32], by: Transforms) -> NDArray[np.float32]:
+    """Transformed kernels, ``[m + 2, m + 2, outputs, inputs, 1, 1]``."""
+    matrix = by.kernel.astype(np.float32)
+    rows = np.tensordot(matrix, kernel, (1, 2))  # [m + 2, outputs, inputs, 3]
+    both = np.tensordot(matrix, rows, (1, 3))  # [m + 2 (columns), m + 2 (rows), outputs, inputs]
+    return np.ascontiguousarray(both.swapaxes(0, 1))[..., None, None]
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Entries of a row of ``pixels`` that are not zero, if they are evenly spaced.
+
+    Attributes:
+        values: The entries.
+        first: Where the first one is.
+        step: How far apart they are.
+        end: Padding after the picture, along this dimension.
+    """
+
+    values: Matrix
+    first: int
+    step: int
+    end: int
+
+
+def _taps(row: Matrix, tile: int, length: int) -> _Taps:
+    places = np.flatnonzero(row)
+    step = int(np.gcd.reduce(np.diff(places)))
+    first, last = int(places[0]), int(places[-1])
+    # With a length that tiles divide, the last pixel met is the one after the picture, or one before that. With any
+    # other, and one that is not known, as many tiles are computed as start inside of the picture.
+    divided = length > 0 and length % tile == 0
+    return _Taps(row[first : last + 1 : step], first, step, max(last - tile, 0) if divided else last - 1)
+
+
+def _pixels(picture: Any, op: Any, by: Transforms, lengths: _Pair, channels: int) -> list[list[Any]]:
+    """The picture's transformed pixels, a picture with one pixel a tile for each point."""
+    rows, columns = ([_taps(row, by.tile, length) for row in by.pixels] for length in lengths)
+    if by.tile == 2:  # two taps a dimension: both dimensions at once take no more products
+        return [[_met(picture, op, by.tile, channels, row, column) for column in columns] for row in rows]
+    halfway = [_met(picture, op, by.tile, channels, row, None) for row in rows]
+    return [[_met(half, op, by.tile, channels, None, column) for column in columns] for half in halfway]
+
+
+def _met(picture: Any, op: Any, tile: int, channels: int, row: _Taps | None, column: _Taps | None) -> Any:
+    """A convolution of every channel by itself with the taps of a row, a column, or both."""
+    nothing = _Taps(np.ones(1), 1, 1, 0)
+    both = (row or nothing, column or nothing)
+    kernel = np.outer(both[0].values, both[1].values).astype(np.float32)
+    return op.group_convolution(
+        picture,
+        op.constant(np.ascontiguousarray(np.broadcast_to(kernel, (channels, 1, 1, *kernel.shape)))),
+        [tile if each else 1 for each in (row, column)],
+        [1 - each.first for each in both],
+        [each.end for each in both],
+        [each.step for each in both],
+    )
+
+
+def _results(points: Sequence[Any], op: Any, by: Transforms) -> list[Any]:
+    """Results of a tile along one dimension, from what came of its points.
+
+    Points come in pairs p and -p, whose sums count in even results and differences in odd ones.
+    """
+    first, last = points[0], points[-1]
+    pairs = list(zip(points[1:-1:2], points[2:-1:2], strict=True))
+    mixed = [[op.add(one, other) for one, other in pairs], [op.subtract(one, other) for one, other in pairs]]
+    found = []
+    for power in range(by.tile):
+        parts = [
+            part if factor == 1 else op.multiply(part, op.constant(np.float32(factor)))
+            for part, factor in zip(mixed[power % 2], by.results[power, 1:-1:2], strict=True)
+        ]
+        total = parts[0] if len(parts) == 1 else op.add(*parts)
+        if power == 0:
+            total = op.add(first, total)
+        if power == by.tile - 1:
+            total = op.add(total, last)
+        found.append(total)
+    return found
