@@ -92,12 +92,14 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     return found
 
 
-def convolve_by_tiles(model: Any, sdk: ModuleType, *, largest: int) -> int:
+def convolve_by_tiles(
+    model: Any, sdk: ModuleType, *, largest: int, channels: int = CHANNELS, tiles: int = TILES
+) -> int:
     """Compute convolutions by the transforms of Winograd, where that is faster.
 
     Cases:
-        1. 3x3, a pixel of padding, nothing skipped, constant weights of fp32, :data:`CHANNELS` channels or more, and a
-           picture of known size with :data:`TILES` tiles or more: the largest tile that leaves so many.
+        1. 3x3, a pixel of padding, nothing skipped, constant weights of fp32, enough channels on both sides, and a
+           picture of known size: the largest tile that leaves enough of them.
         2. A picture of unknown size: the largest tile, unless there are :data:`WIDE` channels or more.
         3. Anything else, such as weights of 8 bits: left as it is.
 
@@ -106,27 +108,39 @@ def convolve_by_tiles(model: Any, sdk: ModuleType, *, largest: int) -> int:
     Args:
         model: OpenVINO's model, changed in place.
         sdk: The Python module ``openvino``.
-        largest: Largest tile, 2 or 4. With 4, what rounding loses is 6 times that of a plain convolution in bf16, and
-            with 2 twice.
+        largest: Largest tile, 2 or 4. In bf16, what rounding loses is 6 times that of a plain convolution with 4, and
+            twice with 2.
+        channels: Fewest channels that are worth it.
+        tiles: Fewest tiles of a picture that are worth it.
 
     Returns:
         The number of convolutions that changed.
     """
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
-    return sum(_convolve(node, sdk, largest) for node in found)
+    return sum(_convolve(node, sdk, largest, channels, tiles) for node in found)
 
 
-def _convolve(convolution: Any, sdk: ModuleType, largest: int) -> bool:
+def _convolve(convolution: Any, sdk: ModuleType, largest: int, channels: int, tiles: int) -> bool:
     weights = convolution.input_value(1).get_node()
     if weights.get_type_name() != "Constant" or weights.get_element_type().get_type_name() != "f32":
         return False
-    if not is_plain_3x3(convolution):
+    fewest = min(weights.data.shape[:2])
+    if not is_plain_3x3(convolution) or fewest < channels:
         return False
-    lengths = [each.get_length() if each.is_static else 0 for each in list(convolution.get_input_partial_shape(0))[2:]]
-    tile = _tile(weights.data.shape[:2], (lengths[0], lengths[1]), largest)
+    shape = convolution.get_input_partial_shape(0)
+    height, width = (shape[axis].get_length() if shape[axis].is_static else 0 for axis in (2, 3))
+    if height and width:
+        tile = max((size for size in _POINTS if size <= largest and _tiles(height, width, size) >= tiles), default=0)
+    else:
+        tile = 0 if fewest >= WIDE else largest
     if tile:
-        _put(convolution, sdk, transforms(tile), (lengths[0], lengths[1]))
+        _put(convolution, sdk, transforms(tile), (height, width))
     return tile > 0
+
+
+def _tiles(height: int, width: int, size: int) -> int:
+    """Tiles of a picture, those that it does not fill included."""
+    return -(-height // size) * -(-width // size)
 
 
 def is_plain_3x3(convolution: Any) -> bool:
@@ -137,29 +151,13 @@ def is_plain_3x3(convolution: Any) -> bool:
     return known and all(list(attributes[name]) == [1, 1] for name in ones)
 
 
-def _tile(channels: Sequence[int], lengths: _Pair, largest: int) -> int:
-    """Which tile is worth it for a picture, whose lengths are 0 where they are not known; 0 for none."""
-    if min(channels) < CHANNELS:
-        return 0
-    if not all(lengths):
-        return 0 if min(channels) >= WIDE else largest
-    sizes = [
-        size for size in _POINTS if size <= largest and _tiles(lengths[0], size) * _tiles(lengths[1], size) >= TILES
-    ]
-    return max(sizes, default=0)
-
-
-def _tiles(length: int, size: int) -> int:
-    return -(-length // size)
-
-
 def _put(convolution: Any, sdk: ModuleType, by: Transforms, lengths: _Pair) -> None:
     """Put operators that compute the same in place of a convolution."""
     op, picture = sdk.opset13, convolution.input_value(0)
     kernels = _kernels(convolution.input_value(1).get_node().data, by)
     points = [
         [
-            op.convolution(pixels, op.constant(kernel), [1, 1], [0, 0], [0, 0], [1, 1])
+            op.convolution(pixels, op.constant(kernel, shared_memory=True), [1, 1], [0, 0], [0, 0], [1, 1])
             for pixels, kernel in zip(*row, strict=True)
         ]
         for row in zip(_pixels(picture, op, by, lengths, kernels.shape[3]), kernels, strict=True)
@@ -178,10 +176,11 @@ def _put(convolution: Any, sdk: ModuleType, by: Transforms, lengths: _Pair) -> N
 
 def _kernels(kernel: NDArray[np.float32], by: Transforms) -> NDArray[np.float32]:
     """Transformed kernels, ``[m + 2, m + 2, outputs, inputs, 1, 1]``."""
-    matrix = by.kernel.astype(np.float32)
-    rows = np.tensordot(matrix, kernel, (1, 2))  # [m + 2, outputs, inputs, 3]
-    both = np.tensordot(matrix, rows, (1, 3))  # [m + 2 (columns), m + 2 (rows), outputs, inputs]
-    return np.ascontiguousarray(both.swapaxes(0, 1))[..., None, None]
+    outputs, inputs, *taps = kernel.shape
+    points = len(by.kernel)
+    both = np.kron(by.kernel, by.kernel).astype(np.float32)  # rows and columns at once: one product of matrices
+    transformed = both @ kernel.reshape(outputs * inputs, taps[0] * taps[1]).T
+    return transformed.reshape(points, points, outputs, inputs, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from latentrt.engines import ov, ov_winograd
+from latentrt.engines import ov
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions, _read_onnx, load_sdk
 from latentrt.engines.ov_winograd import CHANNELS, convolve_by_tiles, transforms
 
@@ -57,22 +58,21 @@ def received(path: Path, x: Array, precision: str = "fp32") -> Array:
         return next(iter(engine.run({"x": x}).values()))
 
 
-def points(path: Path, largest: int = 4) -> int:
+def take_all(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Compute convolutions of any size by tiles."""
+    by_tiles = functools.partial(convolve_by_tiles, largest=tile, channels=1, tiles=1)
+    monkeypatch.setattr(ov, "rewrite", lambda model, sdk, _: by_tiles(model, sdk))
+
+
+def points(path: Path, largest: int = 4, **fewest: int) -> int:
     """Products of a tile, which are the convolutions of one pixel that the model comes to have; 0 for none."""
     model = _read_onnx(path)
-    count = convolve_by_tiles(model, load_sdk(), largest=largest)
+    count = convolve_by_tiles(model, load_sdk(), largest=largest, **fewest)
     kernels = [
         list(node.get_input_shape(1))[2:] for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"
     ]
     assert kernels.count([1, 1]) == (len(kernels) if count else 0)
     return len(kernels) * count
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small convolutions are worth it too."""
-    monkeypatch.setattr(ov_winograd, "CHANNELS", 1)
-    monkeypatch.setattr(ov_winograd, "TILES", 1)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -85,7 +85,6 @@ def test_matrices_give_a_convolution(tile: int) -> None:
         np.testing.assert_allclose(found, np.correlate(pixels, taps, "valid"), atol=1e-12)
 
 
-@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (7, 9), (6, 5), (1, 2), (1, 1), (13, 10), (3, 16)])
@@ -93,16 +92,16 @@ def test_pictures_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], known: bool, tile: int
 ) -> None:
     """Tiles may divide the picture or not, and edges are right in both."""
-    monkeypatch.setattr(ov, "rewrite", lambda model, sdk, _: convolve_by_tiles(model, sdk, largest=tile))
+    take_all(monkeypatch, tile)
     path = convolution(tmp_path / "m.onnx", kernel(6, 5), size if known else ("height", "width"))
-    assert points(path, tile) == (tile + 2) ** 2
+    assert points(path, tile, channels=1, tiles=1) == (tile + 2) ** 2
     x = RNG.standard_normal((2, 5, *size)).astype(np.float32)
     np.testing.assert_allclose(received(path, x), expected(path, x), atol=1e-5)
 
 
-@pytest.mark.usefixtures("few")
-def test_one_model_takes_all_sizes(tmp_path: Path) -> None:
+def test_one_model_takes_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was compiled without a size takes one after the other, with any number of pictures."""
+    take_all(monkeypatch, 4)
     path = convolution(tmp_path / "m.onnx", kernel(6, 5), ("height", "width"))
     with OpenVinoEngine(path) as engine:
         for shape in ((1, 5, 8, 8), (3, 5, 7, 4), (1, 5, 2, 9)):
@@ -132,7 +131,6 @@ def test_only_where_it_is_worth_it(
     assert points(convolution(tmp_path / "m.onnx", weights, lengths), largest) == wanted
 
 
-@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(
     ("taps", "attributes"),
     [
@@ -147,14 +145,13 @@ def test_only_where_it_is_worth_it(
 def test_other_convolutions_are_left(tmp_path: Path, taps: int, attributes: dict[str, Any]) -> None:
     """Only kernels of 3x3 with a pixel of padding, that skip nothing, are taken."""
     path = convolution(tmp_path / "m.onnx", kernel(6, 4, taps), (8, 8), **attributes)
-    assert convolve_by_tiles(_read_onnx(path), load_sdk(), largest=4) == 0
+    assert convolve_by_tiles(_read_onnx(path), load_sdk(), largest=4, channels=1, tiles=1) == 0
 
 
-@pytest.mark.usefixtures("few")
 def test_weights_that_are_not_fp32_are_left(tmp_path: Path) -> None:
     """Transformed kernels would be rounded to fp16 once more."""
     path = convolution(tmp_path / "m.onnx", kernel(6, 4).astype(np.float16), (8, 8))
-    assert points(path) == 0
+    assert points(path, channels=1, tiles=1) == 0
 
 
 def test_full_size_keeps_the_precision_of_fp32(tmp_path: Path) -> None:
@@ -180,9 +177,9 @@ def test_bf16_takes_small_tiles(tmp_path: Path) -> None:
     assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.01
 
 
-@pytest.mark.usefixtures("few")
-def test_weights_that_were_exchanged_are_transformed(tmp_path: Path) -> None:
+def test_weights_that_were_exchanged_are_transformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights put in place of a graph's own count, not those."""
+    take_all(monkeypatch, 4)
     path, other = convolution(tmp_path / "m.onnx", kernel(6, 5), (8, 8)), kernel(6, 5)
     wanted = convolution(tmp_path / "other.onnx", other, (8, 8))
     x = RNG.standard_normal((1, 5, 8, 8)).astype(np.float32)
