@@ -38,12 +38,14 @@ CACHES = ("read", "write", "off")
 AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime", "openvino")
 """Engines that ``"auto"`` chooses from, the best first.
 
-On a CPU, ONNX Runtime comes first. Of the emoji model in fp32, on two cores with AVX2, a step takes OpenVINO 1.09 times
-as long (1.15 times the processor's time on one thread, 1.13 with fixed lengths), and a bundle opens four times as fast
-unless its OpenVINO models are compiled already. OpenVINO is taken for what ONNX Runtime cannot compute, which is bf16,
-and for int8, see :func:`automatic`.
+On a CPU, ONNX Runtime comes first for small models. Of the emoji model in fp32, on two cores with AVX2, a step takes
+OpenVINO 1.09 times as long (1.15 times the processor's time on one thread, 1.13 with fixed lengths), and a bundle opens
+four times as fast unless its OpenVINO models are compiled already. When OpenVINO goes first is in :func:`automatic`.
 The providers for TensorRT are left out: they build at the first request.
 """
+
+LARGE = 400_000_000
+"""From so many bytes of weights on, in fp32, a U-Net has convolutions that OpenVINO computes in fewer operations."""
 
 # These take attention and group normalisation as single operators. ONNX Runtime's CUDA provider has no kernel for
 # GroupNormalization, had none for Attention until 2026, and lacks some of other operators' newest versions; what it
@@ -115,14 +117,34 @@ class EngineChoice:
     passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
-def automatic(precision: str | None) -> list[str]:
-    """Engines that ``"auto"`` chooses from for a precision, the best first; none for one that is unknown.
+def automatic(bundle: Bundle, settings: EngineSettings) -> list[str]:
+    """Engines that ``"auto"`` chooses from, the best first; none for a precision that is unknown.
 
-    In int8 OpenVINO goes before ONNX Runtime: a step of the emoji model takes 0.5 of fp32's time with VNNI and 0.7 to
-    1.0 without, and in ONNX Runtime 1.2 to 1.4 with or without.
+    OpenVINO goes before ONNX Runtime
+        - in int8: a step of the emoji model takes 0.5 of fp32's time with VNNI and 0.7 to 1.0 without, and in ONNX
+          Runtime 1.2 to 1.4 with or without;
+        - in fp32 for a U-Net of :data:`LARGE` weights, whose wide convolutions it computes by tiles, see
+          :mod:`latentrt.engines.ov_winograd`; not with ``low_memory``, where components are opened for every picture,
+          nor with ``switchable``, which ONNX Runtime alone can do.
+
+    Args:
+        bundle: What is to be opened.
+        settings: What is asked for.
     """
-    found = [name for name in AUTO if precision is None or precision in SUPPORTED[name]]
-    return sorted(found, key=lambda name: name == "onnxruntime") if precision == "int8" else found
+    found = [name for name in AUTO if settings.precision is None or settings.precision in SUPPORTED[name]]
+    first = settings.precision == "int8" or _tiles_pay(bundle, settings)
+    return sorted(found, key=lambda name: name == "onnxruntime") if first else found
+
+
+def _tiles_pay(bundle: Bundle, settings: EngineSettings) -> bool:
+    manifest = bundle.manifest
+    unet = manifest.components.get("unet_step") or manifest.components.get("unet")
+    if unet is None or settings.low_memory or settings.switchable or settings.precision not in (None, "fp32"):
+        return False
+    if _highest(unet) != "fp32":
+        return False
+    graph = choose_graph(unet, "openvino", "fp32")[1]
+    return sum(manifest.files[path].size for path in (graph.file, *graph.external)) >= LARGE
 
 
 def choose_engine(
@@ -147,7 +169,7 @@ def choose_engine(
     if settings.name != "auto":
         check_engine(settings.name, settings.precision)
         return EngineChoice(settings.name, "asked for")
-    candidates = automatic(settings.precision)
+    candidates = automatic(bundle, settings)
     if not candidates:
         check_precision(AUTO[0], settings.precision)  # says what there is
     passed_over: dict[str, str] = {}
@@ -186,7 +208,9 @@ def _why(bundle: Bundle, components: Iterable[str], settings: EngineSettings) ->
     if on_gpu:
         return f"the bundle has no plans for this {cuda_devices()[0].name}, and ONNX Runtime has CUDA"
     if name == "openvino":
-        beside = "onnxruntime" in automatic(settings.precision)
+        if _tiles_pay(bundle, settings):
+            return "the fastest for a U-Net of this size on a CPU"
+        beside = "onnxruntime" in automatic(bundle, settings)
         return f"{'the fastest' if beside else 'the one that computes'} in {settings.precision} on this CPU"
     return "the fastest on a CPU" if not cuda_devices() else "nothing else can use the GPU here"
 

@@ -306,6 +306,25 @@ def test_auto_with_int8(bundle: Bundle, machine: Machine) -> None:
     assert (choice.name, choice.passed_over["openvino"]) == ("onnxruntime", "openvino is missing")
 
 
+def test_auto_with_a_large_unet(bundle: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 OpenVINO goes first, unless what is asked for suits ONNX Runtime alone."""
+    graph = bundle.graph("unet_step", "opset20-fp32")
+    weights = sum(bundle.manifest.files[path].size for path in (graph.file, *graph.external))
+    monkeypatch.setattr(engine_choice, "LARGE", weights)
+    for precision in (None, "fp32"):
+        choice = choose_engine(bundle, PARTS, EngineSettings(precision=precision))
+        assert (choice.name, choice.reason) == ("openvino", "the fastest for a U-Net of this size on a CPU")
+        assert "onnxruntime" not in choice.passed_over
+    for settings in (EngineSettings(low_memory=True), EngineSettings(switchable=True)):
+        assert choose_engine(bundle, PARTS, settings).name == "onnxruntime"
+    machine.states["openvino"] = "missing"
+    choice = choose_engine(bundle, PARTS, EngineSettings())
+    assert (choice.name, choice.passed_over["openvino"]) == ("onnxruntime", "openvino is missing")
+    machine.states["openvino"] = "present"
+    monkeypatch.setattr(engine_choice, "LARGE", weights + 1)
+    assert choose_engine(bundle, PARTS, EngineSettings()).name == "onnxruntime"
+
+
 def test_auto_where_nothing_fits(bundle: Bundle, machine: Machine) -> None:
     """The last engine's reason is the error; an unknown precision is refused as such."""
     with pytest.raises(BundleError, match="no graph of text_encoder for openvino at fp16; it has opset20-fp32"):
