@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 _Pair = tuple[int, int]
 
-# Measured with OpenVINO 2026.4 on a processor with AVX-512: with fewer channels the transforms cost what they save.
+# By benchmarks/winograd.py; its table is in docs/loop.md. With fewer channels the transforms cost what they save.
 CHANNELS = 256
 """Fewest channels, of both sides, that are worth it."""
 TILES = 64
@@ -108,8 +108,8 @@ def convolve_by_tiles(
     Args:
         model: OpenVINO's model, changed in place.
         sdk: The Python module ``openvino``.
-        largest: Largest tile, 2 or 4. In bf16, what rounding loses is 6 times that of a plain convolution with 4, and
-            twice with 2.
+        largest: Largest tile, 2 or 4. In bf16, what rounding loses is 7 times that of a plain convolution with 4, and
+            2.3 times with 2.
         channels: Fewest channels that are worth it.
         tiles: Fewest tiles of a picture that are worth it.
 
