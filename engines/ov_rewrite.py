@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ov_winograd import convolve_by_tiles, is_plain_3x3
+from .ov_winograd import convolve_by_tiles, is_plain_3x3, largest_tile
 
 VERSION = 2
 """Goes up when a rewriting changes; a part of what decides a compiled model."""
@@ -23,7 +23,6 @@ VERSION = 2
 # first two and pixel i + 1 with the last.
 _TAPS = (((0,), (1, 2)), ((0, 1), (2,)))
 _LARGEST = 127.0  # of what 8 bits hold symmetrically
-_LARGEST_TILES = {"fp32": 4, "bf16": 2}  # larger ones lose too much to rounding in bf16
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def rewrite(model: Any, sdk: ModuleType, computed_in: str) -> int:
         How many places changed.
     """
     places = convolve_before_upsampling(model, sdk) + split_gates(model, sdk)
-    return places + convolve_by_tiles(model, sdk, largest=_LARGEST_TILES[computed_in])
+    return places + convolve_by_tiles(model, sdk, largest=largest_tile(computed_in))
 
 
 def convolve_before_upsampling(model: Any, sdk: ModuleType) -> int:

@@ -6,15 +6,18 @@ product of matrices, (m + 2)^2 of them in place of 9 m^2: 16 for 36 with m = 2, 
 "Arithmetic complexity of computations"; Lavin and Gray 2015, "Fast algorithms for convolutional neural networks",
 arXiv 1509.09308.)
 
-The transforms round, so larger tiles are for fp32 only. All of it is made of operators that OpenVINO has.
+The transforms round, so larger tiles are for fp32 only. All of it is made of operators that OpenVINO has. What is fast
+was measured on x86-64 with AVX-512 and without AMX, see :func:`largest_tile`.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +34,9 @@ TILES = 64
 """Fewest tiles of a picture: with fewer, transformed weights are read for too little work, and they take memory."""
 WIDE = 1024
 """From so many channels on (of both sides), pictures of unknown size are taken to have fewer tiles than that."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+_LARGEST = {"fp32": 4, "bf16": 2}  # in bf16 larger ones lose too much to rounding
 
 # The points at which polynomials are taken, and infinity. {0, 1, -1} is Lavin and Gray's. For tiles of 4 these round to
 # half of what their {0, 1, -1, 2, -2} does, since they keep the entries of all three matrices near 1 (the idea is that
@@ -92,6 +98,28 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     return found
 
 
+def largest_tile(computed_in: str) -> int:
+    """The largest tile to take on this processor, 0 for none.
+
+    Cases:
+        1. x86-64: 4 in fp32, 2 in bf16.
+        2. bf16 where there is AMX: none, since products are so fast there that moving pixels about may cost more than
+           they do. Nobody has measured it yet.
+        3. Other processors: none; on ARM OpenVINO's library has kernels of this kind itself.
+
+    Args:
+        computed_in: ``"fp32"`` or ``"bf16"``.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 0
+    return 0 if computed_in == "bf16" and _has_amx() else _LARGEST[computed_in]
+
+
+def _has_amx() -> bool:
+    """Whether the processor multiplies matrices of bf16 in tiles of its own; only Linux tells."""
+    return _CPUINFO.is_file() and "amx_bf16" in _CPUINFO.read_text(encoding="utf-8", errors="replace").split()
+
+
 def convolve_by_tiles(
     model: Any, sdk: ModuleType, *, largest: int, channels: int = CHANNELS, tiles: int = TILES
 ) -> int:
@@ -108,8 +136,8 @@ def convolve_by_tiles(
     Args:
         model: OpenVINO's model, changed in place.
         sdk: The Python module ``openvino``.
-        largest: Largest tile, 2 or 4. In bf16, what rounding loses is 7 times that of a plain convolution with 4, and
-            2.3 times with 2.
+        largest: Largest tile, 2 or 4, or 0 for none. In bf16, what rounding loses is 7 times that of a plain
+            convolution with 4, and 2.3 times with 2.
         channels: Fewest channels that are worth it.
         tiles: Fewest tiles of a picture that are worth it.
 

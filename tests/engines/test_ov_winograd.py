@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from latentrt.engines import ov
+from latentrt.engines import ov, ov_rewrite, ov_winograd
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions, _read_onnx, load_sdk
-from latentrt.engines.ov_winograd import CHANNELS, convolve_by_tiles, transforms
+from latentrt.engines.ov_winograd import CHANNELS, convolve_by_tiles, largest_tile, transforms
 
 RNG = np.random.default_rng(0)
 Array = NDArray[Any]
@@ -164,8 +164,9 @@ def test_full_size_keeps_the_precision_of_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ov.has_bf16(ov.load_core()), reason="this processor has no bf16")
-def test_bf16_takes_small_tiles(tmp_path: Path) -> None:
+def test_bf16_takes_small_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rounding loses is a few times what bf16 itself does."""
+    monkeypatch.setattr(ov_rewrite, "largest_tile", {"bf16": 2}.__getitem__)
     path = convolution(tmp_path / "m.onnx", kernel(320, 320), (32, 32))
     x = RNG.standard_normal((1, 320, 32, 32)).astype(np.float32)
     wanted, found = expected(path, x), received(path, x, "bf16")
@@ -185,3 +186,32 @@ def test_weights_that_were_exchanged_are_transformed(tmp_path: Path, monkeypatch
     x = RNG.standard_normal((1, 5, 8, 8)).astype(np.float32)
     with OpenVinoEngine(path, weights={"w": other}) as engine:
         np.testing.assert_allclose(next(iter(engine.run({"x": x}).values())), expected(wanted, x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "computed_in", "tile"),
+    [
+        ("x86_64", "avx2 avx512f", "fp32", 4),
+        ("AMD64", "avx512_bf16", "bf16", 2),
+        ("x86_64", "avx512_bf16 amx_bf16 amx_tile", "bf16", 0),
+        ("x86_64", "avx512_bf16 amx_bf16 amx_tile", "fp32", 4),
+        ("x86_64", None, "bf16", 2),
+        ("aarch64", "asimd bf16", "fp32", 0),
+    ],
+)
+def test_processors_that_were_not_measured_compute_plain_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str | None, computed_in: str, tile: int
+) -> None:
+    """Of x86-64, bf16 with AMX is left, and all other processors."""
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n")
+    monkeypatch.setattr(ov_winograd, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(ov_winograd.platform, "machine", lambda: machine)
+    assert largest_tile(computed_in) == tile
+
+
+def test_no_tile_leaves_all(tmp_path: Path) -> None:
+    """With 0, nothing changes."""
+    for name, lengths in (("known", (8, 8)), ("unknown", ("height", "width"))):
+        path = convolution(tmp_path / f"{name}.onnx", kernel(6, 4), lengths)
+        assert points(path, 0, channels=1, tiles=1) == 0
