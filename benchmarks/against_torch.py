@@ -1,13 +1,14 @@
 """A guided step of the denoiser, and decoding a picture: engines beside diffusers on the same weights, in one run.
 
-    python -m latentrt.benchmarks.against_torch BUNDLE --source SOURCE [--engine openvino:bf16]... [--torch fp32 bf16]
-        [--part step|decoder] [--size PIXELS] [--rounds N] [--json FILE]
+    python -m latentrt.benchmarks.against_torch BUNDLE --source SOURCE [--engine ENGINE:PRECISION[:plain]]...
+        [--torch fp32 bf16] [--part step|decoder] [--size PIXELS] [--rounds N] [--json FILE]
 
 ``latentrt bench`` measures whole pictures with every contender in a process of its own. Here all are in one process and
 take one step (or decode one picture) in turn, A B A B, so that ratios hold on a machine whose speed changes from minute
 to minute. Steps are those of one run: the same noise, texts, guidance and sampler, diffusers' own scheduler on its
 side; how far the latents are from diffusers' in fp32 at the end is told beside the times. Just before, the
-ceilings are measured: the most that products of matrices reach here in each precision.
+ceilings are measured: the most that products of matrices reach here in each precision. ``openvino:fp32:plain`` is an
+engine without convolutions by tiles (:mod:`latentrt.engines.ov_winograd`), to see what those save.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 from numpy.typing import NDArray
 
-from latentrt.engines import Engine
+from latentrt.engines import Engine, ov_rewrite
 from latentrt.exporter.components import Decoder
 from latentrt.exporter.source import Source
 from latentrt.exporter.targets import PORTABLE
@@ -103,8 +105,33 @@ class TorchSteps:
         return np.asarray(self._latents.float().numpy())
 
 
+@dataclass(frozen=True)
+class Way:
+    """An engine that takes part.
+
+    Attributes:
+        engine: Its name.
+        precision: What it computes in.
+        plain: Whether it computes no convolution by tiles.
+    """
+
+    engine: str
+    precision: str
+    plain: bool = False
+
+    def __str__(self) -> str:
+        return f"LatentRT, {self.engine} {self.precision}{', plain convolutions' if self.plain else ''}"
+
+    def open(self, bundle: Bundle, component: str, size: int) -> Engine:
+        """Open a component for pictures of a size, in pixels."""
+        cache = "off" if self.plain else "read"
+        settings = EngineSettings(self.engine, self.precision, engine_cache=cache, fixed_size=FixedSize(size, size, 1))
+        with patch.object(ov_rewrite, "largest_tile", lambda _: 0) if self.plain else nullcontext():
+            return make_engine(bundle, component, settings).open()
+
+
 def steps_of(
-    bundle: Bundle, source: Source, engines: Sequence[tuple[str, str]], dtypes: Sequence[str], size: int, steps: int
+    bundle: Bundle, source: Source, engines: Sequence[Way], dtypes: Sequence[str], size: int, steps: int
 ) -> tuple[dict[str, Contender], ExitStack]:
     """Contenders that take guided steps of one run, and what closes their engines."""
     manifest, stack = bundle.manifest, ExitStack()
@@ -116,16 +143,15 @@ def steps_of(
     texts = [random.standard_normal((1, TOKENS, width), np.float32) for _ in range(2)]
     contenders: dict[str, Contender] = {}
     noise: NDArray[np.float32] | None = None
-    for engine, precision in engines:
-        settings = EngineSettings(engine, precision, fixed_size=FixedSize(size, size, 1))
+    for way in engines:
         prompt, schedule, step = (
-            stack.enter_context(closing(make_engine(bundle, f"unet_{stage}", settings).open()))
+            stack.enter_context(closing(way.open(bundle, f"unet_{stage}", size)))
             for stage in ("prompt", "schedule", "step")
         )
         loop = FusedLoop(step, prompt, schedule)
         run = begin_run(loop, scheduler, texts, shape, steps, GUIDANCE)
         noise = run.latents / np.float32(run.plan.init_scale) if noise is None else noise
-        contenders[f"LatentRT, {engine} {precision}"] = Contender(_advancing(loop, run), _latents_of(run))
+        contenders[str(way)] = Contender(_advancing(loop, run), _latents_of(run))
     assert noise is not None
     for dtype in dtypes:
         unet = dataclasses.replace(source, dtype=_DTYPES[dtype]).load("unet")
@@ -143,16 +169,15 @@ def _latents_of(run: Run) -> Callable[[], NDArray[np.float32]]:
 
 
 def decoders(
-    bundle: Bundle, source: Source, engines: Sequence[tuple[str, str]], dtypes: Sequence[str], size: int
+    bundle: Bundle, source: Source, engines: Sequence[Way], dtypes: Sequence[str], size: int
 ) -> tuple[dict[str, Contender], ExitStack]:
     """Contenders that decode the same latents, and what closes their engines."""
     side, stack = size // bundle.manifest.latent.factor, ExitStack()
     latents = np.random.default_rng(0).standard_normal((1, bundle.manifest.latent.channels, side, side), np.float32)
     contenders: dict[str, Contender] = {}
-    for name, precision in engines:
-        settings = EngineSettings(name, precision, fixed_size=FixedSize(size, size, 1))
-        engine = stack.enter_context(closing(make_engine(bundle, "vae_decoder", settings).open()))
-        contenders[f"LatentRT, {name} {precision}"] = _decoding(engine, latents)
+    for way in engines:
+        engine = stack.enter_context(closing(way.open(bundle, "vae_decoder", size)))
+        contenders[str(way)] = _decoding(engine, latents)
     for dtype in dtypes:
         decoder = Decoder(dataclasses.replace(source, dtype=_DTYPES[dtype]).load("vae"))
         contenders[f"diffusers {dtype}"] = _torch_decoding(decoder, torch.from_numpy(latents).to(_DTYPES[dtype]))
@@ -254,7 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path, help="a bundle of a Stable Diffusion model")
     parser.add_argument("--source", type=Path, required=True, help="the diffusers directory that it was built from")
     parser.add_argument(
-        "--engine", action="append", metavar="ENGINE:PRECISION", help="takes part; may be repeated (openvino:fp32)"
+        "--engine",
+        action="append",
+        metavar="ENGINE:PRECISION",
+        help="takes part; may be repeated (openvino:fp32); with :plain behind it, without convolutions by tiles",
     )
     parser.add_argument("--torch", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="diffusers in (both)")
     parser.add_argument("--part", choices=("step", "decoder"), default="step", help="what is timed (%(default)s)")
@@ -262,11 +290,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
     arguments = parser.parse_args(argv)
-    engines = [tuple(each.split(":")) for each in arguments.engine or ["openvino:fp32"]]
+    named = [each.split(":") for each in arguments.engine or ["openvino:fp32"]]
     if arguments.rounds < 1 or arguments.size < 1:
         parser.error("--rounds and --size take numbers from 1")
-    if any(len(each) != 2 for each in engines):
+    if any(len(each) not in (2, 3) or each[2:] not in ([], ["plain"]) for each in named):
         parser.error("--engine takes an engine and a precision, such as openvino:bf16")
+    engines = [Way(engine, precision, bool(plain)) for engine, precision, *plain in named]
     bundle, source = Bundle.open(arguments.bundle), Source.open(arguments.source)
     if bundle.manifest.family != "stable-diffusion":
         parser.error(f"{arguments.bundle} is of the family {bundle.manifest.family}; give one of stable-diffusion")

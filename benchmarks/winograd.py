@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.engines.ov import has_bf16, load_core, load_sdk
+from latentrt.engines.errors import EngineUnavailableError
+from latentrt.engines.ov import OpenVinoOptions, has_bf16, load_core, load_sdk, require_precision
 from latentrt.engines.ov_winograd import convolve_by_tiles
 
 from .machine import describe, now
@@ -41,7 +42,7 @@ CASES = (
     (256, 256, 256, 1),
     (128, 128, 256, 1),
 )
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,24 @@ def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
         ``tiles``: by tile (``"0"`` is plain) the raw ``seconds``, their ``median`` with interval, and ``error``.
     """
     core = load_core()
+
+    def compiled(model: Any, precision: str) -> Any:
+        return core.compile_model(model, "CPU", OpenVinoOptions(precision).as_properties(has_bf16=has_bf16(core)))
+
     pixels = np.random.default_rng(1).standard_normal((case.pictures, case.inputs, case.side, case.side), np.float32)
-    exact = core.compile_model(model_of(case), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels)[0].copy()
+    exact = compiled(model_of(case), "fp32")(pixels)[0].copy()
     runs = {}
     for tile in TILES:
         model = model_of(case)
         if tile:
             convolve_by_tiles(model, load_sdk(), largest=tile, channels=1, tiles=1)
-        runs[tile] = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[precision]})
+        runs[tile] = compiled(model, precision)
     seconds: dict[int, list[float]] = {tile: [] for tile in TILES}
     errors = {}
     for turn in range(rounds + 1):
-        for tile, compiled in runs.items():
+        for tile, run in runs.items():
             begun = time.perf_counter()
-            found: NDArray[np.float32] = compiled(pixels)[0]
+            found: NDArray[np.float32] = run(pixels)[0]
             if turn:
                 seconds[tile].append((time.perf_counter() - begun) / LAYERS)
             errors[tile] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
@@ -135,7 +140,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m latentrt.benchmarks.winograd", description=__doc__.split("\n")[0])
-    parser.add_argument("--precision", nargs="+", choices=_HINTS, help="what is computed in (all that can be here)")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="what is computed in (all that can be here)")
     parser.add_argument(
         "--case", action="append", metavar="INPUTS,OUTPUTS,SIDE,PICTURES", help="a layer; may be repeated"
     )
@@ -148,10 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--case takes four numbers, such as 320,320,64,2")
     if arguments.rounds < 1 or any(min(vars(each).values()) < 1 for each in cases or ()):
         parser.error("--rounds and --case take numbers from 1")
-    can_bf16 = has_bf16(load_core())
-    if "bf16" in (arguments.precision or ()) and not can_bf16:
-        parser.error("this processor has no instructions for bf16 (AVX-512 BF16 or AMX)")
-    precisions = arguments.precision or (["fp32", "bf16"] if can_bf16 else ["fp32"])
+    precisions = arguments.precision or [each for each in PRECISIONS if each == "fp32" or has_bf16(load_core())]
+    try:
+        for precision in precisions:
+            require_precision(load_core(), precision)
+    except EngineUnavailableError as error:
+        parser.error(str(error))
     begun = now()
     results = [
         measure(case, precision, arguments.rounds)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ov_winograd import convolve_by_tiles, is_plain_3x3, largest_tile
+from .ov_graph import is_plain_3x3, replace
+from .ov_winograd import convolve_by_tiles, largest_tile
 
 VERSION = 2
 """Goes up when a rewriting changes; a part of what decides a compiled model."""
@@ -105,7 +106,7 @@ def _convolve_before(convolution: Any, sdk: ModuleType) -> bool:
     ]
     woven = op.depth_to_space(op.concat(phases, 1), "blocks_first", 2)
     woven.set_friendly_name(convolution.get_friendly_name())
-    _replace(convolution.output(0), woven.output(0))
+    replace(convolution.output(0), woven.output(0))
     return True
 
 
@@ -150,7 +151,7 @@ def _split_gate(split: Any, sdk: ModuleType) -> bool:
     ):
         half = Weights(np.ascontiguousarray(matrix), weights.stored, weights.axis)
         added = op.add(op.matmul(matmul.input_value(0), _constant(half, op), False, False), op.constant(vector.copy()))
-        _replace(split.output(place), added.output(0))
+        replace(split.output(place), added.output(0))
     return True
 
 
@@ -262,9 +263,3 @@ def _constant(weights: Weights, op: Any) -> Any:
     scales = np.maximum(largest / np.float32(_LARGEST), np.finfo(kind).tiny).astype(kind)
     stored = np.clip(np.rint(weights.values / scales.astype(np.float32)), -_LARGEST, _LARGEST).astype(np.int8)
     return op.multiply(op.convert(op.constant(stored), kind.name.replace("float", "f")), op.constant(scales))
-
-
-def _replace(old: Any, new: Any) -> None:
-    """Let everything that takes one value take another."""
-    for user in old.get_target_inputs():
-        user.replace_source_output(new)

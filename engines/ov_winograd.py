@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .ov_graph import is_plain_3x3, replace
+
 Matrix = NDArray[np.float64]
 _Pair = tuple[int, int]
 
@@ -171,14 +173,6 @@ def _tiles(height: int, width: int, size: int) -> int:
     return -(-height // size) * -(-width // size)
 
 
-def is_plain_3x3(convolution: Any) -> bool:
-    """Whether the kernel has 3x3 taps, with one pixel of padding on all sides and nothing skipped."""
-    attributes, kernel = convolution.get_attributes(), convolution.get_input_partial_shape(1)
-    ones = ("strides", "pads_begin", "pads_end", "dilations")
-    known = kernel.is_static and list(kernel.to_shape())[2:] == [3, 3]
-    return known and all(list(attributes[name]) == [1, 1] for name in ones)
-
-
 def _put(convolution: Any, sdk: ModuleType, by: Transforms, lengths: _Pair) -> None:
     """Put operators that compute the same in place of a convolution."""
     op, picture = sdk.opset13, convolution.input_value(0)
@@ -198,8 +192,7 @@ def _put(convolution: Any, sdk: ModuleType, by: Transforms, lengths: _Pair) -> N
         size = op.gather(op.shape_of(picture), op.constant([2, 3]), op.constant(0))
         woven = op.slice(woven, op.constant([0, 0]), size, op.constant([1, 1]), op.constant([2, 3]))
     woven.set_friendly_name(convolution.get_friendly_name())
-    for user in convolution.output(0).get_target_inputs():
-        user.replace_source_output(woven.output(0))
+    replace(convolution.output(0), woven.output(0))
 
 
 def _kernels(kernel: NDArray[np.float32], by: Transforms) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine
 from latentrt.engines.ov import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.ov_cache import ModelCache
+from latentrt.engines.ov_winograd import largest_tile
 from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import SDK_MODULES, TensorRTEngine
 from latentrt.engines.trt.cuda import cuda_devices
@@ -141,7 +142,7 @@ def _tiles_pay(bundle: Bundle, settings: EngineSettings) -> bool:
     unet = manifest.components.get("unet_step") or manifest.components.get("unet")
     if unet is None or settings.low_memory or settings.switchable or settings.precision not in (None, "fp32"):
         return False
-    if _highest(unet) != "fp32":
+    if _highest(unet) != "fp32" or not largest_tile("fp32"):
         return False
     graph = choose_graph(unet, "openvino", "fp32")[1]
     return sum(manifest.files[path].size for path in (graph.file, *graph.external)) >= LARGE

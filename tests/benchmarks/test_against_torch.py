@@ -27,7 +27,7 @@ def test_both_take_the_same_steps(
     monkeypatch.setattr(against_torch, "measure_ceilings", quick)
     monkeypatch.setattr(against_torch, "_REST", 0)
     report_file = tmp_path / "report.json"
-    engines = ["--engine", "openvino:fp32", "--engine", "onnxruntime:fp32"]
+    engines = ["--engine", "openvino:fp32", "--engine", "onnxruntime:fp32", "--engine", "openvino:fp32:plain"]
     options = ["--part", part, "--size", "32", "--rounds", "3", "--json", str(report_file)]
     assert main([str(tiny_bundles["sd1"]), "--source", str(tiny_sources["sd1"]), *engines, *options]) == 0
     report = json.loads(report_file.read_text())
@@ -35,11 +35,12 @@ def test_both_take_the_same_steps(
     assert list(rows) == [
         "LatentRT, openvino fp32",
         "LatentRT, onnxruntime fp32",
+        "LatentRT, openvino fp32, plain convolutions",
         "diffusers fp32",
         "diffusers bf16",
     ]
     assert all(len(row["seconds"]) == 3 for row in rows.values())
-    assert all(rows[name]["difference"] < 1e-4 for name in list(rows)[:2])
+    assert all(rows[name]["difference"] < 1e-4 for name in list(rows)[:3])
     assert 1e-4 < rows["diffusers bf16"]["difference"] < 0.2
     ours, theirs = rows["LatentRT, openvino fp32"], rows["diffusers fp32"]["seconds"]
     ratios = sorted(slow / fast for slow, fast in zip(theirs, ours["seconds"], strict=True))
@@ -52,6 +53,7 @@ def test_both_take_the_same_steps(
     [
         (["--rounds", "0"], "take numbers from 1"),
         (["--engine", "openvino"], "takes an engine and a precision"),
+        (["--engine", "openvino:fp32:fast"], "takes an engine and a precision"),
         (["--source", "emoji"], "was not built from"),
     ],
 )
