@@ -124,10 +124,10 @@ def automatic(bundle: Bundle, settings: EngineSettings) -> list[str]:
     OpenVINO goes before ONNX Runtime
         - in int8: a step of the emoji model takes 0.5 of fp32's time with VNNI and 0.7 to 1.0 without, and in ONNX
           Runtime 1.2 to 1.4 with or without;
-        - in fp32 for a U-Net of :data:`LARGE` weights, whose wide convolutions it computes by tiles, see
-          :mod:`latentrt.engines.ov_winograd`, where the processor is one for that (a step of Stable Diffusion 1.5's
-          size took 6.7 s without a fixed size, and 8.7 in ONNX Runtime); not with ``low_memory``, where components are opened for every picture,
-          nor with ``switchable``, which ONNX Runtime alone can do.
+        - in fp32 for a U-Net of :data:`LARGE` weights, whose wide convolutions it computes by tiles on processors that
+          are for it, see :mod:`latentrt.engines.ov_winograd` (a step of Stable Diffusion 1.5's size took 6.7 s without
+          a fixed size, and 8.7 in ONNX Runtime); not with ``low_memory``, where components are opened for every
+          picture, nor with ``switchable``, which ONNX Runtime alone can do.
 
     Args:
         bundle: What is to be opened.
