@@ -12,19 +12,19 @@ from typing import NoReturn
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt.cuda import cuda_devices
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import print_json
-from latentrt.runtime.engine_choice import choose_graph
-from latentrt.runtime.engine_probe import PRESENT, SUPPORTED, probe
+from latentrt.runtime.components.engine_choice import choose_graph
+from latentrt.runtime.components.engine_probe import PRESENT, SUPPORTED, probe
 from latentrt.runtime.families import family_of
-from latentrt.runtime.request import Request
+from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.samplers import SAMPLERS
 
-from .assemble import Assembly
-from .builds import build
-from .contenders import ON_CPU, Contender, chosen, ours
-from .contest import RELOADED, RESIDENT, Contest, Settings
-from .job import Job
+from .contest.assemble import Assembly
+from .contest.builds import build
+from .contest.contenders import ON_CPU, Contender, chosen, ours
+from .contest.job import Job
+from .contest.rounds import RELOADED, RESIDENT, Contest, Settings
 from .machine import describe
 from .peers.environments import default_root
 from .report.compare import compare, to_text
@@ -207,7 +207,7 @@ def _job(arguments: argparse.Namespace, folder: Path, bundle: Bundle | None) -> 
                 f"{bundle.path} holds a model of {bundle.manifest.family}; the programs that LatentRT is compared with "
                 f"are written for {COMPARED}, so give a bundle of that"
             )
-        request = Request.create(bundle.manifest, arguments.prompt, **asked)
+        request = create_request(bundle.manifest, arguments.prompt, **asked)
         family_of(bundle.manifest).plan(request)
         asked = {name: getattr(request, name) for name in asked}
     if arguments.threads < 0:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU; its providers for GPUs are in :mod:`.onnxrt_gpu`."""
+"""ONNX Runtime on the CPU; its providers for GPUs are in :mod:`latentrt.engines.onnxrt_gpu`."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class OnnxRuntimeEngine(BaseEngine):
     A session may run in many threads at once.
 
     Args:
-        path: The graph. It must have passed :meth:`latentrt.runtime.bundle.Bundle.graph_path`, since ONNX Runtime
-            itself opens whatever files a graph names.
+        path: The graph. It must have passed :meth:`latentrt.runtime.bundle.reader.Bundle.graph_path`, since ONNX
+            Runtime itself opens whatever files a graph names.
         options: Session settings.
         label: What messages call the engine.
         weights: Initializers to put in place of the graph's own, which it must have in another file. They must not be

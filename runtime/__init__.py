@@ -31,15 +31,16 @@ from latentrt.engines.errors import (
 )
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .control import Control
-    from .loop import Run
+    from .bundle.reader import Bundle
+    from .denoising.run import Run
+    from .inputs.refine import hand_over_options
+    from .output.previews import Preview
+    from .output.result import Result, StepInfo, Timings
     from .pipeline import Pipeline
-    from .previews import Preview
-    from .refine import hand_over_options
-    from .request import Request, RequestOptions
-    from .result import Result, StepInfo, Timings
-    from .tiling import Tiling
+    from .request.control import Control
+    from .request.options import RequestOptions
+    from .request.request import Request
+    from .vae.tiling import Tiling
 
 __all__ = [
     "Bundle",
@@ -71,18 +72,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bundle": "bundle",
-    "Control": "control",
+    "Bundle": "bundle.reader",
+    "Control": "request.control",
     "Pipeline": "pipeline",
-    "Preview": "previews",
-    "Request": "request",
-    "RequestOptions": "request",
-    "Result": "result",
-    "Run": "loop",
-    "StepInfo": "result",
-    "Tiling": "tiling",
-    "Timings": "result",
-    "hand_over_options": "refine",
+    "Preview": "output.previews",
+    "Request": "request.request",
+    "RequestOptions": "request.options",
+    "Result": "output.result",
+    "Run": "denoising.run",
+    "StepInfo": "output.result",
+    "Tiling": "vae.tiling",
+    "Timings": "output.result",
+    "create_request": "inputs.create",
+    "hand_over_options": "inputs.refine",
 }
 
 

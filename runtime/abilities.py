@@ -9,18 +9,19 @@ from typing import Any
 from latentrt.engines.errors import BundleError, InvalidRequestError
 from latentrt.engines.trt import SDK_MODULES
 
-from .bundle import Bundle
-from .control import controlnets_of
-from .engine_choice import ENGINES, EngineSettings, graph_for
-from .engine_probe import SUPPORTED
+from .bundle.manifest import IMAGE_ENCODER, SAFETY_CHECKER, Manifest
+from .bundle.reader import Bundle
+from .components.engine_choice import ENGINES, EngineSettings, graph_for
+from .components.engine_probe import SUPPORTED
+from .components.opening import components_for
+from .components.plans import planned
+from .denoising.plain import between_whole
 from .families import Family, family_of
-from .loop import between_whole
-from .manifest import IMAGE_ENCODER, SAFETY_CHECKER, Manifest
-from .opening import components_for
-from .plans import planned
-from .request import MAX_PIXELS, MAX_SIDE, Request
+from .inputs.create import create_request
+from .inputs.starting_image import tasks_of
+from .request.control import controlnets_of
+from .request.options import MAX_PIXELS, MAX_SIDE
 from .samplers import SAMPLERS
-from .tasks import tasks_of
 
 
 def abilities(bundle: Bundle) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
         "ip_adapter": IMAGE_ENCODER in manifest.components,
         "safety_checker": SAFETY_CHECKER in manifest.components,
         "samplers": _samplers(manifest, family, whole=_takes_whole_timesteps(manifest, family)),
-        "sizes": {"multiple": family.unit, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
+        "sizes": {"multiple": family.size_multiple, "longest": family.longest or MAX_SIDE, "pixels": MAX_PIXELS},
         "loops": [loop for loop in ("fused", "plain") if _has(bundle, loop)],
         "engines": _engines(bundle),
     }
@@ -58,7 +59,7 @@ def _takes_whole_timesteps(manifest: Manifest, family: Family) -> bool:
 
 def _samplers(manifest: Manifest, family: Family, *, whole: bool) -> list[str]:
     """Samplers that understand the model's scheduler and what it predicts, and visit whole timesteps where need be."""
-    found, usual = [], Request.create(manifest, "", seed=0)
+    found, usual = [], create_request(manifest, "", seed=0)
     for name in SAMPLERS:
         try:
             plan = family.plan(dataclasses.replace(usual, sampler=name))

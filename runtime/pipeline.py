@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -19,34 +18,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.device import DeviceArray, to_numpy
 from latentrt.engines.errors import EngineClosedError, EngineUnavailableError, InvalidRequestError
 
-from .batch import Batch
-from .bundle import Bundle
-from .cache import TensorCache
-from .control import Control
-from .controlnets import ControlNets
-from .decoding import decode_latents, encode_pixels
-from .embeddings import EXTRA_EMBEDDINGS, read_embeddings
-from .engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, most_pictures
+from .bundle.manifest import IMAGE_ENCODER, SAFETY_CHECKER, TINY_DECODER
+from .bundle.reader import Bundle
+from .components.engine_choice import EngineChoice, EngineSettings, FixedSize, choose_engine, most_pictures
+from .components.lora_switching import LoraEngines, read_loras
+from .components.offloading import Offloader, trim_memory
+from .components.opened import OpenedEngines
+from .components.opening import components_for, embedding_widths, load_tokenizers, make_loop, open_engines
+from .denoising.controlnets import ControlNets
+from .denoising.latent_preparation import begin_from, start_run
+from .denoising.loop import Loop, check_together
+from .denoising.run import PreparedLatents, Run
+from .engine_calls import Conditioning, Floats, outputs_of
 from .families import Text, family_of
-from .image_prompt import encode_picture, no_picture
-from .loop import Conditioning, Floats, Loop, Run, check_together, outputs_of, start_run
-from .lora import AppliedLora, Lora, Loras
-from .manifest import IMAGE_ENCODER, SAFETY_CHECKER, TINY_DECODER
-from .noise import Noise, SharedNoise, TorchGenerator
-from .opened import OpenedEngines
-from .opening import components_for, embedding_widths, fixed_size_of, load_tokenizers, make_loop, open_engines
-from .previews import PreviewOptions, Previews, take_previews
-from .request import Request, RequestOptions
-from .result import Result, StepInfo, Timings
-from .safety import check_pictures
-from .samplers import Plan
-from .switching import LoraEngines, read_loras
-from .tasks import Begun, begin_from
-from .tiling import Tiling
-from .turns import Turns, give_back
+from .inputs.batch import Batch
+from .inputs.create import fixed_size_of
+from .inputs.prepared import PreparedRequests
+from .lora.reading import AppliedLora, Lora, Loras
+from .output.previews import PreviewOptions, Previews, take_previews
+from .output.result import Result, StepInfo, Timings, stacked_registers
+from .output.safety_checker import check_pictures
+from .request.control import Control
+from .request.options import RequestOptions
+from .request.request import Request
+from .samplers.noise import Noise, SharedNoise, TorchGenerator
+from .text.textual_inversion import EXTRA_EMBEDDINGS, read_embeddings
+from .text_encoding.cache import TensorCache
+from .text_encoding.image_prompt import encode_picture, no_picture
+from .vae.decoding import decode_latents, encode_pixels
+from .vae.tiling import Tiling
 
 _T = TypeVar("_T")
 
@@ -55,16 +57,6 @@ LOOPS = ("auto", "fused", "plain")
 
 PROMPT_CACHE = 256 << 20
 """Bytes of encoded texts that a pipeline keeps unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Requests that were checked, before any engine ran, with what each has to encode."""
-
-    batch: Batch
-    plan: Plan
-    texts: list[list[Text]]
-    timings: Timings
 
 
 class DrawOptions(RequestOptions, PreviewOptions, total=False):
@@ -87,8 +79,10 @@ class Pipeline:
         engine_choice: Which engine that is, and why.
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
-        turns: What opens and closes the engines, if they are :class:`~latentrt.runtime.turns.TurnEngine`.
-        embeddings: By word of prompts, files with vectors that it stands for, see :mod:`latentrt.runtime.embeddings`.
+        turns: What opens and closes the engines, if they are
+        :class:`~latentrt.runtime.components.offloading.OffloadedEngine`.
+        embeddings: By word of prompts, files with vectors that it stands for, see
+        :mod:`latentrt.runtime.text.textual_inversion`.
         settings: What the engines were made with. Components that are not among them are opened so, once a request
             needs them, and those that LoRAs change; without it neither can be.
 
@@ -112,7 +106,7 @@ class Pipeline:
         engine_choice: EngineChoice | None = None,
         fixed_size: FixedSize | None = None,
         max_batch: int | None = None,
-        turns: Turns | None = None,
+        turns: Offloader | None = None,
         embeddings: Mapping[str, str | os.PathLike[str]] | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
@@ -172,8 +166,8 @@ class Pipeline:
 
         Args:
             path: Directory that ``latentrt build-engine`` wrote.
-            engine: One of :data:`~latentrt.runtime.engine_choice.ENGINES`, or ``"auto"`` for the best that can run
-                here; :attr:`engine_choice` says which that is, and why.
+            engine: One of :data:`~latentrt.runtime.components.engine_choice.ENGINES`, or ``"auto"`` for the best that
+                can run here; :attr:`engine_choice` says which that is, and why.
             precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"fp8"``, or ``None`` for the highest there is.
             threads: Threads inside an operator on a CPU; 0 is automatic.
             loop: ``"fused"`` runs the denoiser in stages, with guidance and the sampler's update inside its engine;
@@ -220,7 +214,7 @@ class Pipeline:
         settings = EngineSettings(engine, precision, threads, engine_cache, size, verify_hash, low_memory, switchable)
         components = components_for(bundle, loop)
         failed: dict[str, str] = {}
-        turns = Turns() if low_memory else None
+        turns = Offloader() if low_memory else None
         with ExitStack() as stack:
             while True:
                 choice = choose_engine(bundle, components, settings, failed)
@@ -262,11 +256,11 @@ class Pipeline:
         Args:
             prompt: What to draw.
             options: ``negative_prompt``, ``steps``, ``guidance``, ``seed``, ``sampler``, ``width``, ``height``,
-                ``images`` and so on: the fields of :class:`~latentrt.runtime.request.Request`. What is left out or
-                ``None`` is the bundle's default. Some are for models of some families alone.
+                ``images`` and so on: the fields of :class:`~latentrt.runtime.request.request.Request`. What is left
+                out or ``None`` is the bundle's default. Some are for models of some families alone.
                 ``latents``, ``[k, channels, h, w]``, take the place of the seed's noise; with ``denoising_start`` they
                 are those of a run that ended there with ``denoising_end``, of this model or of another.
-                ``on_preview`` is called with a :class:`~latentrt.runtime.previews.Preview` after every
+                ``on_preview`` is called with a :class:`~latentrt.runtime.output.previews.Preview` after every
                 ``preview_every`` calls of the denoiser. ``loras`` are those of this request alone, as for
                 :meth:`set_loras`; of what requests name themselves the last is kept open.
 
@@ -316,11 +310,13 @@ class Pipeline:
         pipe, rest = self._for(rest)
         return pipe._previewed(pipe._prepare(Batch.create, prompts, rest), previews)
 
-    def _single(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, Result]:
+    def _single(self, prepared: PreparedRequests, previews: Previews | None) -> Generator[StepInfo, None, Result]:
         (result,) = yield from self._previewed(prepared, previews)
         return result
 
-    def _previewed(self, prepared: _Prepared, previews: Previews | None) -> Generator[StepInfo, None, list[Result]]:
+    def _previewed(
+        self, prepared: PreparedRequests, previews: Previews | None
+    ) -> Generator[StepInfo, None, list[Result]]:
         if previews is None:
             return self._stream(prepared)
         draw = functools.partial(self._preview, prepared.batch.requests[0])
@@ -331,7 +327,7 @@ class Pipeline:
         images = self.preview(step, request.vae_tiling)
         return check_pictures(self.opened, images, "black")[0] if request.safety == "black" else images
 
-    def _stream(self, prepared: _Prepared) -> Generator[StepInfo, None, list[Result]]:
+    def _stream(self, prepared: PreparedRequests) -> Generator[StepInfo, None, list[Result]]:
         try:
             runs, timings = self._start(prepared), prepared.timings
             first = runs[0]
@@ -341,7 +337,7 @@ class Pipeline:
                 self._take_step(runs, self.loop)
                 timings.step.append(time.perf_counter() - begin)
                 scale = 1.0 if first.done else float(first.plan.input_scale[first.index])
-                timestep, registers = float(first.plan.timesteps[index]), _registers(runs)
+                timestep, registers = float(first.plan.timesteps[index]), stacked_registers(runs)
                 yield StepInfo(index, total, timestep, timings.step[-1], registers, scale)
             begin = time.perf_counter()
             latents = np.concatenate([run.latents for run in runs])
@@ -470,7 +466,7 @@ class Pipeline:
             with self._lock:
                 for name in ("opened", "loop", "loras", "_texts", "_changed"):
                     setattr(self, name, getattr(new, name))
-        give_back()  # what the weights before took, unless a request is under way
+        trim_memory()  # what the weights before took, unless a request is under way
 
     def _for(self, options: Mapping[str, Any]) -> tuple[Pipeline, dict[str, Any]]:
         """The pipeline as it stands, or with the LoRAs that a request names, and the request's other options."""
@@ -507,7 +503,7 @@ class Pipeline:
         new.loras = wanted
         return new
 
-    def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> _Prepared:
+    def _prepare(self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]) -> PreparedRequests:
         """Check everything that can be checked without an engine."""
         self._require_open()
         batch = create(self.manifest, prompts, self._sized(options))
@@ -535,7 +531,7 @@ class Pipeline:
                 "load a pipeline without fixed_size"
             )
         timings = Timings(schedule=planned - start, text_encoder=time.perf_counter() - planned)
-        return _Prepared(batch, plan, texts, timings)
+        return PreparedRequests(batch, plan, texts, timings)
 
     def _sized(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options of a request, with the fixed size where there is one."""
@@ -550,7 +546,7 @@ class Pipeline:
                 )
         return {**options, **fixed}
 
-    def _start(self, prepared: _Prepared) -> list[Run]:
+    def _start(self, prepared: PreparedRequests) -> list[Run]:
         """Encode the texts and begin the loop, with a run for each request."""
         timings, requests = prepared.timings, prepared.batch.requests
         first = requests[0]
@@ -581,7 +577,12 @@ class Pipeline:
         encoded = time.perf_counter()
         timings.text_encoder += encoded - begin - timings.prompt
         latent = self.manifest.latent
-        shape = (first.images, latent.channels, first.height // latent.factor, first.width // latent.factor)
+        shape = (
+            first.images,
+            latent.channels,
+            first.height // latent.vae_scale_factor,
+            first.width // latent.vae_scale_factor,
+        )
         latents = prepared.batch.latents
         runs = [
             start_run(request, prepared.plan, [next(conditioned) for _ in texts], shape, own, latents, begun)
@@ -595,7 +596,7 @@ class Pipeline:
         timings.schedule += time.perf_counter() - encoded
         return runs
 
-    def _begun(self, prepared: _Prepared, noise: list[Noise | None]) -> Begun | None:
+    def _begun(self, prepared: PreparedRequests, noise: list[Noise | None]) -> PreparedLatents | None:
         """What the one request with a picture begins with; its stream of noise goes on from there."""
         request, given = prepared.batch.requests[0], prepared.batch.given
         if given is None:
@@ -717,8 +718,3 @@ def _last(stream: Generator[StepInfo, None, _T]) -> _T:
         except StopIteration as stop:
             result: _T = stop.value
             return result
-
-
-def _registers(runs: Sequence[Run]) -> Floats | DeviceArray:
-    """The states of several runs as one; that of a single one where it is."""
-    return runs[0].registers if len(runs) == 1 else np.concatenate([to_numpy(run.registers) for run in runs])

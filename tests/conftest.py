@@ -201,9 +201,10 @@ def _build(
     ip_adapter: Path | None = None,
     safety_checker: Path | None = None,
 ) -> Path:
-    from latentrt.exporter.build import BuildRequest, build_bundle
-    from latentrt.exporter.controlnet import ControlNetFile
-    from latentrt.exporter.ip_adapter import IpAdapterFiles
+    from latentrt.exporter.adapters.controlnet import ControlNetFile
+    from latentrt.exporter.adapters.ip_adapter import IpAdapterFiles
+    from latentrt.exporter.builder.build import build_bundle
+    from latentrt.exporter.builder.request import BuildRequest
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.with_name(f"{output.name}.lock")):  # another worker may need it as well

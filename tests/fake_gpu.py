@@ -572,7 +572,7 @@ def add_plans(path: Any, module: Any, engine: str) -> None:
     """Put plans of all components into a bundle, and what they compute into a make-believe SDK."""
     from latentrt.engines.store import EngineStore, engine_key
     from latentrt.engines.trt import BuildOptions
-    from latentrt.runtime.bundle import Bundle
+    from latentrt.runtime.bundle.reader import Bundle
 
     bundle = Bundle.open(path)
     store, files = EngineStore(bundle.engines_directory), bundle.manifest.files
@@ -616,7 +616,7 @@ def installed(monkeypatch: Any, module: Any, cuda: FakeCuda, engine: str) -> Ite
     """Let ``latentrt`` find this SDK, this CUDA and an H100."""
     from latentrt.engines.trt import cuda as driver
     from latentrt.engines.trt import sdk, session
-    from latentrt.runtime import engine_choice, engine_probe, plans
+    from latentrt.runtime.components import engine_choice, engine_probe, plans
 
     with monkeypatch.context() as patched:
         for place in (session, plans, engine_probe, engine_choice):
@@ -635,7 +635,7 @@ def onnxruntime_on_cpu(monkeypatch: Any) -> Iterator[None]:
 
     from latentrt.engines import onnxrt_gpu
     from latentrt.engines.trt import cuda as driver
-    from latentrt.runtime import engine_choice, engine_probe
+    from latentrt.runtime.components import engine_choice, engine_probe
 
     real = onnxruntime.InferenceSession
 

@@ -20,13 +20,13 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from latentrt.exporter import construction
-from latentrt.exporter.build import tool_versions
+from latentrt.exporter.builder import construction
+from latentrt.exporter.builder.build import tool_versions
 from latentrt.exporter.components import Component
-from latentrt.exporter.layers import adaptable
-from latentrt.exporter.onnx_export import export_component
-from latentrt.exporter.targets import Form
-from latentrt.runtime.manifest import Graph
+from latentrt.exporter.graphs.export import export_component
+from latentrt.exporter.graphs.layers import adaptable
+from latentrt.exporter.graphs.targets import Form
+from latentrt.runtime.bundle.manifest import Graph
 
 
 def export_key(component: Component, form: Form) -> str:
@@ -98,7 +98,7 @@ class SharedExports:
             yield
 
     def export(self, component: Component, form: Form, directory: Path) -> Graph:
-        """What :func:`latentrt.exporter.onnx_export.export_component` does, or a copy of what it did."""
+        """What :func:`latentrt.exporter.graphs.export.export_component` does, or a copy of what it did."""
         kept = self.folder / export_key(component, form)[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.with_suffix(".lock")):  # another worker may need it as well

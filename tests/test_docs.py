@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.runtime.cli import COMMANDS
-from latentrt.runtime.images import SAMPLER_LABELS
+from latentrt.runtime.images.png import SAMPLER_LABELS
 from latentrt.runtime.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent

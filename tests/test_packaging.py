@@ -19,11 +19,9 @@ LAYERS = ("engines", "runtime", "exporter", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_package_list_is_the_tree() -> None:
-    """Every folder of a layer that holds modules is a package, and every package is listed, in order."""
+def test_every_folder_with_modules_is_a_package() -> None:
+    """setup.py finds packages by a scan, and a scan passes over a folder without ``__init__.py``."""
     folders = {path.parent for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
-    packages = [f"latentrt.{'.'.join(folder.relative_to(ROOT).parts)}" for folder in folders]
-    assert PROJECT["tool"]["setuptools"]["packages"] == sorted(packages)
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
@@ -43,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     copy = tmp_path_factory.mktemp("tree")
     for name in (*LAYERS, "tests", "examples/emoji/training"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)

@@ -1,4 +1,5 @@
 """Other runtimes that LatentRT is measured against, each a program in a virtual environment of its own.
 
-Their programs must not import anything of LatentRT, which is not installed there; :mod:`.wire` is all they share.
+Their programs must not import anything of LatentRT, which is not installed there;
+:mod:`latentrt.benchmarks.peers.wire` is all they share.
 """

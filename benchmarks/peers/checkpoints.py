@@ -1,6 +1,6 @@
 """What conversions of a checkpoint have in common: what they are known by, and names of tensors.
 
-Standard library only, as :mod:`.wire` is: this runs in environments without LatentRT.
+Standard library only, as :mod:`latentrt.benchmarks.peers.wire` is: this runs in environments without LatentRT.
 """
 
 from __future__ import annotations

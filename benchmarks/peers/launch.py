@@ -1,9 +1,10 @@
 """Start the program of a peer: ``<its environment>/bin/python .../peers/launch.py NAME``.
 
-With ``SOURCE TARGET`` after the name it converts a checkpoint and ends, see :mod:`.conversion`.
+With ``SOURCE TARGET`` after the name it converts a checkpoint and ends, see
+:mod:`latentrt.benchmarks.peers.conversion`.
 
-The folder is loaded as a package under a name of its own, from its path, so that the programs share :mod:`.wire` and no
-module here is found under the name of a library.
+The folder is loaded as a package under a name of its own, from its path, so that the programs share
+:mod:`latentrt.benchmarks.peers.wire` and no module here is found under the name of a library.
 """
 
 from __future__ import annotations

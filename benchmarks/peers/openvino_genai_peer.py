@@ -52,7 +52,7 @@ numpy.save(path, numpy.stack([torch.randn(shape, generator=generator).numpy() fo
 
 
 class Contender:
-    """OpenVINO GenAI, see :class:`.wire.Contender`."""
+    """OpenVINO GenAI, see :class:`latentrt.benchmarks.peers.wire.Contender`."""
 
     def __init__(self) -> None:
         self.genai: Any = None

@@ -67,7 +67,7 @@ _PACKAGES = ("stable-diffusion-cpp-python", "pillow", "numpy")
 
 
 class Contender:
-    """stable-diffusion.cpp, see :class:`.wire.Contender`."""
+    """stable-diffusion.cpp, see :class:`latentrt.benchmarks.peers.wire.Contender`."""
 
     def __init__(self) -> None:
         self.model: Any = None

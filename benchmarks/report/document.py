@@ -22,7 +22,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from latentrt.engines.errors import LatentRTError, OutputError
-from latentrt.runtime.images import check_target
+from latentrt.runtime.images.png import check_target
 
 SCHEMA = "latentrt-bench/1"
 """Name and version of the format; the value of a report's ``schema``."""

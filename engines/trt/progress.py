@@ -28,7 +28,7 @@ class _Phase:
 
 
 class BuildMonitor:
-    """Turns the SDK's nested phases into one number, and stops the build when told to.
+    """Offloader the SDK's nested phases into one number, and stops the build when told to.
 
     The SDK reports phases that lie within a step of their parent; their share of it counts as done. It swallows what
     a monitor raises, so nothing is raised inside its calls: an exception is kept for :meth:`check`.

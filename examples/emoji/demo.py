@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 
 from latentrt.runtime import Pipeline, Result
-from latentrt.runtime.images import sheet, write_png
+from latentrt.runtime.images.png import sheet, write_png
 
 
 def table(rows: Sequence[tuple[str, Result]]) -> str:

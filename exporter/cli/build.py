@@ -9,19 +9,22 @@ from pathlib import Path
 
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.engines.trt import Range, parse_ranges
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.manifest import PRECISIONS
+from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
-from latentrt.runtime.compile import compile_openvino
-from latentrt.runtime.engine_choice import FixedSize
-from latentrt.runtime.engine_probe import check_engine
+from latentrt.runtime.components.compile import compile_openvino
+from latentrt.runtime.components.engine_choice import FixedSize
+from latentrt.runtime.components.engine_probe import check_engine
+from latentrt.runtime.lora.reading import LoraFile
 
-from ..build import BuildReport, BuildRequest, BuiltEngine, build_bundle
-from ..calibration import PROMPTS, Calibration, read_prompts
-from ..controlnet import ControlNetFile
-from ..ip_adapter import IpAdapterFiles
-from ..lora import LoraFile
-from ..reduce import Quantization
-from ..targets import PRECISIONS, TARGETS
+from ..adapters.controlnet import ControlNetFile
+from ..adapters.ip_adapter import IpAdapterFiles
+from ..builder.build import BuildReport, build_bundle
+from ..builder.plans import BuiltEngine
+from ..builder.request import BuildRequest
+from ..graphs.targets import TARGETS
+from ..precision.calibration import PROMPTS, Calibration, read_prompts
+from ..precision.reduce import Quantization
 from .reading import add_reading, reading
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..single_file import PREDICTIONS
-from ..source import Reading
+from ..source.opening import Reading
+from ..source.single_file import PREDICTIONS
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

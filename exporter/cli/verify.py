@@ -8,19 +8,20 @@ from pathlib import Path
 
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.engines.store import EngineStore
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.manifest import PRECISIONS
+from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json
+from latentrt.runtime.lora.reading import LoraFile
 
-from ..bisect import RUNNERS, find_drift
-from ..controlnet import ControlNetFile, with_controlnets
-from ..ip_adapter import IpAdapterFiles, with_ip_adapter
-from ..lora import LoraFile, with_loras
-from ..safety_checker import with_safety_checker
-from ..source import Source
-from ..targets import PRECISIONS
-from ..tiny_vae import with_tiny_vae
-from ..verification import verify_bundle
-from ..verify import GATES
+from ..adapters.controlnet import ControlNetFile, with_controlnets
+from ..adapters.ip_adapter import IpAdapterFiles, with_ip_adapter
+from ..adapters.lora import with_loras
+from ..adapters.safety_checker import with_safety_checker
+from ..adapters.tiny_vae import with_tiny_vae
+from ..precision.bisect import RUNNERS, find_drift
+from ..source.opening import open_source
+from ..verification.bundle import verify_bundle
+from ..verification.components import GATES
 from .reading import add_reading, reading
 
 _SHOWN = 8
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _bisect(bundle, arguments)
     engines = EngineStore(bundle.engines_directory).records(verify_hash=True)
     loras = [LoraFile.parse(text) for text in arguments.lora]
-    source = with_loras(Source.open(arguments.source, reading(arguments)), loras)
+    source = with_loras(open_source(arguments.source, reading(arguments)), loras)
     source = with_tiny_vae(source, arguments.tiny_vae)
     source = with_controlnets(source, [ControlNetFile.parse(text) for text in arguments.controlnet])
     source = with_ip_adapter(source, IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder))

@@ -1,4 +1,4 @@
-"""The families of models that can be exported: one small module each, over what :mod:`.base` says a family is."""
+"""The families of models that can be exported: one small module each, on top of :mod:`.base`."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
-from latentrt.runtime.manifest import STAGES, Latent
+from latentrt.runtime.bundle.manifest import STAGES, Latent
 from latentrt.runtime.samplers import Plan, compile_plan
 
 from ..components import Component
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 Config = Mapping[str, Any]
 """A ``config.json``, bounded but otherwise not trusted."""
@@ -48,7 +48,7 @@ class TokenizerPart:
     Attributes:
         classes: What ``model_index.json`` may call its class.
         encoder: The text encoder that takes its ids.
-        kind: A key of :data:`latentrt.runtime.tokenizers.TOKENIZERS`.
+        kind: A key of :data:`latentrt.runtime.text.tokenizers.TOKENIZERS`.
         length: Ids of an encoded prompt; ``None`` is as many as the encoder has positions for.
     """
 
@@ -107,7 +107,7 @@ class Family(ABC):
         """
         return compile_plan(sampler, scheduler, steps)
 
-    def unit(self, source: Source) -> int:
+    def size_multiple(self, source: Source) -> int:
         """Pixels that width and height of a picture are multiples of."""
         return latent_factor(source.configs["vae"])
 
@@ -116,7 +116,7 @@ class Family(ABC):
         return {}
 
     def stages(self) -> tuple[str, ...]:
-        """Components that the denoiser is split into, see :mod:`latentrt.exporter.stages`."""
+        """Components that the denoiser is split into, see :mod:`latentrt.exporter.graphs.stages`."""
         return tuple(f"{self.denoiser}_{stage}" for stage in STAGES)
 
     def with_stages(self, name: str) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class Family(ABC):
         vae = source.configs["vae"]
         return Latent(
             channels=int(vae.get("latent_channels", 4)),
-            factor=latent_factor(vae),
+            vae_scale_factor=latent_factor(vae),
             scaling=float(vae.get("scaling_factor", 0.18215)),
             shift=float(vae.get("shift_factor") or 0.0),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from latentrt.engines.errors import SourceError
-from latentrt.runtime.request import MAX_SIDE
+from latentrt.runtime.request.options import MAX_SIDE
 
 from .base import Config
 

@@ -11,26 +11,17 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
-from latentrt.runtime.request import LONGEST_SEQUENCE, MAX_SIDE
+from latentrt.runtime.request.options import LONGEST_SEQUENCE, MAX_SIDE
 
 from ..components import Component, Roles, TextEncoder
 from .base import Config, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_vae, natural
 from .flow import FlowFamily
-from .parts import (
-    CLIP_TEXT,
-    CLIP_TOKENIZERS,
-    VAE,
-    autoencoder,
-    denoiser_axes,
-    embedding_ranges,
-    known,
-    text_encoder,
-)
+from .parts import CLIP_TEXT, CLIP_TOKENIZERS, VAE, autoencoder, denoiser_axes, embedding_ranges, known, text_encoder
 from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 TRANSFORMER = Part(
     ("FluxTransformer2DModel",),
@@ -203,7 +194,7 @@ class Flux(FlowFamily):
         if config.get("guidance_embeds", False):
             example["guidance_scale"] = torch.rand(2, generator=generator) * 7
             vectors = (*vectors, "guidance_scale")
-        rotation = Rotation(_axes(config), MAX_SIDE // self.unit(source))
+        rotation = Rotation(_axes(config), MAX_SIDE // self.size_multiple(source))
         return Component(
             name,
             FluxDenoiser(source.load(name), rotation),
@@ -219,9 +210,9 @@ class Flux(FlowFamily):
         embedded = source.configs["transformer"].get("guidance_embeds", False)
         return (self.steps, self.guidance) if embedded else (4, 1.0)
 
-    def unit(self, source: Source) -> int:
+    def size_multiple(self, source: Source) -> int:
         """Pixels of a token."""
-        return PATCH * super().unit(source)
+        return PATCH * super().size_multiple(source)
 
     def size(self, source: Source) -> tuple[int, int]:
         """The pipeline's; the configuration names none."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentrt.engines.trt import Range
-from latentrt.runtime.prompts import MOST_CHUNKS
+from latentrt.runtime.text.chunks import MOST_CHUNKS
 
 from ..components import Component, Decoder, Encoder
 from .base import Config, Part, latent_factor
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
-from latentrt.runtime.request import MAX_SIDE
+from latentrt.runtime.request.options import MAX_SIDE
 
 from ..components import Component, Roles
 from .base import Config, Family, Part, TokenizerPart, latent_factor
@@ -22,7 +22,7 @@ from .sdxl import CLIP_TEXT_PROJECTED, STATES, HiddenStates
 from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 TRANSFORMER = Part(
     ("SD3Transformer2DModel",),
@@ -148,9 +148,9 @@ class StableDiffusion3(FlowFamily):
             Roles("sample", "out_sample", conditioning, ("timestep",), self.vectors),
         )
 
-    def unit(self, source: Source) -> int:
+    def size_multiple(self, source: Source) -> int:
         """Pixels of a patch."""
-        return _patch(source) * super().unit(source)
+        return _patch(source) * super().size_multiple(source)
 
     def size(self, source: Source) -> tuple[int, int]:
         """As ``sample_size`` says, 128 latents unless it does."""
@@ -168,7 +168,7 @@ class StableDiffusion3(FlowFamily):
             **super().settings(source),
             "t5": _T5 in self.parts,
             "patch": _patch(source),
-            "largest_side": min(positions * self.unit(source), MAX_SIDE),
+            "largest_side": min(positions * self.size_multiple(source), MAX_SIDE),
         }
 
 

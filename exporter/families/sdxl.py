@@ -33,7 +33,7 @@ from .parts import (
 )
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 CLIP_TEXT_PROJECTED = Part(
     ("CLIPTextModelWithProjection",),

@@ -12,7 +12,7 @@ from .parts import CLIP_TOKENIZERS, UNET, VAE
 from .sdxl import CLIP_TEXT_PROJECTED, StableDiffusionXl
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 
 class StableDiffusionXlRefiner(StableDiffusionXl):

@@ -30,7 +30,7 @@ from .parts import (
 )
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 
 class StableDiffusion(Family):

@@ -11,7 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
-from latentrt.runtime.request import LONGEST_SEQUENCE
+from latentrt.runtime.request.options import LONGEST_SEQUENCE
 
 from ..components import Component
 from .base import Config, Part, TokenizerPart
@@ -19,7 +19,7 @@ from .checks import natural
 from .parts import LENGTH, TEXT_LENGTH, known
 
 if TYPE_CHECKING:
-    from ..source import Source
+    from ..source.source import Source
 
 _TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _EXAMPLE_LENGTH = 22

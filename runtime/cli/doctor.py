@@ -14,8 +14,8 @@ from latentrt.engines.errors import EngineUnavailableError
 from latentrt.engines.trt import SDK_MODULES, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices
 
-from ..engine_choice import AUTO
-from ..engine_probe import MISSING, PRESENT, SUPPORTED, probe
+from ..components.engine_choice import AUTO
+from ..components.engine_probe import MISSING, PRESENT, SUPPORTED, probe
 from .console import print_json, table
 
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")

@@ -11,23 +11,26 @@ from typing import Any
 
 from latentrt.engines.errors import InvalidRequestError
 
-from ..bundle import Bundle
-from ..control import Control
-from ..engine_choice import CACHES, ENGINES, EngineChoice
-from ..images import GenerationParameters, check_target, sheet, write_png
-from ..lora import LoraFile, Loras
-from ..manifest import PRECISIONS
-from ..pictures import PictureRecord
+from ..bundle.manifest import PRECISIONS
+from ..bundle.reader import Bundle
+from ..components.engine_choice import CACHES, ENGINES, EngineChoice
+from ..images.png import GenerationParameters, check_target, sheet, write_png
+from ..images.reading import PictureRecord
+from ..inputs.create import FAMILY_OPTIONS, TASK_OPTIONS
+from ..inputs.refine import HAND_OVER, hand_over_options
+from ..inputs.request_file import KEYWORD as REQUEST_KEYWORD
+from ..inputs.request_file import RequestFile, document, read_png, read_request, record
+from ..lora.reading import LoraFile, Loras
+from ..output.previews import PREVIEW_EVERY, Preview
+from ..output.result import Result, StepInfo
 from ..pipeline import LOOPS, Pipeline
-from ..previews import PREVIEW_EVERY, Preview
-from ..prompts import SYNTAXES
-from ..refine import HAND_OVER, hand_over_options
-from ..request import DECODERS, FAMILY_OPTIONS, SAFETY, TASK_OPTIONS, Request, RequestOptions
-from ..request_file import KEYWORD as REQUEST_KEYWORD
-from ..request_file import RequestFile, document, read_png, read_request, record
-from ..result import Result, StepInfo
+from ..request.control import Control
+from ..request.options import SAFETY, RequestOptions
+from ..request.request import Request
 from ..samplers import SAMPLERS
-from ..tiling import EDGES, Tiling
+from ..text.chunks import SYNTAXES
+from ..vae.decoding import DECODERS
+from ..vae.tiling import EDGES, Tiling
 from .console import bar, print_json, seconds
 from .task_arguments import LABELS, add_task_arguments, record_text
 

@@ -15,10 +15,10 @@ from latentrt.engines.base import nbytes
 from latentrt.engines.store import EngineStore
 
 from ..abilities import abilities as abilities_of
-from ..bundle import Bundle
+from ..bundle.manifest import STAGES, Manifest, controlled
+from ..bundle.onnx_guard import summarize
+from ..bundle.reader import Bundle
 from ..families import family_of
-from ..manifest import STAGES, Manifest, controlled
-from ..onnx_guard import summarize
 from .console import print_json, size, table
 
 
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     defaults, latent = manifest.defaults, manifest.latent
     print(f"{manifest.source.name}: {manifest.family}, {manifest.prediction_type}, licence {manifest.source.licence}")
     print(
-        f"latents: {latent.channels} channels, 1/{latent.factor} of the picture's size, scaling {latent.scaling:.5g}; "
+        f"latents: {latent.channels} channels, 1/{latent.vae_scale_factor} of the picture's size, "
+        f"scaling {latent.scaling:.5g}; "
         f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
         f"guidance {defaults.guidance:g}"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from ..pictures import PictureRecord
-from ..tasks import RESIZES
+from ..images.reading import PictureRecord
+from ..request.options import RESIZES
 
 LABELS: Mapping[str, str] = {"strength": "Denoising strength", "variation_strength": "Variation seed strength"}
 """What the web UI calls options of which it has another name."""

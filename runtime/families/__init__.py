@@ -1,4 +1,4 @@
-"""The families of models that can be run: one small module each, over what :mod:`.base` says a family is."""
+"""The families of models that can be run: one small module each, on top of :mod:`.base`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
-from ..manifest import Manifest
+from ..bundle.manifest import Manifest
 from .base import Family as Family
 from .base import Text as Text
 from .flux import Flux

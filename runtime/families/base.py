@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
-from ..manifest import STAGES, Manifest
-from ..prompts import cut, joined
+from ..bundle.manifest import STAGES, Manifest
 from ..samplers import Plan
-from ..tokenizers import PromptTokenizer
+from ..text.chunks import cut, joined
+from ..text.tokenizers import PromptTokenizer
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning, Floats
-    from ..request import Request
+    from ..engine_calls import Conditioning, Floats
+    from ..request.request import Request
 
 GUIDANCE = ("classifier-free", "embedded", "none")
 """How the scale of guidance acts: between two predictions, as an input of the denoiser, or not at all."""
@@ -83,7 +83,7 @@ class Family(ABC):
     """How much a picture that is given is changed unless a request says so, as in diffusers."""
     options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
-    :data:`latentrt.runtime.request.FAMILY_OPTIONS`."""
+    :data:`latentrt.runtime.inputs.create.FAMILY_OPTIONS`."""
     settings: ClassVar[Mapping[str, type]] = {}
     """What its manifests must say under ``settings``, with types, besides ``guidance``."""
 
@@ -118,9 +118,9 @@ class Family(ABC):
         return tuple(self.encoders)
 
     @property
-    def unit(self) -> int:
+    def size_multiple(self) -> int:
         """Pixels that width and height are multiples of."""
-        return self.manifest.latent.factor
+        return self.manifest.latent.vae_scale_factor
 
     @property
     def longest(self) -> int | None:
@@ -133,9 +133,9 @@ class Family(ABC):
         Raises:
             InvalidRequestError: if the sampler cannot do what is asked.
         """
-        return request.compile_plan(self.manifest.scheduler, left_out=self.left_out(request))
+        return request.compile_plan(self.manifest.scheduler, skipped_steps=self.skipped_steps(request))
 
-    def left_out(self, request: Request) -> int:
+    def skipped_steps(self, request: Request) -> int:
         """Steps to leave out, so as to change a picture that is given no more than the request's strength says."""
         if request.strength is None:
             return 0
@@ -251,7 +251,7 @@ class Family(ABC):
             outputs: By text encoder the outputs to take.
             tokenizers: Those of the bundle, by name.
             lengths: By text encoder the number of tokens, where it is not the tokenizer's own.
-            syntax: How the prompts are read, one of :data:`latentrt.runtime.prompts.SYNTAXES`.
+            syntax: How the prompts are read, one of :data:`latentrt.runtime.text.chunks.SYNTAXES`.
         """
         tokens, weights, truncated = {}, {}, 0
         for encoder, prompt in prompts.items():
@@ -267,7 +267,7 @@ class Family(ABC):
             truncated = max(truncated, tokenizer.count(prompt) - length)
         return Text(tokens, outputs, truncated, weights=weights)
 
-    def evened(self, texts: Sequence[Text], tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
+    def pad_to_same_chunks(self, texts: Sequence[Text], tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
         """Texts of the same number of chunks, since both sides of guidance share a call of the denoiser.
 
         Chunks of an empty prompt are put behind those that there are.

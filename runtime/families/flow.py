@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
-from ..manifest import Manifest
+from ..bundle.manifest import Manifest
 from ..samplers import Plan, flow_shift_mu
 from .base import Family
 
 if TYPE_CHECKING:
-    from ..request import Request
+    from ..request.request import Request
 
 SOLVERS = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde", "unipc", "deis")
 """Samplers of other models that run flow models too, where they are told so."""
@@ -75,15 +75,15 @@ class FlowFamily(Family):
         return int(self.manifest.settings["patch"])
 
     @property
-    def unit(self) -> int:
+    def size_multiple(self) -> int:
         """Pixels of a patch."""
-        return self.manifest.latent.factor * self.patch
+        return self.manifest.latent.vae_scale_factor * self.patch
 
     def sigmas(self, request: Request) -> Sequence[float] | None:
         """Noise levels to visit where the request names none; ``None`` leaves them to the sampler."""
         return None
 
-    def left_out(self, request: Request) -> int:
+    def skipped_steps(self, request: Request) -> int:
         """As diffusers' pipelines of these models count: a step that is taken in part is taken."""
         if request.strength is None:
             return 0
@@ -92,6 +92,10 @@ class FlowFamily(Family):
     def plan(self, request: Request) -> Plan:
         """The plan of the request's sampler, shifted by the picture's size where the model was trained so."""
         scheduler = self.manifest.scheduler
-        mu = flow_shift(scheduler, request.sampler, request.width // self.unit * (request.height // self.unit))
-        sigmas, left_out = self.sigmas(request), self.left_out(request)
-        return request.compile_plan(flow_scheduler(scheduler, request.sampler), sigmas=sigmas, mu=mu, left_out=left_out)
+        mu = flow_shift(
+            scheduler, request.sampler, request.width // self.size_multiple * (request.height // self.size_multiple)
+        )
+        sigmas, skipped_steps = self.sigmas(request), self.skipped_steps(request)
+        return request.compile_plan(
+            flow_scheduler(scheduler, request.sampler), sigmas=sigmas, mu=mu, skipped_steps=skipped_steps
+        )

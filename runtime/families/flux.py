@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..tokenizers import PromptTokenizer
+from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .flow import FlowFamily
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning, Floats
-    from ..request import Request
+    from ..engine_calls import Conditioning, Floats
+    from ..request.request import Request
 
 
 class Flux(FlowFamily):

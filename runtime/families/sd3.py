@@ -9,13 +9,13 @@ import numpy as np
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
-from ..tokenizers import PromptTokenizer
+from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .flow import FlowFamily
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning, Floats
-    from ..request import Request
+    from ..engine_calls import Conditioning, Floats
+    from ..request.request import Request
 
 _STATE, _EARLIER_STATE = "penultimate_hidden_state", "antepenultimate_hidden_state"
 _CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"

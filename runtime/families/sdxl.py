@@ -9,12 +9,12 @@ import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
-from ..tokenizers import PromptTokenizer
+from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning, Floats
-    from ..request import Request
+    from ..engine_calls import Conditioning, Floats
+    from ..request.request import Request
 
 _STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
 _NEGATIVE = ("negative_original_size", "negative_target_size")
@@ -52,7 +52,7 @@ class StableDiffusionXl(Family):
             zeros = empty and self.manifest.settings["force_zeros_for_empty_prompt"]
             negative = (request.negative_prompt, request.negative_prompt_2)
             found.insert(0, Text({}, {}) if zeros else self._text(*negative, 0, tokenizers, syntax))
-        return self.evened(found, tokenizers)
+        return self.pad_to_same_chunks(found, tokenizers)
 
     def _text(
         self,

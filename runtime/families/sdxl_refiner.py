@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..tokenizers import PromptTokenizer
+from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .sdxl import StableDiffusionXl
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning
-    from ..request import Request
+    from ..engine_calls import Conditioning
+    from ..request.request import Request
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """Scores of a request that gives none, as in diffusers."""

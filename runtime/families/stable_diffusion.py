@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..manifest import Manifest
+from ..bundle.manifest import Manifest
 from ..samplers import Plan
-from ..tokenizers import PromptTokenizer
+from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
 
 if TYPE_CHECKING:
-    from ..loop import Conditioning, Floats
-    from ..request import Request
+    from ..engine_calls import Conditioning, Floats
+    from ..request.request import Request
 
 _PENULTIMATE = "penultimate_hidden_state"
 
@@ -48,7 +48,7 @@ class StableDiffusion(Family):
             )
             for prompt, output in wanted
         ]
-        return self.evened(found, tokenizers)
+        return self.pad_to_same_chunks(found, tokenizers)
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
         """The guidance of a latent consistency model."""

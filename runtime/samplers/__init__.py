@@ -15,7 +15,7 @@ from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request, parse_request
 from .consistency import lcm, tcd
-from .cut import check_part, row_left_out, rows_of_part, steps_before
+from .cut import check_part, row_after_skipped, rows_of_part, steps_before
 from .ddim import ddim
 from .ddpm import ddpm
 from .deis import deis
@@ -113,7 +113,7 @@ def compile_plan(
     mu: float | None = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
-    left_out: int = 0,
+    skipped_steps: int = 0,
     strength: float | None = None,
 ) -> Plan:
     """Compile a sampler, a noise schedule and a number of steps into a plan.
@@ -133,7 +133,7 @@ def compile_plan(
         denoising_start: Fraction of the trained timesteps, counted from pure noise, at which the plan begins: with the
             latent of a run that ended there. A sampler that keeps a history begins with none. ``None`` is the start.
         denoising_end: Fraction at which it ends: the steps that begin after it are left out.
-        left_out: Steps to leave out at the start, in place of ``denoising_start``.
+        skipped_steps: Steps to leave out at the start, in place of ``denoising_start``.
         strength: Share of the distilled timesteps, from the last on, among which ``lcm`` and ``tcd`` choose theirs.
 
     Raises:
@@ -161,16 +161,16 @@ def compile_plan(
     try:
         with np.errstate(all="ignore"):
             plan = compiler(config, request)
-            if left_out:
-                first, last = row_left_out(plan, left_out, sampler), len(plan)
+            if skipped_steps:
+                first, last = row_after_skipped(plan, skipped_steps, sampler), len(plan)
             elif start is None and end is None:
                 return plan
             else:
                 first, last = rows_of_part(plan, start, end, _train_timesteps(sampler, config), sampler)
             if first and "begin" in accepts:
-                left_out, request = len(plan) - last, replace(request, begin=steps_before(plan, first))
+                skipped_steps, request = len(plan) - last, replace(request, begin=steps_before(plan, first))
                 plan = compiler(config, request)
-                first, last = 0, len(plan) - left_out
+                first, last = 0, len(plan) - skipped_steps
             return plan.part(first, last)
     except (ZeroDivisionError, OverflowError, np.linalg.LinAlgError) as error:
         raise InvalidRequestError(

@@ -83,14 +83,14 @@ def rows_of_part(
     return first, last
 
 
-def row_left_out(plan: Plan, left_out: int, sampler: str) -> int:
+def row_after_skipped(plan: Plan, skipped_steps: int, sampler: str) -> int:
     """The row that a run begins at which leaves steps out, so as to change a picture that is there.
 
     Steps are counted as diffusers' pipelines do it. They take the repeated call of ``pndm`` for a step.
 
     Args:
         plan: Of the whole run.
-        left_out: Steps to leave out.
+        skipped_steps: Steps to leave out.
         sampler: Its name.
 
     Raises:
@@ -99,12 +99,12 @@ def row_left_out(plan: Plan, left_out: int, sampler: str) -> int:
     begins = [row for row in range(len(plan)) if row not in plan.within]
     if sampler == "pndm":
         begins = [next((begin for begin in begins if begin >= row), len(plan)) for row in range(len(plan))]
-    if left_out >= len(begins) or begins[left_out] >= len(plan):
+    if skipped_steps >= len(begins) or begins[skipped_steps] >= len(plan):
         raise InvalidRequestError(
             f"none of the {len(plan) - len(plan.within)} steps of {sampler} would be taken: use more steps, or a "
             "higher strength"
         )
-    return begins[left_out]
+    return begins[skipped_steps]
 
 
 def steps_before(plan: Plan, row: int) -> int:

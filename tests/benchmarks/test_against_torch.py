@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks import against_torch
-from latentrt.benchmarks.against_torch import main
+from latentrt.benchmarks.studies import against_torch
+from latentrt.benchmarks.studies.against_torch import main
 
 
 @pytest.mark.heavy

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import assemble, cli, contest
-from latentrt.benchmarks.assemble import Assembly
-from latentrt.benchmarks.ceilings import measure_ceilings
-from latentrt.benchmarks.contenders import OURS, Contender
+from latentrt.benchmarks import cli
+from latentrt.benchmarks.contest import assemble
+from latentrt.benchmarks.contest import rounds as contest
+from latentrt.benchmarks.contest.assemble import Assembly
+from latentrt.benchmarks.contest.contenders import OURS, Contender
 from latentrt.benchmarks.report.document import read
+from latentrt.benchmarks.roofline.ceilings import measure_ceilings
 from latentrt.benchmarks.statistics import CONFIDENCE, median_interval, summarize, variation
 from latentrt.engines.errors import OutputError
 from latentrt.runtime.cli import main

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks.build_sd15_unet import CONFIGS, main
+from latentrt.benchmarks.checkpoints.stable_diffusion import CONFIGS
+from latentrt.benchmarks.studies.build_sd15_unet import main
 
 
 @pytest.mark.heavy
 def test_tiny_unet_is_built_and_measured(tmp_path: Path) -> None:
     """The benchmark exports and builds, and reports time, peak memory and sizes of both steps."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
-    command = [sys.executable, "-m", "latentrt.benchmarks.build_sd15_unet", "--size", "tiny"]
+    command = [sys.executable, "-m", "latentrt.benchmarks.studies.build_sd15_unet", "--size", "tiny"]
     command += ["--json", str(tmp_path / "report.json"), "--directory", str(tmp_path / "kept")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -11,12 +11,19 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.benchmarks import ceilings
-from latentrt.benchmarks.ceilings import CHAIN, PRECISIONS, last_cache, measure_ceilings, physical_cores, product_graph
-from latentrt.benchmarks.roofline import Work, count_model, place
-from latentrt.engines import ov
+from latentrt.benchmarks.roofline import ceilings
+from latentrt.benchmarks.roofline.ceilings import (
+    CHAIN,
+    PRECISIONS,
+    last_cache,
+    measure_ceilings,
+    physical_cores,
+    product_graph,
+)
+from latentrt.benchmarks.roofline.counting import Work, count_model, place
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
+from latentrt.engines.openvino import engine as ov
 
 SMALL: dict[str, Any] = {"seconds": 0.02, "sizes": (64, 96), "copied": 1 << 20}
 

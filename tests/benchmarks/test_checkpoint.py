@@ -10,10 +10,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from latentrt.benchmarks import random_weights
-from latentrt.benchmarks.checkpoint import main
-from latentrt.benchmarks.checkpoint_sd3 import TRANSFORMER
-from latentrt.exporter.source import Source
+from latentrt.benchmarks.checkpoints import random_weights
+from latentrt.benchmarks.checkpoints.sd3 import TRANSFORMER
+from latentrt.benchmarks.checkpoints.stable_diffusion import main
+from latentrt.exporter.source.opening import open_source
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "tokenizer"
 
@@ -33,7 +33,7 @@ def test_sdxl_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     theirs.set_progress_bar_config(disable=True)
     picture = theirs("a red apple", num_inference_steps=1, width=32, height=32, output_type="np").images
     assert np.isfinite(picture).all()
-    source = Source.open(tmp_path / "a")
+    source = open_source(tmp_path / "a")
     assert source.family.name == "stable-diffusion-xl"
     for part in source.configs:
         assert sum(weight.numel() for weight in source.load(part).parameters()) > 0
@@ -62,7 +62,7 @@ def test_sd3_without_t5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(random_weights, "SHARD_BYTES", 20_000)
     assert main([str(tmp_path / "a"), "--kind", "sd3", "--size", "tiny", "--tokenizer", str(TOKENIZER)]) == 0
     assert len(list((tmp_path / "a" / "transformer").glob("*.safetensors"))) > 2
-    source = Source.open(tmp_path / "a")
+    source = open_source(tmp_path / "a")
     assert (source.family.name, source.family.settings(source)["t5"]) == ("stable-diffusion-3", False)
     for part in source.configs:
         assert sum(weight.numel() for weight in source.load(part).parameters()) > 0

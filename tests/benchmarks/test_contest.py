@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import contest as module
-from latentrt.benchmarks.child import Child, ContenderError
-from latentrt.benchmarks.contenders import OURS, PEERS, Contender, chosen, known
-from latentrt.benchmarks.contest import Contest, Settings
-from latentrt.benchmarks.job import Job
+from latentrt.benchmarks.contest import rounds as module
+from latentrt.benchmarks.contest.child import Child, ContenderError
+from latentrt.benchmarks.contest.contenders import OURS, PEERS, Contender, chosen, known
+from latentrt.benchmarks.contest.job import Job
+from latentrt.benchmarks.contest.rounds import Contest, Settings
 from latentrt.engines.errors import InvalidRequestError
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_contender.py"))]

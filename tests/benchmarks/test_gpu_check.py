@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.benchmarks import gpu_check
-from latentrt.benchmarks.gpu_check import main, psnr
+from latentrt.benchmarks.studies import gpu_check
+from latentrt.benchmarks.studies.gpu_check import main, psnr
 from latentrt.engines.trt import session
 
 ENGINE = "tensorrt-rtx"

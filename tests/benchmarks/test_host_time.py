@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from latentrt.benchmarks.host_time import main, measure
+from latentrt.benchmarks.studies.host_time import main, measure
 
 
 def test_host_time_of_a_steered_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from scipy.stats import binom
 
-from latentrt.benchmarks.loadgen import SCENARIOS, LoadgenRun, fewest_queries, main, parse_detail, run_loadgen
+from latentrt.benchmarks.mlperf.loadgen import SCENARIOS, LoadgenRun, fewest_queries, main, parse_detail, run_loadgen
 from latentrt.engines import Array, FakeEngine, TensorSpec
 from latentrt.engines.errors import EngineError, EngineUnavailableError, InvalidRequestError, OutputError
 from latentrt.runtime import Bundle, Pipeline, Run
@@ -293,7 +293,14 @@ def test_a_loadgen_that_dies_is_reported(fast: Callable[..., Pipeline], tmp_path
 
 def test_ctrl_c_ends_a_run_at_once(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:
     """Even while loadgen sleeps until the next query is due, minutes later; its process goes, too."""
-    command = [sys.executable, "-m", "latentrt.benchmarks.loadgen", str(tiny_bundles["sd1"]), "--scenario", "Server"]
+    command = [
+        sys.executable,
+        "-m",
+        "latentrt.benchmarks.mlperf.loadgen",
+        str(tiny_bundles["sd1"]),
+        "--scenario",
+        "Server",
+    ]
     command += ["--steps", "1", "--qps", "0.01", "--latency", "1", "--logs", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

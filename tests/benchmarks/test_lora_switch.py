@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks.lora_switch import main
+from latentrt.benchmarks.studies.lora_switch import main
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.build_sd15_unet import CONFIGS as SIZES
+from latentrt.benchmarks.checkpoints.stable_diffusion import CONFIGS as SIZES
 from latentrt.benchmarks.peers import stable_diffusion_cpp_peer as peer
 from latentrt.benchmarks.peers.wire import UnsupportedError
 

@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
-from latentrt.benchmarks.roofline import Work, bundle_work, count, count_model, place
+from latentrt.benchmarks.roofline.counting import Work, bundle_work, count, count_model, place
 from latentrt.engines import Engine
 from latentrt.engines.errors import BundleError, InvalidRequestError
 from latentrt.exporter.passes.quantize import FORMATS, find_layers, quantize
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.pipeline import Pipeline
 
 FORM = "opset20-fp32"
@@ -167,7 +167,7 @@ def test_exported_models_count_as_in_torch(tiny_sources: dict[str, Path], tiny_b
     text = CLIPTextModel.from_pretrained(source / "text_encoder")
     unet = UNet2DConditionModel.from_pretrained(source / "unet")
     vae = AutoencoderKL.from_pretrained(source / "vae")
-    factor = bundle.manifest.latent.factor
+    factor = bundle.manifest.latent.vae_scale_factor
     latent = (4, 32 // factor, 48 // factor)
     ids = torch.zeros((1, 77), dtype=torch.long)
     expected = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks.checkpoint import main as write
-from latentrt.benchmarks.step_time import main
-from latentrt.exporter.source import Source
+from latentrt.benchmarks.checkpoints.stable_diffusion import main as write
+from latentrt.benchmarks.studies.step_time import main
+from latentrt.exporter.source.opening import open_source
 
 
 @pytest.mark.heavy
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_random_weights(emoji_source: Path, tmp_path: Path, caps
     fingerprints = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert write([str(tmp_path / name), *flags, "--seed", seed]) == 0
-        fingerprints.append(Source.open(tmp_path / name).fingerprint)
+        fingerprints.append(open_source(tmp_path / name).fingerprint)
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     with pytest.raises(SystemExit, match="2"):
         write([str(tmp_path / "a"), *flags])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks.winograd import main
+from latentrt.benchmarks.studies.winograd import main
 
 
 def test_every_sample_is_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

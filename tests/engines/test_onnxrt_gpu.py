@@ -24,7 +24,8 @@ from latentrt.engines.device import DLPACK_CPU, DLPACK_CUDA, DeviceArray, to_num
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
 from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine, OnnxRuntimeGpuOptions, OrtArray
 from latentrt.engines.trt.cuda import CudaDevice
-from latentrt.runtime import Pipeline, engine_choice, engine_probe
+from latentrt.runtime import Pipeline
+from latentrt.runtime.components import engine_choice, engine_probe
 
 CUDA = "CUDAExecutionProvider"
 MODEL = """

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from latentrt.exporter import construction
+from latentrt.exporter.builder import construction
 from latentrt.exporter.components import Component
-from latentrt.exporter.targets import Form
-from latentrt.runtime.bundle import Bundle
-from latentrt.runtime.manifest import Graph
+from latentrt.exporter.graphs.targets import Form
+from latentrt.runtime.bundle.manifest import Graph
+from latentrt.runtime.bundle.reader import Bundle
 
 EditJson = Callable[..., None]
 

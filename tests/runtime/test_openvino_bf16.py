@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines import ov
-from latentrt.exporter.quality import GATES, picture_psnr
+from latentrt.engines.openvino import engine as ov
+from latentrt.exporter.precision.quality import GATES, picture_psnr
 from latentrt.runtime import Pipeline
-from latentrt.runtime.bundle import Bundle
-from latentrt.runtime.engine_choice import EngineSettings, make_engine
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.components.engine_choice import EngineSettings, make_engine
 
 pytestmark = pytest.mark.skipif(not ov.has_bf16(ov.load_core()), reason="this processor has no bf16")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines import ov, ov_rewrite
-from latentrt.engines.ov_winograd import convolve_by_tiles
-from latentrt.exporter.quality import GATES, picture_psnr
+from latentrt.engines.openvino import engine as ov
+from latentrt.engines.openvino import rewrite as ov_rewrite
+from latentrt.engines.openvino.winograd import convolve_by_tiles
+from latentrt.exporter.precision.quality import GATES, picture_psnr
 from latentrt.runtime import Pipeline
 
 BF16 = pytest.mark.skipif(not ov.has_bf16(ov.load_core()), reason="this processor has no bf16")

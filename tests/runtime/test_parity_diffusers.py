@@ -132,7 +132,7 @@ def test_pictures_of_odd_sizes_are_diffusers(
     diffusers' pipeline asks for multiples of 8 pixels whatever the autoencoder; its U-Net takes every size.
     """
     monkeypatch.setattr(pair.theirs, "check_inputs", lambda *args, **options: None)
-    factor = pair.ours["fused"].manifest.latent.factor
+    factor = pair.ours["fused"].manifest.latent.vae_scale_factor
     assert pair.compare("euler", size=(width * factor, height * factor), images=2, steps=3) >= GATE
 
 

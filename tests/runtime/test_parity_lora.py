@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.exporter.source import Source
+from latentrt.exporter.source.opening import open_source
 from latentrt.runtime import Pipeline
 
 STYLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "lora" / "blue-ink.safetensors"
@@ -74,7 +74,7 @@ def test_the_pictures_are_diffusers(
     case = CASES[kind]
     path = emoji_source if kind == "emoji" else tiny.source(kind)
     bundle = request.getfixturevalue("emoji_bundle") if kind == "emoji" else tiny.bundle(kind)
-    source, files = Source.open(path), [STYLE]
+    source, files = open_source(path), [STYLE]
     if case.layouts:
         files = [
             lora_files.write(getattr(lora_files, layout)(source, seed=seed), tmp_path / f"{layout}.safetensors")

@@ -28,9 +28,10 @@ from latentrt.engines.errors import (
     LatentRTError,
 )
 from latentrt.engines.trt.cuda import CudaDevice
-from latentrt.runtime import Bundle, Pipeline, Result, StepInfo, engine_choice
-from latentrt.runtime import opening as module
-from latentrt.runtime.engine_choice import EngineSettings, FixedSize
+from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
+from latentrt.runtime.components import engine_choice
+from latentrt.runtime.components import opening as module
+from latentrt.runtime.components.engine_choice import EngineSettings, FixedSize
 from latentrt.runtime.samplers import compile_plan, run_plan
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]

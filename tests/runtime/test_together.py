@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentrt.exporter.source import Source
+from latentrt.exporter.source.opening import open_source
 from latentrt.runtime import Control, Pipeline
 from latentrt.runtime.cli import main
-from latentrt.runtime.images import read_text
-from latentrt.runtime.request_file import KEYWORD
+from latentrt.runtime.images.png import read_text
+from latentrt.runtime.inputs.request_file import KEYWORD
 
 pytestmark = pytest.mark.heavy
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.heavy
 def lora(tiny: Any, lora_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA for U-Net and text encoder."""
     path = tmp_path_factory.mktemp("loras") / "style.safetensors"
-    return Path(lora_files.write(lora_files.peft(Source.open(tiny.source("sd1"))), path))
+    return Path(lora_files.write(lora_files.peft(open_source(tiny.source("sd1"))), path))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data import Picture, load_pictures, thumbnail
 
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.runtime import Pipeline
-from latentrt.runtime.images import sheet, write_png
+from latentrt.runtime.images.png import sheet, write_png
 
 
 def reconstruction_psnr(bundle: Path, pipe: Pipeline, pictures: list[Picture]) -> float:

@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 from data import load_pictures, thumbnail
 
-from latentrt.exporter.emulate import emulated
-from latentrt.exporter.quality import picture_psnr, picture_ssim
-from latentrt.exporter.targets import PORTABLE
+from latentrt.exporter.graphs.targets import PORTABLE
+from latentrt.exporter.precision.quality import picture_psnr, picture_ssim
+from latentrt.exporter.verification.emulate import emulated
 from latentrt.runtime import Pipeline
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.reader import Bundle
 
 LOWERED = f"{PORTABLE.name}, lowered to bf16"
 REFERENCE = "onnxruntime:fp32"

@@ -16,7 +16,7 @@ from latentrt.exporter.passes.lengths import measure_elsewhere
 from latentrt.exporter.passes.reshapes import reshape_by_own_lengths
 from latentrt.exporter.passes.stages import split_stages
 from latentrt.exporter.passes.update import fuse_update
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle.reader import Bundle
 
 Parse = Callable[[str], ir.Graph]
 Run = Callable[[ir.Graph, Mapping[str, NDArray[np.generic]]], dict[str, NDArray[np.generic]]]

@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from latentrt.exporter.observe import best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
 from latentrt.exporter.passes.borders import float_borders
 from latentrt.exporter.passes.islands import keep_fp32
 from latentrt.exporter.passes.quantize import FORMATS, find_layers, quantize, quantized_share, representable
 from latentrt.exporter.passes.smooth import factors, smooth, smoothable, smoothed_name
 from latentrt.exporter.passes.widen import round_values, widen
+from latentrt.exporter.precision.observe import best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
 
 Parse = Callable[[str], ir.Graph]
 Run = Callable[[ir.Graph, Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]

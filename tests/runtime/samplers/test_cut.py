@@ -218,10 +218,10 @@ WITH_NOISE = [*ONE_CALL, *TWO_CALLS, "lms", "pndm", "flow-euler"]
 def test_a_sample_gets_the_noise_that_diffusers_gives_it(sampler: str, strength: float) -> None:
     """A picture is brought to the step that diffusers' pipelines begin at, with as much noise as there."""
     scheduler = scheduler_of(sampler)
-    left_out = STEPS - int(STEPS * strength)
+    skipped_steps = STEPS - int(STEPS * strength)
     pipeline = SimpleNamespace(scheduler=scheduler)
     timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, STEPS, strength, "cpu")  # type: ignore[arg-type]
-    plan = compile_plan(sampler, config_of(sampler), STEPS, left_out=left_out)
+    plan = compile_plan(sampler, config_of(sampler), STEPS, skipped_steps=skipped_steps)
     assert abs(plan.timesteps[0] - float(timesteps[0])) < 0.02
     sample, noise = drawn(3)(), drawn(4)()
     add = getattr(scheduler, "scale_noise", None) or scheduler.add_noise
@@ -254,7 +254,7 @@ def test_a_strength_that_takes_no_step_is_refused() -> None:
     """The sentence says what to change."""
     for sampler, steps in (("euler", 4), ("heun", 4), ("pndm", 5)):
         with pytest.raises(InvalidRequestError, match=f"none of the 4 steps of {sampler} would be taken: use more"):
-            compile_plan(sampler, CONFIG, 4, left_out=steps)
+            compile_plan(sampler, CONFIG, 4, skipped_steps=steps)
     with pytest.raises(InvalidRequestError, match=r"strength is 0.1, which leaves 5 of the 50 timesteps"):
         compile_plan("lcm", CONFIG, 6, strength=0.1)
     with pytest.raises(InvalidRequestError, match="sampler 'euler' takes no strength"):

@@ -1,0 +1,1 @@
+"""Models of real size, made from published configurations with seeded random weights."""

@@ -1,0 +1,1 @@
+"""Contenders in turn, each in a process of its own."""

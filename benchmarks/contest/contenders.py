@@ -1,0 +1,146 @@
+"""Who can be measured: LatentRT's engines and precisions, and the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentrt.engines.errors import InvalidRequestError
+from latentrt.runtime.components.engine_probe import SUPPORTED
+
+OURS, PEER = "latentrt", "peer"
+"""Kinds of contenders."""
+
+ON_CPU = ("onnxruntime", "openvino")
+"""Engines that run on a CPU."""
+
+_TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "onnxruntime-cuda": "ONNX Runtime CUDA",
+    "onnxruntime-tensorrt": "ONNX Runtime TensorRT",
+    "onnxruntime-tensorrt-rtx": "ONNX Runtime TensorRT-RTX",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+}
+_COMPILING = ("openvino",)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to draw the job's picture.
+
+    Attributes:
+        name: As it is named on the command line and in reports, e.g. ``latentrt-openvino-bf16``.
+        label: For people.
+        kind: :data:`OURS` or :data:`PEER`.
+        program: Module of its program: one of :mod:`latentrt.benchmarks.peers`; ``None`` is LatentRT's worker.
+        environment: Name of the pinned list that its virtual environment is made from; ``None`` for LatentRT's own.
+        options: What its program is told beside the job.
+    """
+
+    name: str
+    label: str
+    kind: str
+    program: str | None = None
+    environment: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether opening compiles models that the bundle may keep."""
+        return self.options.get("engine") in _COMPILING
+
+
+def ours(engine: str, precision: str) -> Contender:
+    """LatentRT on one engine at one precision."""
+    options = {
+        "engine": engine,
+        "precision": precision,
+        "loop": "auto",
+        "engine_cache": "read",
+        "fixed_size": engine == "openvino",  # which is faster then
+    }
+    return Contender(
+        f"latentrt-{engine}-{precision}", f"LatentRT, {_TITLES[engine]} {precision}", OURS, options=options
+    )
+
+
+def _peer(name: str, label: str, program: str, environment: str, **options: Any) -> Contender:
+    return Contender(name, label, PEER, program, environment, options)
+
+
+PEERS = (
+    _peer("diffusers-fp32", "diffusers fp32", "diffusers_peer", "diffusers", dtype="fp32", compile=False),
+    _peer("diffusers-bf16", "diffusers bf16", "diffusers_peer", "diffusers", dtype="bf16", compile=False),
+    _peer(
+        "diffusers-fp32-compile",
+        "diffusers fp32, torch.compile",
+        "diffusers_peer",
+        "diffusers",
+        dtype="fp32",
+        compile=True,
+    ),
+    _peer(
+        "diffusers-bf16-compile",
+        "diffusers bf16, torch.compile",
+        "diffusers_peer",
+        "diffusers",
+        dtype="bf16",
+        compile=True,
+    ),
+    _peer("optimum-onnx-fp32", "Optimum-ONNX fp32", "optimum_onnx_peer", "optimum-onnx", dtype="fp32"),
+    _peer("openvino-genai-fp32", "OpenVINO GenAI fp32", "openvino_genai_peer", "openvino-genai", precision="fp32"),
+    _peer("openvino-genai-bf16", "OpenVINO GenAI bf16", "openvino_genai_peer", "openvino-genai", precision="bf16"),
+    _peer("openvino-genai-int8", "OpenVINO GenAI int8", "openvino_genai_peer", "openvino-genai", precision="int8"),
+    _peer(
+        "stable-diffusion.cpp-fp32",
+        "stable-diffusion.cpp fp32",
+        "stable_diffusion_cpp_peer",
+        "stable-diffusion-cpp",
+        dtype="fp32",
+    ),
+    _peer(
+        "stable-diffusion.cpp-fp16",
+        "stable-diffusion.cpp fp16",
+        "stable_diffusion_cpp_peer",
+        "stable-diffusion-cpp",
+        dtype="fp16",
+    ),
+    _peer(
+        "stable-diffusion.cpp-q8_0",
+        "stable-diffusion.cpp q8_0",
+        "stable_diffusion_cpp_peer",
+        "stable-diffusion-cpp",
+        dtype="q8_0",
+    ),
+)
+"""Every peer in every form that is measured."""
+
+REFERENCES = ("diffusers-fp32", "latentrt-onnxruntime-fp32", "latentrt-openvino-fp32")
+"""Whose picture and time the others are compared with: the first of these that took part."""
+
+
+def known() -> dict[str, Contender]:
+    """Every contender by name."""
+    engines = [ours(engine, precision) for engine, precisions in SUPPORTED.items() for precision in precisions]
+    return {contender.name: contender for contender in (*engines, *PEERS)}
+
+
+def chosen(names: Iterable[str]) -> list[Contender]:
+    """Contenders by name, each once; ``peers`` names all peers.
+
+    Raises:
+        InvalidRequestError: for a name that is not known.
+    """
+    table = known()
+    found: dict[str, Contender] = {}
+    for name in names:
+        if name == "peers":
+            found.update({peer.name: peer for peer in PEERS})
+        elif name in table:
+            found[name] = table[name]
+        else:
+            raise InvalidRequestError(f"unknown contender {name!r}; known contenders: peers, {', '.join(table)}")
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""Operations and bytes of a model beside what the processor can do."""

@@ -1,0 +1,1 @@
+"""Single measurements, each a program of its own."""

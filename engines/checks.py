@@ -1,0 +1,122 @@
+"""Validators of single values, for all layers: one rule for what a whole number, a number and a flag is.
+
+numpy's integers and floats count as numbers, and its booleans as flags, wherever Python's do. A boolean is never a
+number, and
+no number is NaN or infinite. Every message is one sentence: the name, what was received, what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from .errors import InvalidRequestError, LatentRTError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
+
+
+def show(value: object) -> str:
+    """A value as a message shows it: short, and safe for integers that Python itself refuses to print."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number: an ``int`` or one of numpy's integers, and no boolean."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite real number: Python's or numpy's, and no boolean."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer larger than any float
+        return False
+
+
+def check_integer(
+    name: str,
+    value: Any,
+    least: int,
+    most: int | None = None,
+    *,
+    error: type[LatentRTError] = InvalidRequestError,
+    hint: str = "",
+) -> int:
+    """A whole number from ``least`` to ``most``, as Python's ``int``.
+
+    Args:
+        name: What the message calls it.
+        value: What was received.
+        least: The smallest value that is allowed.
+        most: The largest value that is allowed; ``None`` sets no limit.
+        error: The class to raise.
+        hint: What to add to the message about a wrong range, after a space or punctuation of its own.
+
+    Raises:
+        LatentRTError: of class ``error``.
+    """
+    if not is_integer(value):
+        raise error(f"{name} is {show(value)}, expected a whole number")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        expected = f"{least} or more" if most is None else f"{least} to {most}"
+        raise error(f"{name} is {show(number)}, expected {expected}{hint}")
+    return number
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = 0,
+    most: float | None = None,
+    *,
+    error: type[LatentRTError] = InvalidRequestError,
+    hint: str = "",
+) -> float:
+    """A finite number from ``least`` to ``most``, as Python's ``float``; arguments as for :func:`check_integer`.
+
+    Raises:
+        LatentRTError: of class ``error``.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise error(f"{name} is {show(value)}, expected a number")
+    if not is_number(value) or value < least or (most is not None and value > most):
+        expected = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+        raise error(f"{name} is {show(value)}, expected {expected}{hint}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any, *, error: type[LatentRTError] = InvalidRequestError) -> bool:
+    """A truth value, Python's or numpy's; numbers and strings are none.
+
+    Raises:
+        LatentRTError: of class ``error``.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise error(f"{name} is {show(value)}, expected true or false")
+    return bool(value)
+
+
+def check_choice(
+    name: str, value: Any, known: Iterable[str], *, error: type[LatentRTError] = InvalidRequestError
+) -> str:
+    """One of a few words.
+
+    Raises:
+        LatentRTError: of class ``error``.
+    """
+    words = list(known)
+    if not isinstance(value, str) or value not in words:
+        expected = " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+        raise error(f"{name} is {show(value)}, expected {expected}")
+    return value

@@ -1,0 +1,1 @@
+"""OpenVINO: engine, cache of compiled models, rewrites of a model before it is compiled."""

@@ -1,0 +1,1 @@
+"""What goes beside or into a model: LoRA, ControlNet, IP-Adapter, safety checker, tiny VAE."""

@@ -1,0 +1,1 @@
+"""Building a bundle: exporting, checking, reducing precision, compiling plans."""

@@ -1,0 +1,1 @@
+"""From a torch module to checked ONNX graphs and the denoiser's stages."""

@@ -1,0 +1,1 @@
+"""Reduced precision: calibration, fp32 islands, quantisation, quality gates."""

@@ -1,0 +1,1 @@
+"""From an engine's name to opened engines of a bundle's components."""

@@ -1,0 +1,112 @@
+"""LoRAs that are put on and taken off while a pipeline serves: the engines of the components that they change."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+from latentrt.engines import Array, Engine
+from latentrt.engines.onnxrt import OnnxRuntimeEngine
+
+from ..bundle.reader import Bundle
+from ..families import Family
+from ..lora.reading import Lora, Loras, lora_files, read_lora
+from .engine_choice import EngineSettings, graph_for
+from .lora_weights import SpareMemory, changed_weights, target_of
+from .offloading import Offloader
+from .opening import open_engines
+
+
+def read_loras(bundle: Bundle, family: Family, given: Loras) -> list[Lora]:
+    """LoRAs that a caller gave, checked against the bundle's model.
+
+    Raises:
+        InvalidRequestError: if what is given is no list of files and scales.
+        SourceError: if a file is damaged, no LoRA, or one for another model.
+        BundleError: if the bundle does not say which layers it has.
+    """
+    files = lora_files(given)
+    target = target_of(bundle, family) if files else None
+    return [read_lora(target, file) for file in files] if target else []
+
+
+class LoraEngines:
+    """Opens components of a bundle with LoRAs added to the bundle's own weights. Serves many threads.
+
+    Args:
+        bundle: The bundle.
+        family: Its family.
+        settings: What engines are made with.
+        turns: What opens and closes them, if they take turns.
+        engines: What is open, without any LoRA.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        family: Family,
+        settings: EngineSettings,
+        turns: Offloader | None,
+        engines: Mapping[str, Engine],
+    ) -> None:
+        self._bundle, self._family, self._settings, self._turns = bundle, family, settings, turns
+        self._plain = dict(engines) if settings.switchable else {}  # stay open, whatever is put on
+        self._memory = SpareMemory()
+        self._known: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
+
+    def open(
+        self, engines: Mapping[str, Engine], loras: Sequence[Lora], changed: set[str]
+    ) -> tuple[dict[str, Engine], set[str]]:
+        """Engines as they are with other LoRAs; those that neither these nor the ones before change are the same.
+
+        Args:
+            engines: What is open.
+            loras: Are to be on.
+            changed: Components among these that have other weights than the bundle's.
+
+        Returns:
+            The engines, and which components have other weights than the bundle's now.
+        """
+        graphs = {name: graph_for(self._bundle, name, self._settings) for name in engines}
+        weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
+        components = [name for name in engines if name in weights or name in changed]
+        opened = self._opened(components, weights)
+        self._known.update([*opened.values(), *(engines[name] for name in components)])
+        return {**engines, **opened}, set(weights)
+
+    def _opened(self, components: Sequence[str], weights: Mapping[str, Mapping[str, Array]]) -> dict[str, Engine]:
+        """Engines of components with these weights: those that are open anyway, where nothing else is needed."""
+        found: dict[str, Engine] = {}
+        for name in components:
+            plain = self._plain.get(name)
+            if plain is not None and name not in weights:
+                found[name] = plain
+            elif isinstance(plain, OnnxRuntimeEngine) and weights[name].keys() <= plain.exchangeable.keys():
+                found[name] = engine = plain.with_weights(weights[name]).open()
+                weakref.finalize(engine, self._memory.keep, name, list(weights[name].values()))
+        rest = [name for name in components if name not in found]
+        return {**found, **open_engines(self._bundle, rest, self._settings, self._turns, weights)}
+
+    def opener(self, loras: Sequence[Lora], changed: set[str]) -> Callable[[str], Engine]:
+        """Opens the engine of a component that a request needs for the first time since these LoRAs were put on.
+
+        The component becomes one of those that were ``changed``, if they do change it.
+        """
+        return functools.partial(self._open_one, loras, changed)
+
+    def _open_one(self, loras: Sequence[Lora], changed: set[str], component: str) -> Engine:
+        graphs = {component: graph_for(self._bundle, component, self._settings)}
+        weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
+        if self._settings.switchable and component not in self._plain:
+            self._plain |= open_engines(self._bundle, [component], self._settings, self._turns)
+        engine = self._opened([component], weights)[component]
+        self._known.add(engine)
+        changed.update(weights)
+        return engine
+
+    def close(self) -> None:
+        """Close every engine that was opened or replaced here."""
+        for engine in [*self._known, *self._plain.values()]:
+            engine.close()
+        self._memory.close()

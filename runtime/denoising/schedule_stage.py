@@ -1,0 +1,45 @@
+"""The schedule stage: everything that depends on a run's timesteps alone, computed before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from latentrt.engines import Array, Engine
+
+from ..engine_calls import cast_feeds, to_host
+from .batching import joined
+from .run import Run
+
+TIMESTEPS_AT_ONCE = 64
+"""Most rows that the schedule stage is given in one call."""
+
+
+def schedule_table(schedule: Engine, run: Run) -> dict[str, Array]:
+    """Run a schedule stage on all timesteps of a run: by name ``[rows of the plan, 1 or texts, ...]``.
+
+    It may take vectors of the conditioning in; what it computes then differs between the texts.
+    """
+    vectors = [name for name in schedule.inputs if name != "timestep"]
+    texts = run.conditioning if vectors else run.conditioning[-1:]
+    feeds: dict[str, Array] = {"timestep": np.repeat(run.plan.timesteps, len(texts))}
+    for name in vectors:
+        feeds[name] = np.concatenate([text[name] for text in texts] * len(run))
+    feeds = cast_feeds(schedule, feeds)
+    table = joined(
+        to_host(schedule.run({name: values[first : first + TIMESTEPS_AT_ONCE] for name, values in feeds.items()}))
+        for first in range(0, len(feeds["timestep"]), TIMESTEPS_AT_ONCE)
+    )
+    return {name: values.reshape(len(run), len(texts), *values.shape[1:]) for name, values in table.items()}
+
+
+def schedule_rows(run: Run, table: Mapping[str, Array], samples: int) -> dict[str, Array]:
+    """What a schedule stage computed for the next step, for each row of some pictures."""
+    found: dict[str, Array] = {}
+    for name, values in table.items():
+        halves = values[run.index]  # one for all rows, or one for each text
+        if len(halves) == 2 and not run.guided:
+            halves = halves[1:]
+        found[name] = halves if samples == 1 else np.repeat(halves, samples, axis=0)
+    return found

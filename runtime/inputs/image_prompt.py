@@ -1,0 +1,40 @@
+"""Pictures as part of the prompt, for bundles that were built with an IP-Adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.engines.errors import InvalidRequestError
+
+from ..bundle.manifest import IMAGE_ENCODER, Manifest
+from ..images.reading import read_picture
+
+
+def take_image_prompt(
+    options: Mapping[str, Any], manifest: Manifest
+) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
+    """Take ``ip_adapter_image`` out of a request's options.
+
+    Returns:
+        The options with a record in the place of the picture, and the picture, uint8 ``[h, w, 3]``.
+
+    Raises:
+        InvalidRequestError: if it cannot be read, or the bundle has no IP-Adapter.
+    """
+    rest = {name: value for name, value in options.items() if name != "ip_adapter_image"}
+    given = options.get("ip_adapter_image")
+    if given is None:
+        if rest.get("ip_adapter_scale") is not None:
+            raise InvalidRequestError("ip_adapter_scale is given without ip_adapter_image; give both or neither")
+        return rest, None
+    if IMAGE_ENCODER not in manifest.components:
+        raise InvalidRequestError(
+            "ip_adapter_image is given, but the bundle has no IP-Adapter; build it again with --ip-adapter FILE "
+            "--image-encoder DIR"
+        )
+    picture = read_picture(given, "ip_adapter_image")
+    return {**rest, "ip_adapter_image": picture.record}, picture.pixels

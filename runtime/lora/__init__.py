@@ -1,0 +1,1 @@
+"""LoRA files: reading them, and the names of their tensors."""

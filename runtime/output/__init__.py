@@ -1,0 +1,1 @@
+"""What a run gives: results, previews, the safety checker's verdict."""

@@ -1,0 +1,213 @@
+"""ControlNets and IP-Adapters as sources: what is refused, and what is built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from latentrt.engines.errors import InvalidRequestError, SourceError
+from latentrt.engines.trt import Range
+from latentrt.exporter.adapters.controlled import control_ranges
+from latentrt.exporter.adapters.controlnet import ControlNetFile, residual_shapes, with_controlnets
+from latentrt.exporter.adapters.ip_adapter import IpAdapterFiles, with_ip_adapter
+from latentrt.exporter.model import load_component
+from latentrt.exporter.passes.residuals import chain_residuals, take_residuals
+from latentrt.exporter.source.opening import open_source
+from latentrt.runtime import Bundle
+from latentrt.runtime.cli import main
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "ControlNetUnionModel"}, "is a 'ControlNetUnionModel', expected ControlNetModel"),
+        ({"block_out_channels": [32, 128]}, r"'block_out_channels' is \[32, 128\], but that of sd1 is \[32, 64\]"),
+        ({"block_out_channels": "wide"}, "'block_out_channels' is 'wide'"),
+        ({"cross_attention_dim": 768}, "'cross_attention_dim' is 768, but that of sd1 is 32"),
+        ({"layers_per_block": 2}, "its layers are not those of sd1"),
+        ({"layers_per_block": "two"}, "'layers_per_block' is 'two'"),
+        ({"in_channels": 9}, "'in_channels' is 9, but latents of sd1 have 4"),
+        ({"conditioning_channels": 1}, "'conditioning_channels' is 1, expected 3"),
+        ({"controlnet_conditioning_channel_order": "gbr"}, "'gbr', expected rgb or bgr"),
+        ({"global_pool_conditions": True}, "pools its residuals"),
+        ({"class_embed_type": "projection"}, "'class_embed_type' is 'projection', which is not supported"),
+        ({"conditioning_embedding_out_channels": [16, 32, 96, 256]}, "8 times smaller, but latents of sd1 are 2 times"),
+        ({"conditioning_embedding_out_channels": [16, 10**5]}, "expected 1 to 7 whole numbers"),
+        ({"norm_num_groups": 10**9}, "'norm_num_groups' is 1000000000, which no model has"),
+        ({"act_fn": "boom"}, "does not describe a model"),
+        ({"norm_num_groups": 7}, "does not describe a model"),
+    ],
+)
+def test_a_controlnet_that_does_not_fit(tiny: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """One sentence names what is wrong, before weights are read."""
+    copy = Path(shutil.copytree(tiny.controlnet("sd1"), tmp_path / "edges"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SourceError, match=message):
+        with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", copy)])
+
+
+def test_controlnets_are_named(tiny: Any, tmp_path: Path) -> None:
+    """By the option, or after their directory; twice the same name, a bad one and a missing directory are refused."""
+    source, path = open_source(tiny.source("sd1")), tiny.controlnet("sd1")
+    assert ControlNetFile.parse(f"depth={path}") == ControlNetFile("depth", path)
+    assert ControlNetFile.parse(str(tmp_path / "Control_V11p.canny")).name == "control-v11p-canny"
+    (tmp_path / "a=b").mkdir()
+    assert ControlNetFile.parse(f"x={tmp_path / 'a=b'}").path == tmp_path / "a=b"
+    for name in ("", "Edges", "a_b", "-", "a" * 41):
+        with pytest.raises(InvalidRequestError, match="give one as NAME=DIR"):
+            ControlNetFile(name, path)
+    with pytest.raises(InvalidRequestError, match="two ControlNets are called 'edges'"):
+        with_controlnets(source, [ControlNetFile("edges", path)] * 2)
+    with pytest.raises(SourceError, match="does not exist"):
+        with_controlnets(source, [ControlNetFile("edges", tmp_path / "none")])
+    assert with_controlnets(source, []) is source
+    with pytest.raises(SourceError, match=r"it is one for another model|but that of sdxl is"):
+        with_controlnets(open_source(tiny.source("sdxl")), [ControlNetFile("edges", path)])
+    with pytest.raises(InvalidRequestError, match="family stable-diffusion-xl-refiner are not supported"):
+        with_controlnets(open_source(tiny.source("sdxl-refiner")), [ControlNetFile("edges", path)])
+
+
+def test_weights_of_a_controlnet_are_checked(tiny: Any, tmp_path: Path) -> None:
+    """What is missing is named when the weights are read."""
+    copy = Path(shutil.copytree(tiny.controlnet("sd1"), tmp_path / "edges"))
+    file = copy / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: values for name, values in tensors.items() if "mid_block" not in name}, file)
+    source = with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", copy)])
+    with pytest.raises(SourceError, match=r"weights of edges do not fit its config\.json"):
+        load_component(source, "controlnet_edges")
+
+
+def test_residuals_follow_the_levels() -> None:
+    """As many and as wide as diffusers has them, and ranges of compiled engines halve from level to level."""
+    shapes = residual_shapes({"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2})
+    assert len(shapes) == 13
+    assert shapes[0] == (320, "latent_height", "latent_width")
+    assert shapes[3] == (320, "latent_height_1", "latent_width_1")
+    assert shapes[-1] == (1280, "latent_height_3", "latent_width_3")
+
+
+def test_compiled_engines_of_controlnets_have_ranges(tiny: Any) -> None:
+    """Every stage has one for each of its symbols; lengths of lower levels are rounded up."""
+    source = with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", tiny.controlnet("sd1"))])
+    step = {"latent_height": Range(9, 17, 33), "latent_width": Range(16, 16, 16), "batch": Range(1, 1, 2)}
+    ranges = {"unet_prompt": {"batch": Range(1, 1, 1)}, "unet_schedule": {"batch": Range(1, 20, 64)}, "unet_step": step}
+    found = control_ranges(source, ranges, {"height": Range(18, 34, 66), "width": Range(32, 32, 32)})
+    parts = ("image", "prompt", "schedule", "step")
+    assert set(found) == {"unet_control_step", *(f"controlnet_edges_{part}" for part in parts)}
+    assert found["unet_control_step"]["latent_height_1"] == Range(5, 9, 17)
+    assert found["controlnet_edges_image"]["height"] == Range(18, 34, 66)
+
+
+def test_a_graph_without_skip_connections_takes_no_residuals() -> None:
+    """The message says how many were found; a chain wants as many outputs as shapes."""
+    value = ir.val("x", ir.DataType.FLOAT, ["batch", 4, "h", "w"])
+    graph = ir.Graph([value], [value], nodes=[], name="none", opset_imports={"": 20})
+    with pytest.raises(ValueError, match="has 0 skip connections, expected 1"):
+        take_residuals(graph, [(4, "h", "w")] * 2)
+    with pytest.raises(ValueError, match="has 1 outputs, expected 2"):
+        chain_residuals(graph, {"a": (4, "h", "w"), "b": (4, "h", "w")})
+
+
+@pytest.mark.heavy
+def test_a_bundle_of_all_that_steers_is_whole(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every graph is at its gate, the twins share the file of weights, and verify and inspect know them."""
+    path = tiny.controlled("sd1")
+    manifest = Bundle.open(path).manifest
+    assert all(
+        graph.file in manifest.quality for part in manifest.components.values() for graph in part.graphs.values()
+    )
+    for part in ("unet_step", "unet_control", "unet_control_step"):
+        assert manifest.components[part].graphs["opset20-fp32"].external == ("unet/model.onnx.data",)
+    adapter = tiny.ip_adapter("sd1")
+    given = [
+        "--controlnet",
+        f"edges={tiny.controlnet('sd1')}",
+        "--controlnet",
+        f"depth={tiny.controlnet('sd1', 'bgr')}",
+    ]
+    given += [
+        "--ip-adapter",
+        str(adapter / "ip-adapter.safetensors"),
+        "--image-encoder",
+        str(adapter / "image_encoder"),
+    ]
+    assert main(["verify", str(path), "--source", str(tiny.source("sd1")), *given, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["psnr_db"]
+    assert set(figures) == {file for file in manifest.quality if file.endswith(".onnx")}
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "ControlNets: depth edges" in told
+    assert "IP-Adapter: pictures may be part of prompts" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("image_proj.proj.weight", None, "of another kind"),
+        ("image_proj.norm.bias", None, "'image_proj.norm.bias' is missing"),
+        ("ip_adapter.3.to_k_ip.weight", None, "'ip_adapter.3.to_k_ip.weight' is missing"),
+        ("ip_adapter.3.to_k_ip.weight", np.zeros((2, 2), np.float32), r"has the shape \[2, 2\], expected \[32, 32\]"),
+        ("ip_adapter.99.to_k_ip.weight", np.zeros((2, 2), np.float32), "has no place in sd1"),
+        ("ip_adapter.1.to_k_lora.down.weight", np.zeros((2, 2), np.float32), "of another kind"),
+    ],
+)
+def test_an_ip_adapter_that_does_not_fit(tiny: Any, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    """One sentence names the tensor."""
+    given = tiny.ip_adapter("sd1")
+    tensors = load_file(given / "ip-adapter.safetensors")
+    tensors.pop(name, None)
+    save_file({**tensors, **({} if change is None else {name: change})}, tmp_path / "ip.safetensors")
+    with pytest.raises(SourceError, match=message):
+        with_ip_adapter(
+            open_source(tiny.source("sd1")), IpAdapterFiles(tmp_path / "ip.safetensors", given / "image_encoder")
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["CLIPModel"]}, r"'architectures' is \['CLIPModel'\]"),
+        ({"image_size": 4096}, "pictures have 4096 pixels a side"),
+        ({"patch_size": 64}, "patches 64"),
+        ({"projection_dim": 48}, "'image_proj.proj.weight' has the shape"),
+        ({"num_hidden_layers": 10**4}, "which no model has"),
+        ({"num_channels": 4}, "'num_channels' is 4, expected 3"),
+        ({"hidden_size": 33}, "does not describe a model"),
+    ],
+)
+def test_an_image_encoder_that_does_not_fit(tiny: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """One sentence names what is wrong."""
+    given = tiny.ip_adapter("sd1")
+    copy = Path(shutil.copytree(given / "image_encoder", tmp_path / "encoder"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SourceError, match=message):
+        with_ip_adapter(open_source(tiny.source("sd1")), IpAdapterFiles(given / "ip-adapter.safetensors", copy))
+
+
+def test_an_ip_adapter_comes_with_its_encoder(tiny: Any, tmp_path: Path) -> None:
+    """One without the other, pickled files, and models that take none are refused; none at all is fine."""
+    given, source = tiny.ip_adapter("sd1"), open_source(tiny.source("sd1"))
+    assert IpAdapterFiles.given(None, None) is None
+    with pytest.raises(InvalidRequestError, match="goes with its image encoder"):
+        IpAdapterFiles.given(given / "ip-adapter.safetensors", None)
+    (tmp_path / "ip.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"does not end with \.safetensors"):
+        with_ip_adapter(source, IpAdapterFiles(tmp_path / "ip.bin", given / "image_encoder"))
+    with pytest.raises(SourceError, match="does not exist"):
+        with_ip_adapter(source, IpAdapterFiles(tmp_path / "none.safetensors", given / "image_encoder"))
+    with pytest.raises(SourceError, match=r"the image encoder .* does not exist"):
+        with_ip_adapter(source, IpAdapterFiles(given / "ip-adapter.safetensors", tmp_path / "none"))
+    files = IpAdapterFiles(given / "ip-adapter.safetensors", given / "image_encoder")
+    with pytest.raises(InvalidRequestError, match="takes its guidance in"):
+        with_ip_adapter(open_source(tiny.source("lcm")), files)
+    assert with_ip_adapter(source, None) is source
