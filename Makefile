@@ -47,12 +47,12 @@ lint: $(VENV)/dev.stamp
 layers: $(VENV)/dev.stamp
 	$(BIN)/lint-imports --no-cache
 
-# mypy cannot follow the mapping of folders to packages in an editable installation, so it sees a plain one.
+# mypy cannot follow the mapping of folders to packages, but it follows links: in build/types the layers stand under their names.
+LAYERS := engines runtime exporter benchmarks
 types: $(VENV)/dev.stamp
-	rm -rf build/types build/lib
-	$(PIP) --no-deps --target build/types .
-	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
-		-p latentrt.engines -p latentrt.runtime -p latentrt.exporter -p latentrt.benchmarks
+	rm -rf build/types && mkdir -p build/types/latentrt
+	for layer in $(LAYERS); do ln -s "$(CURDIR)/$$layer" build/types/latentrt/; done
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml $(LAYERS:%=-p latentrt.%)
 
 pytest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
