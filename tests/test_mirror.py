@@ -1,0 +1,46 @@
+"""The tests mirror the rooms, so that whoever reads a module finds its tests without searching."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("benchmarks", "exporter", "runtime", "engines")
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def modules() -> list[str]:
+    """Modules with code of their own: no ``__init__``, and no old name that only re-exports."""
+    found = []
+    for layer in LAYERS:
+        for path in sorted((ROOT / layer).rglob("*.py")):
+            if path.name not in ("__init__.py", "__main__.py") and not first_line(path).startswith("Moved to"):
+                found.append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+FIRST_LINES = [first_line(path) for path in TESTS]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_has_its_tests(module: str) -> None:
+    """In a file of its name at its place below ``tests/``, or in one whose first line names the module."""
+    path = Path(module)
+    own = ROOT / "tests" / path.parent / f"test_{path.name}"
+    named = "/".join(path.parts[1:]) if len(path.parts) > 2 else module
+    assert own.is_file() or any(named in line for line in FIRST_LINES)
+
+
+@pytest.mark.parametrize("path", [path.relative_to(ROOT / "tests").as_posix() for path in TESTS])
+def test_a_folder_of_tests_is_a_room(path: str) -> None:
+    """No tests lie in a folder that mirrors nothing."""
+    folder = Path(path).parent
+    assert folder == Path() or (ROOT / folder).is_dir()
