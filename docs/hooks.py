@@ -5,6 +5,7 @@ A page says ``<!-- generated: KIND NAME -->`` on a line of its own, and the site
 - ``command build-engine``: the options of a command, from its parser
 - ``request options``: the fields of a request, from ``docs/request.schema.json``
 - ``dataclass module:Class``: the fields of a dataclass, from its docstring and its types
+- ``readme bench``: what the README has between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``
 - ``table NAME``: ``docs/data/NAME.json``, which a test writes
 """
 
@@ -25,6 +26,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from latentrt.runtime.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("engines", "runtime", "exporter", "benchmarks")
@@ -57,12 +60,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(columns), line(["---"] * len(columns)), *(line(row) for row in rows)])
 
 
-def command_parser(name: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of a command of ``latentrt``."""
-    from latentrt.runtime.cli import COMMANDS
-
-    parser = argparse.ArgumentParser(prog=f"latentrt {name}", add_help=False, allow_abbrev=False)
+def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of a command of ``latentrt``."""
     importlib.import_module(COMMANDS[name].module).add_arguments(parser)
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """A parser with the arguments of a command, and no others."""
+    parser = argparse.ArgumentParser(prog=f"latentrt {name}", add_help=False, allow_abbrev=False)
+    add_arguments(name, parser)
     return parser
 
 
@@ -77,11 +83,14 @@ def command_options(name: str) -> str:
         if action.option_strings:
             shown = action.option_strings[-1]
             if action.nargs != 0:
-                shown += f" {formatter._format_args(action, formatter._get_default_metavar_for_optional(action))}"
+                metavar = formatter._get_default_metavar_for_optional(action)
+                shown += f" {metavar if action.choices else formatter._format_args(action, metavar)}"
         else:
             shown = formatter._format_args(action, formatter._get_default_metavar_for_positional(action))
         text = formatter._expand_help(action) if action.help else ""
         notes = [text]
+        if action.choices:
+            notes.append(f"One of {', '.join(f'`{choice}`' for choice in action.choices)}.")
         if action.required and action.option_strings:
             notes.append("Required.")
         if isinstance(action, argparse._AppendAction) and "repeated" not in text:
@@ -152,12 +161,24 @@ def _without_roles(text: str) -> str:
 def data_table(name: str) -> str:
     """A table that a test keeps as JSON."""
     data = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
-    return table(data["columns"], data["rows"])
+    rows = [[f'<span class="long">{cell}</span>' if len(cell) > 40 else cell for cell in row] for row in data["rows"]]
+    return table(data["columns"], rows)
+
+
+def readme_part(name: str) -> str:
+    """A marked part of the README, for a page in ``docs/`` itself."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise PluginError(f"README.md has no part between {begin} and {end}")
+    part = text.partition(begin)[2].partition(end)[0].strip()
+    return re.sub(r"\]\((?!\w+:)", "](../", part)
 
 
 KINDS: dict[str, Callable[[str], str]] = {
     "command": command_options,
     "dataclass": dataclass_fields,
+    "readme": readme_part,
     "request": request_options,
     "table": data_table,
 }
