@@ -127,7 +127,7 @@ def _schema_type(value: Mapping[str, Any]) -> str:
         if "prefixItems" in value:
             return f"array of {len(value['prefixItems'])} {_schema_type(value['prefixItems'][0])}s"
         items = value.get("items", {})
-        return "array" if "anyOf" in items else f"array of {_schema_type(items)}s"
+        return f"array, each {_schema_type(items)}"
     if value.get("type") == "object" and value.get("properties"):
         return f"object with {', '.join(f'`{name}`' for name in value['properties'])}"
     return str(value.get("type", "any"))
@@ -139,12 +139,41 @@ def dataclass_fields(path: str) -> str:
     kind = getattr(importlib.import_module(module), name)
     said = _attributes(inspect.getdoc(kind) or "")
     rows = [
-        (f"`{each.metadata.get('key', each.name)}`", f"`{each.type}`", said.get(each.name, ""))
+        (f"`{each.metadata.get('key', each.name)}`", json_type(str(each.type)), said.get(each.name, ""))
         for each in dataclasses.fields(kind)
     ]
     if not any(meaning for *_, meaning in rows):
         return table(("key", "type"), [row[:2] for row in rows])
     return table(("key", "type", "meaning"), rows)
+
+
+_JSON = {"bool": "boolean", "float": "number", "int": "integer", "None": "null", "str": "string", "Any": "any value"}
+
+
+def json_type(annotation: str) -> str:
+    """An annotation of Python in the words of JSON; a dataclass keeps its name."""
+    either = _split(annotation, "|")
+    if len(either) > 1:
+        return " or ".join(json_type(each) for each in either)
+    match = re.fullmatch(r"(\w+)\[(.*)\]", annotation)
+    if match is None:
+        return _JSON.get(annotation, annotation)
+    inner = [each for each in _split(match[2], ",") if each != "..."]
+    if match[1] in ("Mapping", "dict"):
+        return f"object of {json_type(inner[-1])}"
+    return f"array of {json_type(inner[0])}"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def _attributes(docstring: str) -> dict[str, str]:
@@ -223,7 +252,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return match[0]
         place = _site_path(_normal(folder / target))
         if place is None:  # a file of the repository that the site does not have
-            return text if text.startswith("`") else f"{text} (`{_normal(folder / target)}`)"
+            path = f"`{_normal(folder / target)}`"
+            return path if text.strip("`") == path.strip("`") else f"{text} ({path})"
         return f"[{text}]({_relative(place, PurePosixPath(here).parent)}{anchor})"
 
     return _outside_code(_LINK, linked, GENERATED.sub(generated, markdown))

@@ -156,6 +156,20 @@ def test_the_table_of_request_fields_is_that_of_the_schema(hooks: ModuleType) ->
     assert rows == [name for name in schema["properties"] if name != "$schema"]
 
 
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        ("int", "integer"),
+        ("Mapping[str, Component]", "object of Component"),
+        ("tuple[str, ...]", "array of string"),
+        ("Mapping[str, bool | int] | None", "object of boolean or integer or null"),
+    ],
+)
+def test_types_are_shown_in_the_words_of_json(annotation: str, expected: str, hooks: ModuleType) -> None:
+    """A field's type is what JSON calls it."""
+    assert hooks.json_type(annotation) == expected
+
+
 def test_a_link_out_of_the_manual_becomes_what_the_site_has(hooks: ModuleType) -> None:
     """A page of the repository and raw figures are linked; of a source file the site has the name alone."""
 
