@@ -13,7 +13,7 @@ PROMPTS ?= "a red apple" "smiling face with sunglasses" "tropical fish" "hot bev
 DAY := $(shell date -u +%Y-%m-%d)
 BENCHED := latentrt-onnxruntime-fp32 latentrt-onnxruntime-int8 latentrt-openvino-fp32 latentrt-openvino-bf16 latentrt-openvino-int8 peers
 
-.PHONY: demo test bench bench-emoji bench-sd15 lint layers types pytest clean
+.PHONY: demo test bench bench-emoji bench-sd15 lint layers types docs pytest clean
 
 demo: $(VENV)/export.stamp
 	$(BIN)/latentrt build-engine examples/emoji --output build/emoji --guidance 4
@@ -53,6 +53,10 @@ types: $(VENV)/dev.stamp
 	rm -rf build/types && mkdir -p build/types/latentrt
 	for layer in $(LAYERS); do ln -s "$(CURDIR)/$$layer" build/types/latentrt/; done
 	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml $(LAYERS:%=-p latentrt.%)
+
+# The manual, as a site that needs no network: build/site/index.html.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 pytest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -80,9 +80,9 @@ class Pipeline:
         fixed_size: The only size that the engines take, if there is one.
         max_batch: Most pictures that the denoiser and the decoder are given at a time; ``None`` sets no limit.
         turns: What opens and closes the engines, if they are
-        :class:`~latentrt.runtime.components.offloading.OffloadedEngine`.
+            :class:`~latentrt.runtime.components.offloading.OffloadedEngine`.
         embeddings: By word of prompts, files with vectors that it stands for, see
-        :mod:`latentrt.runtime.text.textual_inversion`.
+            :mod:`latentrt.runtime.text.textual_inversion`.
         settings: What the engines were made with. Components that are not among them are opened so, once a request
             needs them, and those that LoRAs change; without it neither can be.
 

@@ -36,7 +36,7 @@ class UnsupportedError(Exception):
 class Contender(Protocol):
     """What is measured.
 
-    ``open`` and ``draw`` return what the harness is told, see ``docs/benchmarks.md``; both raise
+    ``open`` and ``draw`` return what the harness is told, see ``docs/how-to/benchmark.md``; both raise
     :class:`UnsupportedError` for what the library has not got.
     """
 

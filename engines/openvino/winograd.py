@@ -29,7 +29,7 @@ from .graph import is_plain_3x3, replace
 Matrix = NDArray[np.float64]
 _Pair = tuple[int, int]
 
-# By benchmarks/winograd.py; its table is in docs/loop.md. With fewer channels the transforms cost what they save.
+# By benchmarks/winograd.py; its table is in docs/benchmarks.md. With fewer channels the transforms cost what they save.
 CHANNELS = 256
 """Fewest channels, of both sides, that are worth it."""
 TILES = 64

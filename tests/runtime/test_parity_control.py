@@ -138,9 +138,8 @@ def expect(theirs: Theirs, variant: Variant) -> NDArray[np.uint8]:
 
 def table_of(doc_table: Any) -> Any:
     """The table in the manual."""
-    begin, end = "<!-- control: written by tests/runtime/test_parity_control.py -->\n", "<!-- end of control -->\n"
     order = [(f"{title}, {models}",) for title in ("ControlNet", "IP-Adapter") for models, *_ in CASES.values()]
-    return doc_table.DocTable("control.md", begin, end, order)
+    return doc_table.DocTable("parity-control", order)
 
 
 @pytest.mark.heavy

@@ -297,8 +297,7 @@ def pair(request: pytest.FixtureRequest, tiny: Any, doc_table: Any) -> Iterator[
 
 def table_of(doc_table: Any) -> Any:
     """The table in the manual."""
-    begin, end = "<!-- families: written by tests/runtime/test_parity_families.py -->\n", "<!-- end of families -->\n"
-    return doc_table.DocTable("families.md", begin, end, [(case.models,) for case in CASES.values()])
+    return doc_table.DocTable("parity-families", [(case.models,) for case in CASES.values()])
 
 
 @pytest.mark.heavy

@@ -55,8 +55,7 @@ CASES: Mapping[str, Case] = {
 
 def table_of(doc_table: Any) -> Any:
     """The table in the manual."""
-    begin, end = "<!-- loras: written by tests/runtime/test_parity_lora.py -->\n", "<!-- end of loras -->\n"
-    return doc_table.DocTable("lora.md", begin, end, [(case.models,) for case in CASES.values()])
+    return doc_table.DocTable("parity-loras", [(case.models,) for case in CASES.values()])
 
 
 @pytest.mark.heavy

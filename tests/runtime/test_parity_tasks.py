@@ -196,8 +196,7 @@ def pair(request: pytest.FixtureRequest, tiny: Any, emoji_source: Path, emoji_bu
 
 def table_of(doc_table: Any) -> Any:
     """The table in the manual."""
-    begin, end = "<!-- tasks: written by tests/runtime/test_parity_tasks.py -->\n", "<!-- end of tasks -->\n"
-    return doc_table.DocTable("tasks.md", begin, end, [(case.task, case.models) for case in CASES.values()])
+    return doc_table.DocTable("parity-tasks", [(case.task, case.models) for case in CASES.values()])
 
 
 @pytest.mark.heavy
