@@ -19,7 +19,7 @@ demo: $(VENV)/export.stamp
 	$(BIN)/latentrt build-engine examples/emoji --output build/emoji --guidance 4
 	$(BIN)/python examples/emoji/demo.py build/emoji --output build/emoji-demo.png $(PROMPTS)
 
-test: lint layers types pytest
+test: lint layers types docs pytest
 
 bench: bench-emoji bench-sd15
 	$(BIN)/python -m latentrt.benchmarks.report.readme
