@@ -20,7 +20,7 @@ from latentrt.runtime.families import family_of
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.samplers import SAMPLERS
 
-from .contest.assemble import Assembly
+from .assembly.assemble import Assembly
 from .contest.builds import build
 from .contest.contenders import ON_CPU, Contender, chosen, ours
 from .contest.job import Job

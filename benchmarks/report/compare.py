@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import figures
-from .document import ContenderReport, Report, ReportError
+from .document import ReportError
+from .types import ContenderReport, Report
 
 FLOOR = 0.03
 """Least relative change of a time that counts."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .document import Ceilings, ContenderReport, Interval, Report
+from .types import Ceilings, ContenderReport, Interval, Report
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from . import figures, plots
-from .document import ContenderReport, Report, ReportError, to_json
+from .document import ReportError, to_json
 from .figures import Figure, Unit
+from .types import ContenderReport, Report
 
 SAME_PICTURE = 40.0
 """PSNR in dB from which two pictures are called the same: an error of 2.5 of 255 levels."""

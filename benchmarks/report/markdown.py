@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from . import figures
-from .document import ContenderReport, Interval, Report
 from .figures import Figure, Unit
+from .types import ContenderReport, Interval, Report
 
 # An underscore within a word is one; elsewhere it may begin emphasis.
 _SPECIAL = re.compile(r"([\\`*\[\]<|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")

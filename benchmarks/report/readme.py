@@ -16,7 +16,8 @@ from pathlib import Path
 from latentrt.engines.errors import LatentRTError
 
 from . import figures, markdown
-from .document import SCHEMA, Report, ReportError, read, write_text
+from .document import SCHEMA, ReportError, read, write_text
+from .types import Report
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 """Markers in the README; the tables are between them."""
