@@ -1,4 +1,4 @@
-"""The page: well formed, complete, alone, and nothing from outside becomes markup."""
+"""The page, its ``plots`` and ``screenshot``: well formed, complete, alone; text from outside never becomes markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as Markdown: every figure is the report's, every contender is there, hostile text stays text."""
+"""The report as Markdown, with ``figures``: all figures and contenders are there, hostile text stays text."""
 
 from __future__ import annotations
 
