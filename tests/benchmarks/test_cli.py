@@ -133,7 +133,7 @@ def test_a_run_that_ends_early_leaves_a_valid_report(
     assert status == {"SIGINT": 130, "SIGTERM": 143, "full disk": 1}[how]
     report = read(tmp_path / "report.json")
     assert not report["complete"]
-    assert "rounds were gone" in report["missing"][-1]
+    assert "rounds took place" in report["missing"][-1]
     assert 1 <= len(report["contenders"][0]["samples"]["total"]) < 500
     assert report["contenders"][0]["state"] == "partial"
 

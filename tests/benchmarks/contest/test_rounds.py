@@ -108,7 +108,7 @@ def test_a_budget_shrinks_rounds_and_hides_nobody(job: Job, tmp_path: Path) -> N
     contest = held(job, tmp_path, [fake("a"), fake("b")], rounds=50, budget=0.001)
     contest.run()
     assert [len(entry.total) for entry in contest.entries] == [1, 1]
-    assert contest.missing() == ["1 of 50 rounds were gone"]
+    assert contest.missing() == ["1 of 50 rounds took place"]
 
 
 def test_an_interrupt_keeps_what_was_measured(job: Job, tmp_path: Path) -> None:

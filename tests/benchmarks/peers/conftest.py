@@ -50,7 +50,7 @@ class Child:
 def fake_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The peers' folder with a fake peer in it."""
     folder = tmp_path_factory.mktemp("peers")
-    for name in ("__init__", "launch", "wire", "conversion", "keeping"):
+    for name in ("__init__", "launch", "wire", "conversion", "checkpoints", "keeping"):
         shutil.copy(PEERS / f"{name}.py", folder)
     shutil.copy(Path(__file__).with_name("fake_peer.py"), folder)
     return folder
