@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             assembly.save(contest, ended="the run was still going on", pages=False)
     except (KeyboardInterrupt, SystemExit):
         assembly.save(contest, ended="the run was interrupted")
-        tell(f"what was measured until then is in {folder / 'report.json'}")
+        tell(f"all samples until then are in {folder / 'report.json'}")
         raise
     finally:
         signal.signal(signal.SIGTERM, terminated)

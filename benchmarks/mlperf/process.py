@@ -28,9 +28,8 @@ def main() -> int:
     The first line has ``scenario``, ``samples`` (how many prompts there are), ``directory`` (for the logs) and
     ``settings``: fields of loadgen's ``TestSettings`` that differ from those of MLPerf's configuration file.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of a terminal; the parent decides what ends
+    # Ctrl-C reaches every process of a terminal; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what loadgen prints must not mix with the answers
     job = json.loads(sys.stdin.readline())

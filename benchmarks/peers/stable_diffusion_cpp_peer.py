@@ -227,8 +227,8 @@ def readable_folder(source: Path, workspace: Path) -> tuple[Path, bool]:
 def sigmas(config: dict[str, Any], sampler: str, steps: int) -> list[float]:
     """The ``steps`` + 1 noise levels of diffusers' sampler, from a scheduler's config.
 
-    The library's own levels are those of ``timestep_spacing`` "linspace", see Lin et al., "Common Diffusion Noise Schedules and Sample
-    Steps are Flawed" (https://arxiv.org/abs/2305.08891), table 2, for the three spacings.
+    The library's own levels are those of ``timestep_spacing`` "linspace"; for the three spacings see table 2 of Lin et
+    al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891).
 
     Raises:
         UnsupportedError: if the config has a schedule that the library does not support.

@@ -66,7 +66,7 @@ def _spec(name: str, *shape: int | str) -> TensorSpec:
 _TEXT = [_spec("encoder_hidden_states", "batch", 77, 768)]
 _TIMESTEP = [_spec("timestep", "batch")]
 _STATE = _spec("registers", "batch", "registers", 4, "latent_height", "latent_width")
-_SEEN = [_STATE, _spec("input_scale", "batch"), _spec("rows", "rows")]  # what denoiser and ControlNets share
+_SEEN = [_STATE, _spec("input_scale", "batch"), _spec("rows", "rows")]  # inputs that denoiser and ControlNets share
 
 
 def _attention(prefix: str, count: int, tokens: int) -> list[TensorSpec]:

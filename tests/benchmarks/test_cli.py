@@ -177,7 +177,7 @@ def test_latentrt_itself_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The real worker draws the same picture in fp32 on both engines, and its stages are placed under the roofline."""
+    """The real worker draws the same image in fp32 on both engines, and its stages are placed under the roofline."""
     arguments = bench(tiny_bundles["sd1"], tmp_path, "--rounds", "2", "--json", "--warm-up", "0")
     arguments.remove("--no-ceilings")
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ class Check:
     """The outcome of one check.
 
     Attributes:
-        name: The name of what is checked.
+        name: The check's name.
         status: ``"pass"``, ``"fail"`` or ``"skipped"``.
         detail: One line for people: figures, or the reason.
         samples: Raw figures by name; times are in seconds.

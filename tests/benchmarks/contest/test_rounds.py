@@ -34,7 +34,7 @@ def held(job: Job, folder: Path, contenders: Sequence[Contender], **settings: An
 
 
 def test_every_contender_gets_its_samples(job: Job, tmp_path: Path) -> None:
-    """Each round has one picture of each, with its stages; batches are measured beside; the control runs along."""
+    """Each round has one image of each, with its stages; batches are measured beside; the control runs along."""
     contest = held(job, tmp_path, [fake("slow", 0.004), fake("fast")], rounds=3, batches=(2,))
     contest.run()
     slow, fast = contest.entries
