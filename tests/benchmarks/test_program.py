@@ -1,4 +1,4 @@
-"""Parts that programs share, and the modules that keep a program's earlier name."""
+"""Parts that programs share, and modules such as ``checkpoint`` that keep a program's earlier name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of a step, on models of which a step takes milliseconds."""
+"""The benchmark of a step with ``wrapped`` engines, on models of which a step takes milliseconds."""
 
 from __future__ import annotations
 
