@@ -1,4 +1,4 @@
-"""``latentrt bench``: time, memory and quality of a bundle, beside PyTorch and other runtimes."""
+"""``latentrt bench``: measure time, memory and quality of a bundle, beside PyTorch and other runtimes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+from latentrt.engines.checks import check_integer, is_number
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.runtime.bundle.reader import Bundle
@@ -20,81 +21,91 @@ from latentrt.runtime.families import family_of
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.samplers import SAMPLERS
 
-from .contest.assemble import Assembly
+from .assembly.assemble import Assembly
 from .contest.builds import build
-from .contest.contenders import ON_CPU, Contender, chosen, ours
+from .contest.contenders import ON_CPU, Contender, chosen, ours, stored_precision
 from .contest.job import Job
 from .contest.rounds import RELOADED, RESIDENT, Contest, Settings
 from .machine import describe
+from .mlperf.terms import SCENARIOS
 from .peers.environments import default_root
 from .report.compare import compare, to_text
 from .report.document import read
 
 COMPARED = "stable-diffusion"
-"""Family of models that every contender has."""
-
-SCENARIOS = ("SingleStream", "Offline", "Server")
-"""MLPerf's scenarios that can be run."""
+"""Family of models that every contender can run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="directory that build-engine wrote")
     parser.add_argument(
-        "--source", type=Path, metavar="DIR", help="the diffusers directory it was built from, for peers"
+        "--source", type=Path, metavar="DIR", help="the diffusers directory that it was built from, for peers"
     )
-    parser.add_argument("--build", action="store_true", help="build the bundle for each contender first, and time that")
+    parser.add_argument("--build", action="store_true", help="build the bundle for each contender first, timed")
     parser.add_argument(
         "--contenders",
         nargs="+",
         metavar="NAME",
-        help="latentrt-ENGINE-PRECISION, a peer, or peers for all of them; default: what the bundle has",
+        help="latentrt-ENGINE-PRECISION, a peer, or peers for all of them; default: the engines that fit the bundle",
     )
-    parser.add_argument("--prompt", default="a red apple", metavar="TEXT", help="what to draw; default: %(default)s")
-    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    parser.add_argument("--prompt", default="a red apple", metavar="TEXT", help="the prompt; default: %(default)s")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="the negative prompt; default: none")
     parser.add_argument("--steps", type=int, metavar="N", help="sampler steps; default: the bundle's")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="euler", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; default: the bundle's")
-    parser.add_argument("--seed", type=int, default=7, metavar="S", help="default: %(default)s")
-    parser.add_argument("--width", type=int, metavar="W", help="in pixels; default: the bundle's")
-    parser.add_argument("--height", type=int, metavar="H", help="in pixels; default: the bundle's")
-    parser.add_argument("--images", type=int, default=1, metavar="K", help="pictures of a request; default: 1")
     parser.add_argument(
-        "--batches", type=_numbers, default=(), metavar="K,K,...", help="measure throughput at these too"
+        "--sampler", choices=SAMPLERS, default="euler", metavar="NAME", help="the sampler; default: %(default)s"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="T", help="on a CPU; default: each library's choice")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where peers run; default: cuda where there is a GPU")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="pictures of each that count; default: 10")
-    parser.add_argument("--warm-up", type=int, default=5, metavar="N", help="most pictures before that; default: 5")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further round after that")
+    parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale; default: the bundle's")
+    parser.add_argument("--seed", type=int, default=7, metavar="S", help="seed of the noise; default: %(default)s")
+    parser.add_argument("--width", type=int, metavar="W", help="width in pixels; default: the bundle's")
+    parser.add_argument("--height", type=int, metavar="H", help="height in pixels; default: the bundle's")
+    parser.add_argument("--images", type=int, default=1, metavar="K", help="images of a request; default: 1")
+    parser.add_argument(
+        "--batches", type=_numbers, default=(), metavar="K,K,...", help="measure throughput at these batch sizes too"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="T", help="threads on a CPU; default: each library's choice"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the device of peers; default: cuda where there is a GPU"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="rounds in which each draws once; default: 10"
+    )
+    parser.add_argument(
+        "--warm-up", type=int, default=5, metavar="N", help="most requests of each before the first round; default: 5"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further round after this time")
     parser.add_argument(
         "--residency",
         choices=("auto", RESIDENT, RELOADED),
         default="auto",
-        help="keep all models in memory, or open each for its turn; auto: what memory allows",
+        help="keep all models in memory, or open each for its turn; auto: resident if memory allows",
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600.0, metavar="SECONDS", help="for one answer; default: 3600"
+        "--timeout", type=float, default=3600.0, metavar="SECONDS", help="longest wait for an answer; default: 3600"
     )
     parser.add_argument(
-        "--extrapolate", type=int, metavar="N", help="also estimate the time of N steps from the measured"
+        "--extrapolate", type=int, metavar="N", help="also estimate the time of N steps from the measured ones"
     )
-    parser.add_argument("--no-ceilings", action="store_true", help="do not measure what the machine could do at most")
+    parser.add_argument("--no-ceilings", action="store_true", help="do not measure the machine's highest rates")
     parser.add_argument("--loadgen", nargs="+", choices=SCENARIOS, default=(), help="MLPerf runs to add")
     parser.add_argument(
-        "--loadgen-seconds", type=float, default=60.0, metavar="S", help="least length of one; default: 60"
+        "--loadgen-seconds", type=float, default=60.0, metavar="S", help="shortest MLPerf run in seconds; default: 60"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where reports go; default: bench-BUNDLE")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for the reports; default: bench-BUNDLE")
     parser.add_argument(
-        "--workspace", type=Path, metavar="DIR", help="where peers keep the model; default: in the output"
+        "--workspace", type=Path, metavar="DIR", help="directory for peers' models; default: in the output"
     )
-    parser.add_argument("--peers-root", type=Path, metavar="DIR", help="where peers' environments are kept")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two reports instead")
+    parser.add_argument("--peers-root", type=Path, metavar="DIR", help="directory for peers' environments")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two reports instead of measuring"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, or compare what was measured; returns 1 where something has become slower."""
+    """Measure a bundle, or compare two reports; returns the exit status, 1 where a comparison finds a regression."""
     if arguments.compare:
         return _compare(*arguments.compare, as_json=arguments.json)
     if arguments.bundle is None:
@@ -107,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     built: dict[str, float] = {}
     if arguments.build:
         if not arguments.contenders or arguments.width is None or arguments.height is None:
-            raise InvalidRequestError("--build needs --contenders, --width and --height, to know what to build")
+            raise InvalidRequestError("--build needs --contenders, --width and --height; name all three")
         named = chosen(arguments.contenders)
         built = build(_job(arguments, folder, None), named, tell)
     bundle = Bundle.open(arguments.bundle)
@@ -130,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, _terminate)  # as from `kill`, or whoever stops a container
         contest.run()
         if not arguments.no_ceilings:
-            tell("measuring what this machine can do at most")
+            tell("measuring the machine's highest rates")
             assembly.measure_ceilings(job.threads)
         for scenario in arguments.loadgen:
             tell(f"MLPerf {scenario}")
@@ -138,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
             assembly.save(contest, ended="the run was still going on", pages=False)
     except (KeyboardInterrupt, SystemExit):
         assembly.save(contest, ended="the run was interrupted")
-        tell(f"what was measured until then is in {folder / 'report.json'}")
+        tell(f"all samples until then are in {folder / 'report.json'}")
         raise
     finally:
         signal.signal(signal.SIGTERM, terminated)
@@ -156,15 +167,14 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def fitting(bundle: Bundle, device: str) -> list[Contender]:
-    """LatentRT's contenders that the bundle has graphs for and that can run here."""
+    """LatentRT's contenders that have graphs in the bundle and an engine on this machine."""
     found = []
     for engine, precisions in SUPPORTED.items():
         if (device == "cpu") != (engine in ON_CPU) or probe(engine).state != PRESENT:
             continue
         for precision in precisions:
-            stored = "fp32" if (engine, precision) == ("openvino", "bf16") else precision
             try:
-                choose_graph(bundle.manifest.components["vae_decoder"], engine, stored)
+                choose_graph(bundle.manifest.components["vae_decoder"], engine, stored_precision(engine, precision))
             except (LookupError, ValueError):
                 continue
             found.append(ours(engine, precision))
@@ -181,11 +191,12 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    for name, least in (("rounds", 1), ("warm_up", 0), ("extrapolate", 1)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            raise InvalidRequestError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+    for name, least in (("rounds", 1), ("warm_up", 0), ("extrapolate", 1), ("threads", 0)):
+        if (value := getattr(arguments, name)) is not None:
+            check_integer(f"--{name.replace('_', '-')}", value, least)
     for name in ("budget", "timeout", "loadgen_seconds"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
+        value = getattr(arguments, name)
+        if value is not None and not (is_number(value) and value > 0):
             raise InvalidRequestError(f"--{name.replace('_', '-')} is {value}, expected a number of seconds above 0")
     return Settings(
         rounds=arguments.rounds,
@@ -198,20 +209,18 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _job(arguments: argparse.Namespace, folder: Path, bundle: Bundle | None) -> Job:
-    """The job, checked as a request is where there is a bundle to check it against."""
+    """The job; where there is a bundle, its request is checked and completed by the bundle's defaults."""
     asked = {name: getattr(arguments, name) for name in ("negative_prompt", "steps", "guidance", "seed", "sampler")}
     asked |= {name: getattr(arguments, name) for name in ("width", "height", "images")}
     if bundle is not None:
         if bundle.manifest.family != COMPARED:
             raise InvalidRequestError(
                 f"{bundle.path} holds a model of {bundle.manifest.family}; the programs that LatentRT is compared with "
-                f"are written for {COMPARED}, so give a bundle of that"
+                f"are written for {COMPARED}, so give a bundle of that family"
             )
         request = create_request(bundle.manifest, arguments.prompt, **asked)
         family_of(bundle.manifest).plan(request)
         asked = {name: getattr(request, name) for name in asked}
-    if arguments.threads < 0:
-        raise InvalidRequestError(f"--threads is {arguments.threads}, expected 0 or more")
     workspace = arguments.workspace or folder / "workspace"
     workspace.mkdir(parents=True, exist_ok=True)
     return Job(

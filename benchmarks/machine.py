@@ -1,4 +1,4 @@
-"""What a run was taken on, and a control that shows how steady it was."""
+"""Facts about the machine of a run, and a control that shows how steady its speed was."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 from latentrt.engines.trt.cuda import cuda_devices
 
-from .report.document import Machine
+from .report.types import Machine
 
 _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 
 CONTROL = "a product of two fp32 matrices of 512x512 in numpy, eight times, once a round"
-"""What the control computes."""
+"""Description of the control's work."""
 
 
 def describe() -> Machine:
-    """The machine, as a report tells it."""
+    """The machine, as a report of ``latentrt bench`` describes it."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", "").split())
     return {
@@ -42,18 +43,32 @@ def describe() -> Machine:
     }
 
 
+def system_facts() -> dict[str, Any]:
+    """The facts that a small report states: processors, operating system and Python's version."""
+    return {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages, by name.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: if one is not installed.
+    """
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
 def usable_cpus() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:
-    """The time, in UTC, as ISO 8601 writes it."""
+    """The current time in UTC, in ISO 8601's format."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Control:
-    """A fixed piece of work that no contender takes part in: where its time moves, the machine did."""
+    """A fixed piece of work that no contender takes part in: its time changes only where the machine's speed does."""
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
@@ -62,7 +77,7 @@ class Control:
         self.sample()  # threads start at the first product
 
     def sample(self) -> float:
-        """Seconds that the work took."""
+        """Do the work once; returns its seconds."""
         begin = time.perf_counter()
         for _ in range(8):
             self._left @ self._right

@@ -1,33 +1,33 @@
 """Medians with intervals, from raw samples.
 
 Intervals are bootstrap percentile intervals of the median (Efron and Tibshirani 1993, "An Introduction to the
-Bootstrap", chapter 13). They say how well the run's own samples fix the median; what differs between runs (another
-program, another temperature) is not in them, which is why reports keep the control's samples too.
+Bootstrap", chapter 13). They say how well the run's own samples determine the median. They leave out what differs
+between runs (another program, another temperature), so reports keep the control's samples too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .report.document import Interval, Summary
+from .report.types import Interval, Summary
 
 CONFIDENCE = 0.95
-"""Share of intervals that hold the true median."""
+"""Share of intervals that contain the true median."""
 
 RESAMPLES = 2000
-"""Bootstrap samples drawn for an interval."""
+"""Number of bootstrap samples that are drawn for an interval."""
 
 _SEED = 0
 
 
 def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
-    """The median of all samples and its interval; rounds are drawn whole, since samples within one are alike.
+    """The median of all samples and its interval; whole rounds are resampled, since samples within one are alike.
 
     Args:
-        rounds: Samples of each round, in any unit; at least one. Rounds may differ in length.
+        rounds: Samples of each round, in any unit; at least one sample in all. Rounds may differ in length.
     """
     groups = [np.asarray(group, np.float64) for group in rounds if len(group)]
     table = np.full((len(groups), max(map(len, groups))), np.nan)
@@ -38,6 +38,11 @@ def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
     medians = np.nanmedian(samples, axis=1) if np.isnan(table).any() else np.median(samples, axis=1)
     low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {"median": float(np.median(np.concatenate(groups))), "low": float(low), "high": float(high)}
+
+
+def single_interval(samples: Iterable[float]) -> Interval:
+    """:func:`median_interval` of samples of which each is a round of its own."""
+    return median_interval([[sample] for sample in samples])
 
 
 def summarize(rounds: Sequence[Sequence[float]]) -> Summary:

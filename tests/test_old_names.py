@@ -35,7 +35,7 @@ USED = {
 PROGRAMS = {
     "against_torch": "studies.against_torch",
     "build_sd15_unet": "studies.build_sd15_unet",
-    "checkpoint": "checkpoints.stable_diffusion",
+    "checkpoint": "checkpoints.write",
     "gpu_check": "studies.gpu_check",
     "host_time": "studies.host_time",
     "loadgen": "mlperf.loadgen",

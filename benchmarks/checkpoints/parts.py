@@ -1,8 +1,10 @@
-"""What checkpoints of random weights in fp16 have in common: CLIP's two text encoders with tokenizers, and the VAE."""
+"""Parts that checkpoints of random weights in fp16 share: two text encoders with tokenizers, the VAE, and the index."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,26 +34,60 @@ _REAL_VAE: Mapping[str, Any] = {
 }
 _TINY_VAE: Mapping[str, Any] = {"block_out_channels": (32, 32), "layers_per_block": 1, "sample_size": 32}
 
-Index = dict[str, list[str | None]]
-"""Entries of ``model_index.json``."""
+_Index = dict[str, Any]  # entries of model_index.json
 
 
-def write_texts(
-    directory: Path, size: str, tokenizer: Path, classes: Sequence[type], generator: torch.Generator
-) -> Index:
-    """Write two text encoders, with a tokenizer for each; the second pads with another token.
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline of diffusers' whose checkpoint is to be written.
+
+    Attributes:
+        name: The pipeline's class.
+        scheduler: The scheduler, made.
+        encoders: transformers' classes of its two text encoders.
+        denoiser: Name of the denoiser's folder, diffusers' class, and settings.
+        vae: Settings of the VAE beside its size.
+        index: Further entries of ``model_index.json``.
+    """
+
+    name: str
+    scheduler: Any
+    encoders: tuple[type, type]
+    denoiser: tuple[str, type, Mapping[str, Any]]
+    vae: Mapping[str, Any]
+    index: Mapping[str, Any]
+
+
+def write_pipeline(directory: Path, pipeline: Pipeline, size: str, tokenizer: Path, seed: int) -> None:
+    """Write a diffusers directory of fp16 safetensors, in shards of a gigabyte.
 
     Args:
-        directory: The checkpoint.
-        size: ``tiny``, or any other for that of the real models.
+        directory: The directory to write.
+        pipeline: The pipeline.
+        size: ``"tiny"``, or any other for the size of the real models.
         tokenizer: Directory of a CLIP tokenizer.
-        classes: transformers' class of each encoder.
-        generator: Weights are drawn from it.
+        seed: Seed of the weights.
     """
+    import torch
+
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    pipeline.scheduler.save_pretrained(directory / "scheduler")
+    index: _Index = {"_class_name": pipeline.name, **pipeline.index}
+    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    index |= _write_text_encoders(directory, size, tokenizer, pipeline.encoders, generator)
+    index |= _write_denoiser_and_vae(directory, size, pipeline.denoiser, pipeline.vae, generator)
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_text_encoders(
+    directory: Path, size: str, tokenizer: Path, classes: Sequence[type], generator: torch.Generator
+) -> _Index:
+    """Write the text encoders, with a tokenizer for each; the second tokenizer pads with another token."""
     import torch
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    index: Index = {}
+    index: _Index = {}
     sizes = _TINY if size == "tiny" else _REAL
     for suffix, settings, kind, activation in zip(("", "_2"), sizes, classes, ("quick_gelu", "gelu"), strict=True):
         words = CLIPTokenizer.from_pretrained(tokenizer)
@@ -76,29 +112,21 @@ def write_texts(
     return index
 
 
-def write_denoiser_and_vae(
+def _write_denoiser_and_vae(
     directory: Path,
     size: str,
     denoiser: tuple[str, type, Mapping[str, Any]],
     vae: Mapping[str, Any],
     generator: torch.Generator,
-) -> Index:
-    """Write a denoiser and a VAE.
-
-    Args:
-        directory: The checkpoint.
-        size: ``tiny``, or any other for that of the real models.
-        denoiser: Name of its folder, diffusers' class, and settings.
-        vae: Settings of the VAE beside its size.
-        generator: Weights are drawn from it.
-    """
+) -> _Index:
+    """Write the denoiser and the VAE."""
     import torch
     from diffusers import AutoencoderKL
 
     sizes = _TINY_VAE if size == "tiny" else _REAL_VAE
     levels = len(sizes["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    index: Index = {}
+    index: _Index = {}
     for name, kind, config in (denoiser, ("vae", AutoencoderKL, {**sizes, **vae, **blocks})):
         with torch.device("meta"):
             model = kind(**config)

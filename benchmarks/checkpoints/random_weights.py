@@ -1,4 +1,4 @@
-"""Random weights in fp16, drawn and written tensor by tensor: no copy in fp32, and no model, is ever made."""
+"""Random weights in fp16, drawn and written tensor by tensor, so that memory holds neither an fp32 copy nor a model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 1 << 30
-"""Bytes of weights that are held at a time, and that a file has."""
+"""Most bytes of weights that are held at a time; a file has no more."""
 
 
 def write_weights(folder: Path, stem: str, model: torch.nn.Module, generator: torch.Generator) -> None:
     """Draw a model's weights and write them, one shard in memory at a time.
 
     Args:
-        folder: Where to; it exists.
-        stem: Name of the files, without ending.
-        model: Of whose tensors the names and shapes are taken; it may be on torch's meta device.
-        generator: Weights are drawn from it.
+        folder: The folder for the files; it exists.
+        stem: Name of the files, without suffix.
+        model: The model that gives names and shapes of the tensors; it may be on torch's meta device.
+        generator: The generator that weights are drawn from.
     """
     from safetensors.torch import save_file
 
@@ -51,7 +51,7 @@ def _shards(shapes: Mapping[str, torch.Size]) -> Iterator[dict[str, torch.Size]]
 
 
 def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """A weight of about the size that its class would draw, so that activations stay within fp16."""
+    """A weight of about the magnitude that its class would draw, so that activations stay within fp16."""
     import torch
 
     if len(shape) < 2:  # normalisations begin at one; biases, and all else of one dimension, at zero

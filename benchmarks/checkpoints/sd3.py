@@ -1,16 +1,15 @@
-"""A Stable Diffusion 3.5 checkpoint of random weights in fp16, without T5: no copy in fp32 is ever made."""
+"""A Stable Diffusion 3.5 checkpoint of random weights in fp16, without T5."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .parts import write_denoiser_and_vae, write_texts
+from .parts import Pipeline, write_pipeline
 
 SIZES = ("sd35-medium", "tiny")
-"""What can be written: the size of the real model, and one for tests."""
+"""Sizes that can be written: that of the real model, and one for tests."""
 
 # https://huggingface.co/stabilityai/stable-diffusion-3.5-medium: the config.json of each part.
 TRANSFORMER: Mapping[str, dict[str, Any]] = {
@@ -38,30 +37,23 @@ TRANSFORMER: Mapping[str, dict[str, Any]] = {
         "qk_norm": "rms_norm",
     },
 }
+"""Configurations of the denoiser by size."""
+
 _LATENTS = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 _VAE = {**_LATENTS, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def write_sd3(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> None:
-    """Write a diffusers directory of fp16 safetensors, in shards of a gigabyte.
-
-    Args:
-        directory: Where to.
-        size: One of :data:`SIZES`.
-        tokenizer: Directory of a CLIP tokenizer.
-        seed: Of the weights.
-    """
-    import torch
+    """Write a checkpoint; arguments as for :func:`~latentrt.benchmarks.checkpoints.parts.write_pipeline`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection
 
-    directory.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(directory / "scheduler")
-    index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
-    index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    index |= {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
-    index |= write_texts(directory, size, tokenizer, [CLIPTextModelWithProjection] * 2, generator)
-    transformer = ("transformer", SD3Transformer2DModel, TRANSFORMER[size])
-    index |= write_denoiser_and_vae(directory, size, transformer, _VAE, generator)
-    (directory / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    pipeline = Pipeline(
+        "StableDiffusion3Pipeline",
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        (CLIPTextModelWithProjection, CLIPTextModelWithProjection),
+        ("transformer", SD3Transformer2DModel, TRANSFORMER[size]),
+        _VAE,
+        {part: [None, None] for part in ("text_encoder_3", "tokenizer_3")},
+    )
+    write_pipeline(directory, pipeline, size, tokenizer, seed)

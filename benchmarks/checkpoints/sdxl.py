@@ -1,15 +1,14 @@
-"""A Stable Diffusion XL checkpoint of random weights in fp16, drawn tensor by tensor: no copy in fp32 is ever made."""
+"""A Stable Diffusion XL checkpoint of random weights in fp16."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .parts import write_denoiser_and_vae, write_texts
+from .parts import Pipeline, write_pipeline
 
 SIZES = ("sdxl", "tiny")
-"""What can be written: the size of the real model, and one for tests."""
+"""Sizes that can be written: that of the real model, and one for tests."""
 
 # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0: the config.json of each part.
 _UNET: dict[str, dict[str, Any]] = {
@@ -44,24 +43,16 @@ _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled
 
 
 def write_sdxl(directory: Path, size: str, tokenizer: Path, seed: int = 0) -> None:
-    """Write a diffusers directory of fp16 safetensors, in shards of a gigabyte.
-
-    Args:
-        directory: Where to.
-        size: One of :data:`SIZES`.
-        tokenizer: Directory of a CLIP tokenizer.
-        seed: Of the weights.
-    """
-    import torch
+    """Write a checkpoint; arguments as for :func:`~latentrt.benchmarks.checkpoints.parts.write_pipeline`."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    directory.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading").save_pretrained(directory / "scheduler")
-    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    index |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-    index |= write_texts(directory, size, tokenizer, (CLIPTextModel, CLIPTextModelWithProjection), generator)
-    unet = ("unet", UNet2DConditionModel, {**_UNET[size], **_BLOCKS})
-    index |= write_denoiser_and_vae(directory, size, unet, {"scaling_factor": 0.13025}, generator)
-    (directory / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    pipeline = Pipeline(
+        "StableDiffusionXLPipeline",
+        EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
+        (CLIPTextModel, CLIPTextModelWithProjection),
+        ("unet", UNet2DConditionModel, {**_UNET[size], **_BLOCKS}),
+        {"scaling_factor": 0.13025},
+        {"force_zeros_for_empty_prompt": True},
+    )
+    write_pipeline(directory, pipeline, size, tokenizer, seed)

@@ -1,28 +1,12 @@
-"""Write a Stable Diffusion checkpoint of random weights: the sizes of the real one, and none of its licence.
-
-    python -m latentrt.benchmarks.checkpoints.stable_diffusion DIRECTORY [--kind KIND] [--size SIZE] [--tokenizer
-    DIRECTORY] [--seed S]
-
-What comes out is a diffusers directory that ``latentrt build-engine`` and other runtimes take. Its pictures are noise;
-its latency and memory are those of a trained model.
-"""
+"""A Stable Diffusion 1.5 checkpoint of random weights in fp32."""
 
 from __future__ import annotations
 
-import argparse
-import resource
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .sd3 import SIZES as SD3_SIZES
-from .sd3 import write_sd3
-from .sdxl import SIZES as SDXL_SIZES
-from .sdxl import write_sdxl
-
-# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5: text_encoder/config.json, vae/config.json and
-# scheduler/scheduler_config.json.
+# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/blob/main/unet/config.json; settings that are left
+# out have diffusers' defaults.
 _SD15: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -35,7 +19,6 @@ _SD15: dict[str, Any] = {
     "cross_attention_dim": 768,
 }
 
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": _SD15,
     "tiny": _SD15
@@ -47,7 +30,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 32,
     },
 }
+"""Configurations of the U-Net by size."""
 
+# The same model's text_encoder/config.json, vae/config.json and scheduler/scheduler_config.json.
 _TEXT: dict[str, dict[str, Any]] = {
     "sd15": {
         "hidden_size": 768,
@@ -76,10 +61,10 @@ def write_checkpoint(directory: Path, size: str, tokenizer: Path, seed: int = 0)
     """Write a diffusers directory of fp32 safetensors.
 
     Args:
-        directory: Where to.
-        size: A key of :data:`~latentrt.benchmarks.checkpoints.stable_diffusion.CONFIGS`.
+        directory: The directory to write.
+        size: A key of :data:`CONFIGS`.
         tokenizer: Directory of a CLIP tokenizer.
-        seed: Of the weights, which are drawn as each class initialises them.
+        seed: Seed of the weights, which are drawn as each class initialises them.
     """
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -109,50 +94,3 @@ def write_checkpoint(directory: Path, size: str, tokenizer: Path, seed: int = 0)
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(directory, safe_serialization=True)
-
-
-SIZES = {"sd": tuple(CONFIGS), "sdxl": SDXL_SIZES, "sd3": SD3_SIZES}
-"""Sizes by kind, the real one first."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.checkpoints.stable_diffusion", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("directory", type=Path, help="an empty or a new directory")
-    parser.add_argument(
-        "--kind", choices=SIZES, default="sd", help="Stable Diffusion 1.5 in fp32, XL or 3.5 medium in fp16"
-    )
-    parser.add_argument(
-        "--size", metavar="SIZE", help=", ".join(f"of {kind} {' or '.join(sizes)}" for kind, sizes in SIZES.items())
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=Path("examples/emoji/tokenizer"),
-        help="directory of a CLIP tokenizer (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    if arguments.directory.exists() and (not arguments.directory.is_dir() or any(arguments.directory.iterdir())):
-        parser.error(f"{arguments.directory} is not empty; name an empty or a new directory")
-    if not arguments.tokenizer.is_dir():
-        parser.error(f"{arguments.tokenizer} is not there; name the directory of a CLIP tokenizer with --tokenizer")
-    size = arguments.size or SIZES[arguments.kind][0]
-    if size not in SIZES[arguments.kind]:
-        parser.error(f"the size {size!r} is unknown; {arguments.kind} has {', '.join(SIZES[arguments.kind])}")
-    writers = {"sd": write_checkpoint, "sdxl": write_sdxl, "sd3": write_sd3}
-    writers[arguments.kind](arguments.directory, size, arguments.tokenizer, arguments.seed)
-    written = sum(file.stat().st_size for file in arguments.directory.rglob("*") if file.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{arguments.directory}: {written / 1e9:.2f} GB written, {peak / 1e9:.2f} GB of memory at the peak")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/blob/main/unet/config.json; what is not named
-# here has diffusers' default.

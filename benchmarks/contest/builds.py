@@ -1,4 +1,4 @@
-"""Building what a contest needs of a bundle, timed: ``latentrt build-engine`` in a process of its own."""
+"""Build the bundle for each contender before a contest, timed: ``latentrt build-engine`` in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def build(job: Job, contenders: Sequence[Contender], tell: Callable[[str], None]
 
     Args:
         job: Names the source and the bundle, and the size that engines are compiled for.
-        contenders: What is to be measured; peers build for themselves.
-        tell: Is told what happens.
+        contenders: The contenders to be measured; peers build for themselves.
+        tell: Called with a line for people about each build.
 
     Returns:
-        Seconds by contender; one for whom nothing was left to do is not among them. What an earlier build left
-        (exported graphs, say) is not built again, so that of several precisions the first takes longest.
+        Seconds by contender's name, without contenders that had nothing left to build. Exported graphs of an earlier
+        build are reused, so that of several precisions the first takes longest.
 
     Raises:
         LatentRTError: if there is no source.
@@ -43,7 +43,7 @@ def build(job: Job, contenders: Sequence[Contender], tell: Callable[[str], None]
         command += ["--width", str(job.width), "--height", str(job.height), "--batch", str(job.images)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            # It will not open either, which is where a report says why.
+            # The contender will not open either, and the report will say why.
             tell(f"{contender.label}: not built: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             continue
         built = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""The process of one contender, and what can go wrong with it."""
+"""The process of one contender: requests, answers, and the ways in which it can fail."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LONGEST_ANSWER = 16 << 20
 
 
 class ContenderError(LatentRTError):
-    """A contender did not do what it was asked to; the message says what it said, or how it ended.
+    """A contender did not serve a request; the message is its own, or says how its process ended.
 
     Attributes:
-        unsupported: Whether its library just cannot do this, or it cannot run here.
+        unsupported: Whether its library does not support the request, or it cannot run here.
         gone: Whether its process has ended.
     """
 
@@ -40,11 +40,11 @@ class ContenderError(LatentRTError):
 
 
 class Child:
-    """A contender's program, running. A context manager: leaving it ends the process.
+    """The running program of a contender. A context manager: leaving it ends the process.
 
     Args:
-        command: What to run.
-        log: File for what the program and its libraries print.
+        command: The command that starts the program.
+        log: File for the output of the program and its libraries.
         timeout: Seconds that an answer may take.
     """
 
@@ -52,7 +52,7 @@ class Child:
         self.started = time.perf_counter()
         self._log, self._timeout = log, timeout
         with log.open("ab") as file:
-            # A group of its own: what the terminal interrupts is the harness, which then decides who ends when.
+            # In a group of its own, Ctrl-C in the terminal reaches the harness alone, which decides who ends when.
             self._process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True
             )
@@ -62,7 +62,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Number of the process."""
+        """Identifier of the process."""
         return self._process.pid
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Child:
             ContenderError: if the program refuses, fails, ends, or takes too long (it is ended then).
         """
         assert self._process.stdin is not None, "it is a pipe"
-        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
+        with contextlib.suppress(BrokenPipeError):  # the program has ended, so there will be no answer either
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         try:
@@ -94,10 +94,10 @@ class Child:
         return answer
 
     def end(self, grace: float = _GRACE) -> None:
-        """End the process: by the end of its input, then by force. A second call does nothing.
+        """End the process: close its input, then use force. A second call does nothing.
 
         Args:
-            grace: Seconds that it has to end by itself.
+            grace: Seconds that the process has to end by itself.
         """
         assert self._process.stdin is not None, "it is a pipe"
         with contextlib.suppress(BrokenPipeError):
@@ -128,7 +128,7 @@ class Child:
         self._process.stdout.close()
 
     def _epitaph(self) -> str:
-        """How the process ended, with the last line it printed."""
+        """How the process ended, with the last line that it printed."""
         try:
             code = self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Who can be measured: LatentRT's engines and precisions, and the peers."""
+"""The contenders that can be measured: LatentRT's engines and precisions, and the peers."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _COMPILING = ("openvino",)
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to draw the job's picture.
+    """One way to draw the job's image.
 
     Attributes:
-        name: As it is named on the command line and in reports, e.g. ``latentrt-openvino-bf16``.
-        label: For people.
+        name: The name on the command line and in reports, e.g. ``latentrt-openvino-bf16``.
+        label: The name for people.
         kind: :data:`OURS` or :data:`PEER`.
-        program: Module of its program: one of :mod:`latentrt.benchmarks.peers`; ``None`` is LatentRT's worker.
-        environment: Name of the pinned list that its virtual environment is made from; ``None`` for LatentRT's own.
-        options: What its program is told beside the job.
+        program: The module of its program in :mod:`latentrt.benchmarks.peers`; ``None`` is LatentRT's worker.
+        environment: Name of the pinned list that its virtual environment is made from; ``None`` is LatentRT's own.
+        options: Options for its program beside the job.
     """
 
     name: str
@@ -65,6 +65,11 @@ def ours(engine: str, precision: str) -> Contender:
     return Contender(
         f"latentrt-{engine}-{precision}", f"LatentRT, {_TITLES[engine]} {precision}", OURS, options=options
     )
+
+
+def stored_precision(engine: str, precision: str) -> str:
+    """The precision of the graphs that an engine reads to compute in ``precision``; OpenVINO makes bf16 from fp32."""
+    return "fp32" if (engine, precision) == ("openvino", "bf16") else precision
 
 
 def _peer(name: str, label: str, program: str, environment: str, **options: Any) -> Contender:
@@ -119,7 +124,7 @@ PEERS = (
 """Every peer in every form that is measured."""
 
 REFERENCES = ("diffusers-fp32", "latentrt-onnxruntime-fp32", "latentrt-openvino-fp32")
-"""Whose picture and time the others are compared with: the first of these that took part."""
+"""The reference, whose image and time the others are compared with, is the first of these that took part."""
 
 
 def known() -> dict[str, Contender]:
@@ -129,10 +134,10 @@ def known() -> dict[str, Contender]:
 
 
 def chosen(names: Iterable[str]) -> list[Contender]:
-    """Contenders by name, each once; ``peers`` names all peers.
+    """Look up contenders by name, each once; ``peers`` names all peers.
 
     Raises:
-        InvalidRequestError: for a name that is not known.
+        InvalidRequestError: for an unknown name.
     """
     table = known()
     found: dict[str, Contender] = {}

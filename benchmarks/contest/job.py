@@ -1,4 +1,4 @@
-"""What every contender is asked to draw."""
+"""The request that every contender of a contest serves."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ class Job:
     """One request, the same for all contenders.
 
     Attributes:
-        source: The diffusers directory that the bundle was built from; peers read it. ``None`` where there is none.
+        source: The diffusers directory that the bundle was built from, for peers; ``None`` where there is none.
         bundle: The bundle.
-        workspace: Where peers keep the model in a form of their own.
-        prompt: What to draw.
-        negative_prompt: What to steer away from.
-        seed: Of the noise, as ``torch.Generator("cpu")`` takes it.
+        workspace: The directory where peers keep the model in a form of their own.
+        prompt: The prompt.
+        negative_prompt: The negative prompt.
+        seed: Seed of the noise, as ``torch.Generator("cpu")`` takes it.
         steps: Sampler steps.
         sampler: One of :data:`latentrt.runtime.samplers.SAMPLERS`.
         guidance: Scale of classifier-free guidance.
-        width: In pixels.
-        height: In pixels.
-        images: Pictures of a request.
+        width: Width in pixels.
+        height: Height in pixels.
+        images: Images of a request.
         threads: Threads on a CPU; 0 is the library's own choice.
         device: ``"cpu"`` or ``"cuda"``.
     """
@@ -49,7 +49,7 @@ class Job:
         return {**asdict(self), **paths, "options": options}
 
     def described(self) -> dict[str, Any]:
-        """The job as a report tells it: what decides the pictures, no paths."""
+        """The job as a report describes it: everything that decides the images, and no paths."""
         return {name: value for name, value in asdict(self).items() if name not in _PATHS}
 
 

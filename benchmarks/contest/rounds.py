@@ -1,9 +1,9 @@
-"""Contenders measured in turn, in one run, so that whatever else the machine does meets all of them.
+"""Measure contenders in turn, in one run, so that other load on the machine affects all of them.
 
-A contest opens every contender once (that is its cold start), lets it draw until its times are steady, and then goes
-round: in each round every contender draws the picture once, and each round begins with another one. Where the models
-do not fit into memory together, a contender is opened again for each of its turns. Whatever goes wrong with one
-contender is its result; the others go on.
+A contest opens every contender once (its cold start), lets it draw until its times are steady, and then holds rounds:
+in each round every contender draws the image once, and each round begins with the next contender. Where the models do
+not fit into memory together, a contender is opened again for each of its turns. A failure of one contender is its
+result; the others go on.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .contenders import PEER, Contender
 from .job import Job
 
 STAGES = ("text_encoder", "prompt", "schedule", "vae_decoder")
-"""Parts of a picture besides its steps."""
+"""Stages of a request besides its steps."""
 
 RESIDENT, RELOADED = "resident", "reloaded"
-"""Where contenders are between their turns: in memory, or opened anew for each."""
+"""Where contenders keep their models between turns: in memory, or nowhere, so that each turn opens them again."""
 
 MEASURED, PARTIAL, FAILED, UNAVAILABLE = "measured", "partial", "failed", "unavailable"
-"""What became of a contender: all of its samples; some; none although it should run; it cannot run here."""
+"""States of a contender: it has all samples, some, or none although it should run; or it cannot run here."""
 
-_STEADY = 0.05  # relative difference of two pictures in a row
+_STEADY = 0.05  # relative difference of two requests in a row
 _REST = 0.5  # seconds of quiet: threads of a library go on spinning for a while after their work is done
-_ROOM = 1.25  # memory to leave free, in sizes of the largest contender so far
+_ROOM = 1.25  # memory to leave free, as a multiple of the largest contender so far
 
 _logger = logging.getLogger("latentrt.benchmarks")
 
@@ -49,11 +49,11 @@ class Settings:
     """How a contest is held.
 
     Attributes:
-        rounds: Rounds to go.
-        warm_up: Most pictures to draw before the first round, while times still change.
-        batches: Numbers of pictures per request for which throughput is measured besides the job's own.
-        budget: Seconds after which no further round begins; one round is always gone. ``None`` is without end.
-        residency: :data:`RESIDENT`, :data:`RELOADED`, or ``"auto"`` for what memory allows.
+        rounds: Number of rounds.
+        warm_up: Most requests of each contender before the first round, while times still change.
+        batches: Numbers of images per request to measure throughput for, besides the job's own.
+        budget: Seconds after which no further round begins; one round always takes place. ``None`` sets no limit.
+        residency: :data:`RESIDENT`, :data:`RELOADED`, or ``"auto"`` to let the free memory decide.
         timeout: Seconds that one answer of a contender may take.
     """
 
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass
 class Cold:
-    """Seconds of a contender's first minute: see the report's schema."""
+    """Seconds of a contender's cold start, part by part; the report's schema describes each."""
 
     importing: float
     load: float
@@ -79,17 +79,25 @@ class Cold:
 
 @dataclass
 class Entry:
-    """A contender, and all that was measured of it.
+    """A contender and all its samples.
 
     Attributes:
-        contender: Who it is.
+        contender: The contender.
         state: One of :data:`MEASURED`, :data:`PARTIAL`, :data:`FAILED`, :data:`UNAVAILABLE`.
         reason: Why it is not :data:`MEASURED`.
-        stages: Seconds of each stage, a sample a round; a stage that is not told has none.
+        opened: The answer to its first ``open``; empty if there was none.
+        cold: Seconds of its cold start.
+        build_seconds: Seconds of converting the checkpoint, if that was done now.
+        notes: Remarks for the report, a sentence each.
+        picture: File with the images of its first request (numpy).
+        total: Seconds of a request, by round.
+        stages: Seconds of each stage, a sample a round; a stage that the contender does not report has none.
         step: Seconds of every step, by round.
-        total: Seconds of a picture, by round.
-        rounds: Numbers of the rounds that the samples are from.
-        batches: Seconds of a request, by its number of pictures.
+        rounds: Indices of the rounds that the samples are from.
+        batches: Seconds of a request, by its number of images.
+        peak_rss: Most resident memory of its processes, in bytes.
+        loaded_rss: Resident memory after loading, in bytes.
+        device_peak: Most memory on the device, in bytes; ``None`` on a CPU.
     """
 
     contender: Contender
@@ -116,16 +124,22 @@ class Entry:
 
 
 class Contest:
-    """One run. :attr:`entries` and what else is public always tell the state so far, whatever ended the run.
+    """One contest. Its public attributes hold all samples so far, however the run ends.
 
     Args:
-        job: What is drawn.
-        contenders: Who takes part.
-        settings: How.
-        folder: Where logs and pictures go.
-        peers: Where peers' virtual environments are kept.
-        tell: Is told what happens, in one line each.
-        save: Is called whenever there is something new to save.
+        job: The request that every contender serves.
+        contenders: The contenders.
+        settings: How the contest is held.
+        folder: The folder for logs and images.
+        peers: The folder for peers' virtual environments.
+        tell: Called with a line for people about every event.
+        save: Called whenever there is something new to save.
+
+    Attributes:
+        entries: The contenders with their samples, in the order given.
+        control: Seconds of the control, by round.
+        rounds_done: Rounds that are finished.
+        residency: :data:`RESIDENT` or :data:`RELOADED`.
     """
 
     def __init__(
@@ -154,8 +168,8 @@ class Contest:
         """Measure everything.
 
         Raises:
-            KeyboardInterrupt: if the user ends it; what was measured is kept.
-            OutputError: if it cannot be saved.
+            KeyboardInterrupt: if the user ends it; all samples so far are kept.
+            OutputError: if ``save`` raises it.
         """
         self._began = time.perf_counter()
         for name in ("logs", "pictures"):
@@ -176,25 +190,25 @@ class Contest:
         self._save()
 
     def missing(self) -> list[str]:
-        """What was asked for and is not in the results, a sentence each."""
-        told = []
+        """Everything requested that the results lack, a sentence each."""
+        sentences = []
         for entry in self.entries:
             if entry.state == UNAVAILABLE:
-                told.append(f"{entry.contender.label} could not take part: {entry.reason}")
+                sentences.append(f"{entry.contender.label} could not take part: {entry.reason}")
             elif entry.state == FAILED:
-                told.append(f"{entry.contender.label} failed: {entry.reason}")
+                sentences.append(f"{entry.contender.label} failed: {entry.reason}")
             elif entry.reason is not None:
                 share = f"{len(entry.total)} of {self.rounds_done} rounds"
-                told.append(f"{entry.contender.label} took part in {share}: {entry.reason}")
+                sentences.append(f"{entry.contender.label} took part in {share}: {entry.reason}")
         if self.rounds_done < self.settings.rounds:
-            told.append(f"{self.rounds_done} of {self.settings.rounds} rounds were gone")
-        return told
+            sentences.append(f"{self.rounds_done} of {self.settings.rounds} rounds took place")
+        return sentences
 
     def _running(self) -> list[Entry]:
         return [entry for entry in self.entries if not entry.out]
 
     def _guard(self, entry: Entry, work: Callable[[Entry], None]) -> None:
-        """Do something with a contender; what goes wrong is its result."""
+        """Do something with a contender; a failure is its result and ends its process."""
         try:
             work(entry)
         except LatentRTError as error:
@@ -208,7 +222,7 @@ class Contest:
     # --- opening
 
     def _first(self, entry: Entry) -> None:
-        """The cold start: from nothing to a picture."""
+        """Measure the cold start, from a new process to an image."""
         contender = entry.contender
         self._tell(f"{contender.label}: opening")
         self._prepare(entry)
@@ -216,7 +230,7 @@ class Contest:
         child, answer = self._start(contender)
         self._children[contender.name] = child
         if (prepared := answer["prepare_seconds"]) is not None:
-            # Converting is no part of a start: what is timed is how it starts from now on.
+            # Converting is no part of a start, so a start without it is timed.
             entry.build_seconds = prepared
             child.end()
             child, answer = self._start(contender)
@@ -237,7 +251,7 @@ class Contest:
         )
         if contender.compiles:
             self._note_compiling(entry, answer)
-        self._tell(f"{contender.label}: first picture after {entry.cold.process_to_picture:.1f} s")
+        self._tell(f"{contender.label}: first image after {entry.cold.process_to_picture:.1f} s")
         if self.residency == RELOADED:
             self._end(contender)
         elif self.settings.residency == "auto" and self._crowded(free):
@@ -247,7 +261,7 @@ class Contest:
                 self._children.pop(each).end()
 
     def _prepare(self, entry: Entry) -> None:
-        """Find the command of a contender; a peer's environment is made where it is missing."""
+        """Find the command of a contender; make a peer's environment where it is missing."""
         contender = entry.contender
         if contender.kind == PEER:
             assert contender.environment is not None, "a peer has an environment"
@@ -262,7 +276,7 @@ class Contest:
             self._commands[contender.name] = own_command()
 
     def _start(self, contender: Contender, **options: Any) -> tuple[Child, dict[str, Any]]:
-        """A contender's process, opened; with what it answered."""
+        """Start a contender's process and open its model; returns the process and its answer."""
         log = self._folder / "logs" / f"{contender.name}.log"
         child = Child(self._commands[contender.name], log, self.settings.timeout)
         try:
@@ -276,7 +290,7 @@ class Contest:
             child.end()
 
     def _note_compiling(self, entry: Entry, answer: Mapping[str, Any]) -> None:
-        """Tell a start with compiled models from one without."""
+        """Measure compiling with and without the bundle's compiled models."""
         assert entry.cold is not None, "it was just noted"
         if not answer["compiled_before"]:
             entry.notes.append("the bundle keeps no compiled model for this size, which would open faster")
@@ -287,7 +301,7 @@ class Contest:
         entry.cold.compile = fresh["compile_seconds"]
 
     def _crowded(self, before: int) -> bool:
-        """Whether another contender as large as the largest might not fit any more."""
+        """Whether memory may be too small for another contender of the largest size."""
         largest = max(entry.peak_rss for entry in self.entries)
         return psutil.virtual_memory().available < _ROOM * largest or before < largest
 
@@ -307,7 +321,7 @@ class Contest:
             entry.device_peak = max(entry.device_peak or 0, answer["device_peak_bytes"])
 
     def _warm_up(self) -> None:
-        """Draw until two pictures in a row take alike; who is opened for each turn warms up in it."""
+        """Draw until two requests in a row take equally long; a contender that is reloaded warms up in its turn."""
         if self.residency == RELOADED:
             return
         for entry in self._running():
@@ -362,26 +376,26 @@ class Contest:
             self._end(contender)
 
     def _measure_batches(self) -> None:
-        """Throughput over numbers of pictures per request, in turn as well, three times each."""
+        """Measure throughput by number of images per request, in turn as well, three times each."""
         for images in self.settings.batches:
             for turn in range(4):
                 for entry in self._running():
                     self._guard(entry, lambda each, n=images, t=turn: self._take_batch(each, n, t))  # type: ignore[misc]
-            self._tell(f"{images} pictures a request: done")
+            self._tell(f"{images} images a request: done")
             self._save()
 
     def _take_batch(self, entry: Entry, images: int, turn: int) -> None:
         if self.residency == RELOADED:
             self._children[entry.contender.name], _ = self._start(entry.contender)
         seconds = self._draw(entry, images=images)["total"]
-        if turn:  # the first one of its size is not counted
+        if turn:  # the first request of its size is the warm-up
             entry.batches.setdefault(images, []).append(seconds)
         if self.residency == RELOADED:
             self._end(entry.contender)
 
 
 def _rested(control: Control) -> float:
-    """The control's seconds, with quiet before and after: what ran last must not be in what runs next."""
+    """The control's seconds, with quiet before and after, so that no contender's threads disturb the next work."""
     time.sleep(_REST)
     seconds = control.sample()
     time.sleep(_REST)

@@ -1,14 +1,12 @@
-"""LatentRT as a contender: the same kind of program that every peer has.
+"""LatentRT as a contender: a program that speaks the same protocol as those of the peers.
 
     python -m latentrt.benchmarks.contest.worker
 
-Nothing of the runtime is imported before the harness says ``open``, so that importing is timed as a user meets it.
+The program imports nothing of the runtime before the request ``open``, so that the time of importing is that of a user.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import sys
 import time
 from dataclasses import asdict
@@ -24,8 +22,8 @@ class Worker:
     """Draws with a bundle.
 
     Options of a job: ``engine``, ``precision``, ``loop`` and ``engine_cache`` as :meth:`Pipeline.load` takes them;
-    ``fixed_size``, whether to load for the job's size alone; ``slow``, seconds to wait in every step, by which the
-    harness is tested. Texts are encoded anew for every picture: peers keep none.
+    ``fixed_size``, whether to load for the job's size only; ``slow``, seconds to wait in every step, for tests of the
+    harness. Every request encodes its prompts again, because peers keep none.
     """
 
     def __init__(self) -> None:
@@ -35,7 +33,7 @@ class Worker:
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
         """Import the runtime and load the bundle."""
         begin = time.perf_counter()
-        import latentrt.runtime  # noqa: F401 - this is what is timed
+        import latentrt.runtime  # noqa: F401 - for the time that it takes
 
         imported = time.perf_counter()
         self._free_before = _free_device_memory()
@@ -48,7 +46,7 @@ class Worker:
         return {
             "import_seconds": imported - begin,
             "load_seconds": loaded - loading,
-            # OpenVINO compiles or takes what was compiled; ONNX Runtime prepares a graph while it loads it.
+            # OpenVINO compiles, or reads a compiled model; ONNX Runtime prepares a graph while it loads it.
             "compile_seconds": loaded - loading if compiles else None,
             "prepare_seconds": None,
             "versions": _versions(options["engine"]),
@@ -59,7 +57,7 @@ class Worker:
         }
 
     def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-        """Draw the job's pictures."""
+        """Draw the job's images."""
         images = request["images"] or job["images"]
         pipeline = self._pipeline(job, images)
         wait = job["options"].get("slow", 0.0)
@@ -88,7 +86,7 @@ class Worker:
 
             np.save(request["picture"], result.images)
         timings = asdict(result.timings)
-        del timings["vae_encoder"], timings["safety_checker"]  # pictures are drawn from texts alone, and not checked
+        del timings["vae_encoder"], timings["safety_checker"]  # a job has no starting image and no safety checker
         steps = [seconds + wait for seconds in timings.pop("step")]
         used = self._free_before - _free_device_memory()
         return {**timings, "steps": steps, "total": total, "device_peak_bytes": used or None}
@@ -100,7 +98,7 @@ class Worker:
         self._pipelines.clear()
 
     def _pipeline(self, job: dict[str, Any], images: int) -> Pipeline:
-        """The pipeline for a number of pictures; without a fixed size one serves all."""
+        """The pipeline for a number of images; without a fixed size one pipeline serves all."""
         from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
         from latentrt.runtime import Pipeline
 
@@ -126,16 +124,17 @@ class Worker:
 def _versions(engine: str) -> dict[str, str]:
     from latentrt.runtime.components.engine_probe import probe
 
-    packages = {name: importlib.metadata.version(name) for name in ("latentrt", "numpy")}
-    return {"python": platform.python_version(), **packages, engine: probe(engine).version}
+    return {**wire.versions("latentrt", "numpy"), engine: probe(engine).version}
 
 
 def _disk_bytes(pipeline: Pipeline, options: dict[str, Any]) -> int:
-    """Size of the files that the pipeline's engines read, each counted once."""
+    """Size of all files that the pipeline's engines read."""
     from latentrt.engines.store import EngineStore
     from latentrt.engines.trt import SDK_MODULES
     from latentrt.runtime.components.engine_choice import choose_graph
     from latentrt.runtime.components.plans import find_plan
+
+    from .contenders import stored_precision
 
     bundle, engine, precision = pipeline.bundle, options["engine"], options["precision"]
     files: dict[str, int] = {}
@@ -144,7 +143,7 @@ def _disk_bytes(pipeline: Pipeline, options: dict[str, Any]) -> int:
             plan = find_plan(bundle, engine, component, precision)
             files[plan.record.key] = EngineStore(bundle.engines_directory).path(plan.record).stat().st_size
             continue
-        stored = "fp32" if (engine, precision) == ("openvino", "bf16") else precision
+        stored = stored_precision(engine, precision)
         _, graph = choose_graph(bundle.manifest.components[component], engine, stored)
         for name in (graph.file, *graph.external):
             files[name] = bundle.manifest.files[name].size

@@ -1,12 +1,12 @@
-"""MLPerf's load generator in a process of its own; :mod:`latentrt.benchmarks.mlperf.loadgen` starts it.
+"""MLPerf's load generator in a process of its own, which :mod:`latentrt.benchmarks.mlperf.driver` starts.
 
-Once begun, loadgen's loop in C++ comes to its own end and no other: it sleeps until a query is due and waits for the
-last answer, whatever signals or exceptions there are. A process can be ended at any time. It also has an interpreter
-of its own, so that queries are due on time while the other process computes.
+Loadgen's loop in C++ cannot be interrupted: it sleeps until a query is due and waits for the last answer, whatever
+signals or exceptions there are. A process can be ended at any time. It also has an interpreter of its own, so that
+queries are due on time while the other process computes.
 
-One JSON object a line. In: first what to run, see :func:`main`, then ``{"done": [id, ...]}`` for queries that were
-answered. Out: ``{"queries": [[id, index], ...]}`` for queries that are due, at last ``{"over": true}``. Standard
-library and ``mlperf_loadgen`` only: it runs as a file, and starts in a moment.
+Both sides write one JSON object a line. Input: first the job, see :func:`main`, then ``{"done": [id, ...]}`` for
+queries that were answered. Output: ``{"queries": [[id, index], ...]}`` for queries that are due, at last
+``{"over": true}``. The file imports only the standard library and ``mlperf_loadgen``, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def main() -> int:
     The first line has ``scenario``, ``samples`` (how many prompts there are), ``directory`` (for the logs) and
     ``settings``: fields of loadgen's ``TestSettings`` that differ from those of MLPerf's configuration file.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches every process of a terminal; the parent decides what ends
+    # Ctrl-C reaches every process of a terminal; the parent decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what loadgen prints is no answer
+    os.dup2(2, 1)  # what loadgen prints must not mix with the answers
     job = json.loads(sys.stdin.readline())
     over = threading.Event()
     reader = threading.Thread(target=_complete, args=(sys.stdin, over))
@@ -40,9 +41,9 @@ def main() -> int:
         _say(answers, {"queries": [[query.id, query.index] for query in queries]})
 
     system = mlperf_loadgen.ConstructSUT(issue, _nothing)
-    # Prompts are in the parent's memory from the beginning.
+    # The parent holds all prompts from the beginning, so there is nothing to load.
     library = mlperf_loadgen.ConstructQSL(job["samples"], job["samples"], _nothing, _nothing)
-    # No audit.config of whatever directory this is.
+    # The last argument names no audit.config: one in the current directory must not be read.
     mlperf_loadgen.StartTestWithLogSettings(system, library, _settings(job), _log_settings(job["directory"]), "")
     over.set()
     _say(answers, {"over": True})
@@ -53,13 +54,13 @@ def main() -> int:
 
 
 def _nothing(*_: object) -> None:
-    """For callbacks that have nothing to do."""
+    """Do nothing, as a callback."""
 
 
 def _complete(lines: TextIO, over: threading.Event) -> None:
-    """Tell loadgen of answers until the parent has no more."""
+    """Pass answers on to loadgen until the parent has no more."""
     for line in lines:
-        # Loadgen reads pictures in its accuracy mode alone; here they stay where they were drawn.
+        # Loadgen reads images in its accuracy mode only; here they stay in the parent.
         done = [mlperf_loadgen.QuerySampleResponse(number, 0, 0) for number in json.loads(line)["done"]]
         mlperf_loadgen.QuerySamplesComplete(done)
     if not over.is_set():

@@ -1,5 +1,5 @@
 """Other runtimes that LatentRT is measured against, each a program in a virtual environment of its own.
 
-Their programs must not import anything of LatentRT, which is not installed there;
-:mod:`latentrt.benchmarks.peers.wire` is all they share.
+LatentRT is not installed in those environments, so the programs and the modules that they share import nothing of it;
+only :mod:`latentrt.benchmarks.peers.environments`, which makes the environments, runs beside LatentRT.
 """

@@ -1,6 +1,6 @@
-"""What conversions of a checkpoint have in common: what they are known by, and names of tensors.
+"""Parts that conversions of a checkpoint share: its fingerprint, tools in processes of their own, names of tensors.
 
-Standard library only, as :mod:`latentrt.benchmarks.peers.wire` is: this runs in environments without LatentRT.
+The module imports only the standard library, because it runs in environments without LatentRT.
 """
 
 from __future__ import annotations
@@ -19,26 +19,34 @@ from pathlib import Path
 from typing import Any
 
 NESTED = "text_model."
-"""What CLIP's tensors are named below, in all releases of transformers before 5.6 and so in nearly all checkpoints."""
+"""Prefix of CLIP's tensors in all releases of transformers before 5.6, and so in nearly all checkpoints."""
 
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def fingerprint(source: Path, *also: str) -> str:
-    """Eight hexadecimal digits that change with the files of a checkpoint (path, size, time) or with ``also``."""
+    """Eight hexadecimal digits that depend on the files of a checkpoint (path, size, time) and on ``also``.
+
+    Contents are not read: reading gigabytes would take longer than loading them.
+    """
     files = sorted(path for path in source.rglob("*") if path.is_file())
     facts = [f"{path.relative_to(source)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join((str(source.resolve()), *facts, *also)).encode()).hexdigest()[:8]
 
 
 def run_tool(name: str, command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Run a program in a process of its own, whose memory does not count as this one's and which ends with it.
+    """Run a program in a process of its own, which ends with this one and whose memory does not count as this one's.
+
+    Args:
+        name: The program's name in messages.
+        command: The command that starts it.
+        environment: Environment variables besides those of this process.
 
     Returns:
-        What it printed, which is also on standard error by then.
+        Its output, which is printed to standard error too.
 
     Raises:
-        RuntimeError: It failed; with ``name`` and its last lines.
+        RuntimeError: if it fails; the message has ``name`` and the program's last lines.
     """
     with tempfile.TemporaryFile() as log:
         done = subprocess.run(
@@ -60,7 +68,7 @@ def run_tool(name: str, command: Sequence[str], environment: Mapping[str, str]) 
 
 
 def has_nested_names(source: Path) -> bool:
-    """Whether a checkpoint's text encoder has its tensors below :data:`NESTED`."""
+    """Whether the names of all tensors of a checkpoint's text encoder begin with :data:`NESTED`."""
     files = sorted((source / "text_encoder").glob("*.safetensors"))
     return bool(files) and all(
         name.startswith(NESTED) for file in files for name in read_header(file)[0] if name != "__metadata__"
@@ -68,10 +76,10 @@ def has_nested_names(source: Path) -> bool:
 
 
 def nest_text_encoder(source: Path, target: Path) -> None:
-    """Fill ``target`` with links to a checkpoint whose text encoder's tensors are then all named below :data:`NESTED`.
+    """Fill ``target`` with links to a checkpoint, and a text encoder whose tensors' names begin with :data:`NESTED`.
 
-    transformers 5.6 and later leaves the prefix out. Older ones, and all that read their layout, take such names for
-    unknown ones: transformers then draws weights at random, with no more than a warning.
+    transformers 5.6 and later leave the prefix out. Older releases, and libraries that read their layout, do not know
+    such names: transformers then draws weights at random, with no more than a warning.
     """
     for entry in source.iterdir():
         if entry.name != "text_encoder":
@@ -91,10 +99,13 @@ def nest_text_encoder(source: Path, target: Path) -> None:
 
 
 def rename_tensors(source: Path, target: Path, rename: Callable[[str], str]) -> None:
-    """Copy a safetensors file and give its tensors other names.
+    """Copy a safetensors file, with other names for its tensors.
 
     The format is a length of 8 bytes, little endian, a JSON object of that length, and the tensors' bytes, see
     https://huggingface.co/docs/safetensors.
+
+    Raises:
+        ValueError: if two tensors would have the same name.
     """
     header, end = read_header(source)
     renamed = {key if key == "__metadata__" else rename(key): value for key, value in header.items()}
@@ -109,7 +120,11 @@ def rename_tensors(source: Path, target: Path, rename: Callable[[str], str]) -> 
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and how many bytes lie before the tensors."""
+    """The header of a safetensors file, and the number of bytes before the tensors.
+
+    Raises:
+        ValueError: if the file is no safetensors file.
+    """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > _LARGEST_HEADER:
@@ -119,13 +134,13 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder, links followed."""
+    """Size of all files below a folder in bytes, through links too."""
     return sum(
         (Path(where) / name).stat().st_size for where, _, names in os.walk(folder, followlinks=True) for name in names
     )
 
 
 def _end_with_parent() -> None:
-    """Have Linux end this process when the one that started it ends, however that ends: see prctl(2)."""
+    """Let Linux end this process when its parent ends for any reason, see prctl(2)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

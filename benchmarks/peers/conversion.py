@@ -1,12 +1,11 @@
-"""A peer's own form of a checkpoint: made once, kept in the job's workspace.
+"""Conversion of a checkpoint to a peer's own form, which is made once and kept in the job's workspace.
 
-Converting runs in a process of its own, or the memory that it takes would count as that of drawing. The process is
+A conversion runs in a process of its own, because its memory must not count as that of drawing. The process is
 ``launch.py NAME SOURCE TARGET``, which calls ``convert(source, target)`` of the peer's module.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import wire
+from .checkpoints import fingerprint
 from .keeping import keep
 
 _RESULT = "conversion.json"
@@ -29,9 +29,9 @@ class Converted:
     """A converted checkpoint.
 
     Attributes:
-        folder: Where it is.
-        seconds: What converting took, None if it was kept from before.
-        notes: What had to be adapted, a sentence each.
+        folder: The folder with the result.
+        seconds: Seconds of converting; ``None`` if an earlier result was found.
+        notes: Adaptations that were necessary, a sentence each.
     """
 
     folder: Path
@@ -40,34 +40,35 @@ class Converted:
 
 
 def converted(name: str, source: Path, workspace: Path, settings: Mapping[str, str]) -> Converted:
-    """Convert a checkpoint, or find it converted.
+    """Convert a checkpoint, or find an earlier conversion.
 
     Args:
-        name: Module of the peer.
+        name: Name of the peer's module.
         source: The checkpoint's directory.
-        workspace: Where conversions are kept.
-        settings: All else that decides the result, such as versions of packages.
+        workspace: The folder that conversions are kept in.
+        settings: Everything else that decides the result, such as versions of packages.
 
     Raises:
-        MemoryError: if the process was killed, as Linux does with one that takes too much.
+        MemoryError: if the process was killed, as Linux kills one that takes too much memory.
         RuntimeError: if converting failed; the message is the reason.
-        UnsupportedError: if the peer cannot take this checkpoint.
+        UnsupportedError: if the peer does not support this checkpoint.
     """
-    folder = workspace / f"{name.replace('_', '-')}-{_key(source, settings)}"
+    decides = (f"{key} {value}" for key, value in sorted(settings.items()))
+    folder = workspace / f"{name.replace('_', '-')}-{fingerprint(source, *decides)}"
     seconds = keep(folder, lambda target: _run_apart(name, source, target))
     notes = json.loads((folder / _RESULT).read_text(encoding="utf-8"))["notes"]
     return Converted(folder, seconds, notes)
 
 
 def main(convert: Callable[[Path, Path], list[str]], source: str, target: str) -> int:
-    """The process that converts; returns its exit status."""
+    """Convert in this process, and write the result for the parent; returns the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     result: dict[str, object]
     try:
         result = {"notes": convert(Path(source), Path(target))}
     except wire.UnsupportedError as error:
         result = {"unsupported": str(error)}
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is why it cannot convert
+    except Exception as error:  # noqa: BLE001 - any exception of a library is the reason of a failed conversion
         traceback.print_exc()
         result = {"error": wire.sentence(error)}
     (Path(target) / _RESULT).write_text(json.dumps(result), encoding="utf-8")
@@ -97,14 +98,6 @@ def _run_apart(name: str, source: Path, target: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the parent does, however it ends: its end of the pipe closes then."""
-    os.read(0, 1)  # not sys.stdin, whose lock would be held when the interpreter ends
+    """End this process when the parent ends for any reason: its end of the pipe closes then."""
+    os.read(0, 1)  # sys.stdin would hold a lock when the interpreter ends
     os._exit(1)
-
-
-def _key(source: Path, settings: Mapping[str, str]) -> str:
-    """Name a conversion by what decides it; files by size and time, for reading gigabytes takes longer than loading."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    listed = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    text = json.dumps([str(source.resolve()), listed, dict(settings)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

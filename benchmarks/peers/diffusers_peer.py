@@ -1,7 +1,7 @@
-"""diffusers' StableDiffusionPipeline on PyTorch, eager or compiled. Environment: ``diffusers``.
+"""The peer diffusers: its StableDiffusionPipeline on PyTorch, eager or compiled, in the environment ``diffusers``.
 
 Options: ``dtype`` (``"fp32"``, ``"fp16"``, ``"bf16"``), ``compile`` (True, or a mode of ``torch.compile``) and
-``channels_last`` (a memory layout that convolutions may be faster in).
+``channels_last`` (a memory layout in which convolutions may be faster).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import wire
-from .drawing import CudaClock, Drawing, HostClock, check_options, scheduler, versions
+from .drawing import CudaClock, Drawing, HostClock, check_options, scheduler
 from .keeping import MARKER
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -30,7 +30,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 class Contender:
-    """The pipeline, opened from the checkpoint as it is."""
+    """diffusers' pipeline, which reads the checkpoint without conversion."""
 
     def __init__(self) -> None:
         self._drawing: Drawing | None = None
@@ -38,11 +38,11 @@ class Contender:
         self._cache: CompileCache | None = None
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Load the pipeline; what torch.compile does, it does in the first draw of a size."""
+        """Load the pipeline; torch.compile compiles later, in the first draw of a size."""
         options, source = job["options"], Path(job["source"])
         check_options(options, _OPTIONS)
         compiled, notes = options.get("compile", False), []
-        if compiled:  # before PyTorch is imported, which reads where to keep it
+        if compiled:  # before the import of PyTorch, which reads the folder of its cache
             self._cache = CompileCache(
                 Path(job["workspace"]), json.dumps([str(source.resolve()), options, job["threads"]])
             )
@@ -83,7 +83,7 @@ class Contender:
             "load_seconds": time.perf_counter() - imported,
             "compile_seconds": None,
             "prepare_seconds": None,
-            "versions": versions("diffusers", "transformers", "torch"),
+            "versions": wire.versions("diffusers", "transformers", "torch"),
             "device": torch.cuda.get_device_name() if self._device == "cuda" else "cpu",
             "disk_bytes": _weights(source),
             "notes": notes,
@@ -91,7 +91,7 @@ class Contender:
         }
 
     def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-        """Draw."""
+        """Draw the job's images."""
         if self._drawing is None:
             raise RuntimeError("nothing is open")
         with self._cache.in_use() if self._cache is not None else contextlib.nullcontext():
@@ -99,7 +99,7 @@ class Contender:
         return {**answer, **self._device_memory()}
 
     def close(self) -> None:
-        """Let go of the pipeline."""
+        """Release the pipeline."""
         self._drawing = None
 
     def _device_memory(self) -> dict[str, Any]:
@@ -111,14 +111,14 @@ class Contender:
 
 
 class CompileCache:
-    """What torch.compile compiled, kept in the workspace from one process to the next.
+    """The compiled code of torch.compile, kept in the workspace from one process to the next.
 
-    A process that is killed while it compiles leaves broken files that torch.compile would trip over ever after. So the
-    folder has a marker except during a draw; where it lacks one, it is emptied.
+    A process that is killed while it compiles leaves broken files, on which torch.compile would fail from then on. So
+    the folder has a marker except during a draw, and a folder without one is emptied.
 
     Args:
-        workspace: The job's.
-        key: What decides the code besides PyTorch, which looks at that itself.
+        workspace: The job's workspace.
+        key: Everything that decides the code besides PyTorch, which checks that itself.
     """
 
     def __init__(self, workspace: Path, key: str) -> None:
@@ -127,9 +127,9 @@ class CompileCache:
         self._lock: int | None = None
 
     def open(self) -> str:
-        """Tell torch.compile to keep its code here; returns a sentence on what it finds.
+        """Make torch.compile keep its code here; returns a sentence on the code that is there already.
 
-        While another process uses the folder, this one has a temporary one.
+        While another process uses the folder, this one uses a temporary folder.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(f"{self._folder}.lock", os.O_RDWR | os.O_CREAT, 0o644)  # until the process ends
@@ -146,17 +146,17 @@ class CompileCache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder / "inductor")
         os.environ["TRITON_CACHE_DIR"] = str(self._folder / "triton")
         state = "held code from before" if found else "was empty"
-        return f"torch.compile compiles in the first picture of a size; its cache {state}."
+        return f"torch.compile compiles in the first request of a size; its cache {state}."
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around whatever may compile."""
+        """A context for everything that may compile."""
         self._marker.unlink(missing_ok=True)
         yield
         self._marker.touch()
 
 
 def _weights(source: Path) -> int:
-    """Bytes of the weights that are loaded; files of a variant (``model.fp16.safetensors``) are not."""
+    """Size of the weights that are loaded, in bytes; files of a variant (``model.fp16.safetensors``) do not count."""
     files = [path for part in ("text_encoder", "unet", "vae") for path in (source / part).glob("*.safetensors")]
     return sum(path.stat().st_size for path in files if path.stem.count(".") == 0)

@@ -1,4 +1,4 @@
-"""What the peers with a pipeline of diffusers' have in common: samplers, seeds, and the seconds of each stage."""
+"""Parts that the peers with a pipeline of diffusers' share: schedulers, seeds, and the seconds of each stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import wire
 
 _WITHIN_RANGE: Mapping[str, Any] = {"clip_sample": False}
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    # Left to themselves these two clip latents to [-1, 1], which is meant for pixels, where a config does not say.
+    # Where a config does not say, these two clip latents to [-1, 1], which is meant for pixels.
     "ddim": ("DDIMScheduler", _WITHIN_RANGE),
     "ddpm": ("DDPMScheduler", _WITHIN_RANGE),
     "pndm": ("PNDMScheduler", {}),
@@ -28,14 +28,14 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
-"""LatentRT's name of a sampler, diffusers' class, and what the class is told besides the checkpoint's own config."""
+"""By LatentRT's name of a sampler, diffusers' class and its settings besides the checkpoint's own config."""
 
 
 def scheduler(sampler: str, config: Any) -> Any:
-    """diffusers' scheduler for a sampler of LatentRT's, from the config of a checkpoint's own scheduler.
+    """diffusers' scheduler for a sampler of LatentRT's, with the config of a checkpoint's own scheduler.
 
     Raises:
-        UnsupportedError: if no class draws the same.
+        UnsupportedError: if diffusers' pipeline has no scheduler that computes the same.
     """
     import diffusers
 
@@ -46,10 +46,10 @@ def scheduler(sampler: str, config: Any) -> Any:
 
 
 class HostClock:
-    """Moments as the processor sees them."""
+    """A clock of moments on the processor."""
 
     def mark(self) -> Any:
-        """This moment."""
+        """The current moment."""
         return time.perf_counter()
 
     def between(self, begin: Any, end: Any) -> float:
@@ -58,10 +58,10 @@ class HostClock:
 
 
 class CudaClock:
-    """Moments in the order of work on the GPU, which nothing waits for until they are asked about."""
+    """A clock of moments in the GPU's order of work; nothing waits for them before :meth:`between`."""
 
     def mark(self) -> Any:
-        """The moment at which the GPU will have done what it was given so far."""
+        """The moment at which the GPU finishes the work that it has so far."""
         import torch
 
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -69,17 +69,17 @@ class CudaClock:
         return event
 
     def between(self, begin: Any, end: Any) -> float:
-        """Seconds from one moment to another, after both."""
+        """Wait for the second moment; returns the seconds between the two."""
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
 
 class Drawing:
-    """A pipeline of diffusers' that tells what each stage took.
+    """A pipeline of diffusers' that measures each stage.
 
     Args:
-        pipe: The pipeline; three of its methods are replaced by ones that look at the clock.
-        clock: Which.
+        pipe: The pipeline; three of its methods are replaced by ones that read the clock.
+        clock: The clock for the pipeline's device.
     """
 
     def __init__(self, pipe: Any, clock: HostClock | CudaClock) -> None:
@@ -98,7 +98,7 @@ class Drawing:
         pipe.progress_bar = begin_loop
 
     def draw(self, request: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-        """Draw a job's pictures; returns the answer to ``draw``."""
+        """Draw a job's images; returns the answer to ``draw``."""
         import numpy as np
         import torch
 
@@ -141,14 +141,14 @@ class Drawing:
 
 
 def check_options(options: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse what a peer does not know.
+    """Check the options of a job.
 
     Args:
-        options: The job's.
-        known: Values by name of the option.
+        options: The job's options.
+        known: The possible values of each option, by name.
 
     Raises:
-        UnsupportedError: if there is a name or a value that is not in ``known``.
+        UnsupportedError: if a name or a value is not in ``known``.
     """
     for name, value in options.items():
         if name not in known:
@@ -159,14 +159,6 @@ def check_options(options: Mapping[str, Any], known: Mapping[str, tuple[Any, ...
             )
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of the packages of this environment."""
-    import platform
-    from importlib import metadata
-
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
 def size(folder: Path, *patterns: str) -> int:
-    """Bytes of a folder's files of these patterns."""
+    """Size of a folder's files that match any of the patterns, in bytes."""
     return sum(path.stat().st_size for pattern in patterns for path in folder.rglob(pattern))

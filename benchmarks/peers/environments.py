@@ -1,8 +1,8 @@
-"""Virtual environments of the peers: one for each pinned list in ``requirements/``, made when first asked for and kept.
+"""Virtual environments of the peers: one for each pinned list in ``requirements/``, made at its first use and kept.
 
-A list names every package of a working environment (``pip freeze``), so it is installed without looking at what the
-packages themselves ask for: some peers refuse versions that they work with. PyTorch is the exception: its wheel for
-CUDA needs libraries that its wheel for the CPU does not, and no list can be right for both.
+A list names every package of a working environment (``pip freeze``), so pip ignores the packages' own requirements:
+some peers refuse versions that they work with. PyTorch is the exception: its wheel for CUDA needs libraries that its
+wheel for the CPU does not, and no list can be right for both.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from latentrt.engines.errors import LatentRTError, OutputError
 from .keeping import keep
 
 REQUIREMENTS = Path(__file__).with_name("requirements")
+"""The folder of the pinned lists."""
 
 
 class PeerUnavailableError(LatentRTError, RuntimeError):
@@ -29,23 +30,23 @@ class PeerUnavailableError(LatentRTError, RuntimeError):
 
 
 def default_root() -> Path:
-    """Where environments are kept: ``latentrt/peers`` in the user's cache directory."""
+    """The default folder for environments: ``latentrt/peers`` in the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentrt" / "peers"
 
 
 def environment(name: str, root: Path | None = None) -> Path:
-    """Find or make the environment of a list; making it can take minutes.
+    """Find the environment of a list, or make it, which can take minutes.
 
     Args:
         name: Name of the list, ``requirements/<name>.txt``.
-        root: Where environments are kept, :func:`default_root` if None. An environment cannot be moved.
+        root: The folder for environments; :func:`default_root` if ``None``. An environment cannot be moved.
 
     Returns:
-        Path of its Python.
+        The path of its Python.
 
     Raises:
-        OutputError: if it cannot be written.
-        PeerUnavailableError: if there is no such list, or a package of it cannot be installed.
+        OutputError: if the environment cannot be written.
+        PeerUnavailableError: if there is no such list, or one of its packages cannot be installed.
     """
     path = REQUIREMENTS / f"{name}.txt"
     if not path.is_file():
@@ -67,7 +68,7 @@ def _make(folder: Path, requirements: Path) -> None:
 
 
 def _install(folder: Path, *arguments: str) -> None:
-    """Install with our own pip, so that an environment holds its list and nothing else."""
+    """Install with the pip of this Python, so that an environment holds its list and nothing else."""
     if importlib.util.find_spec("pip") is None:
         raise PeerUnavailableError(f"pip is missing: install it with `{sys.executable} -m ensurepip`")
     command = [sys.executable, "-m", "pip", "--python", str(_python(folder)), "install", "--quiet", "--no-input"]
@@ -78,14 +79,14 @@ def _install(folder: Path, *arguments: str) -> None:
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of pip's that says what is wrong."""
+    """The last line of pip's output that states an error."""
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return (errors or lines or [f"exit status {done.returncode}"])[-1]
 
 
 def _is_sound(folder: Path) -> bool:
-    """Whether the Python that it was made with is still installed."""
+    """Whether the Python that the environment was made with is still installed."""
     return _python(folder).exists()
 
 
@@ -99,6 +100,6 @@ def _key(requirements: Path) -> str:
 
 
 def _lines(requirements: Path) -> list[str]:
-    """The lines of a list that are not comments: to explain it better is no reason to make its environment again."""
+    """The lines of a list without comments, so that a changed comment does not change the environment's key."""
     lines = [line.strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]

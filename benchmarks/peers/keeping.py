@@ -1,7 +1,7 @@
 """Folders that take long to make and are made once: environments, converted models.
 
-A folder is usable when its marker is there, which is written last. What a killed maker left has none, and the next one
-removes it. Standard library only: peers' programs use it too.
+A folder is usable if it has its marker, which is written last. A folder that a killed process left has none, and the
+next process removes it. The module imports only the standard library, because peers' programs use it too.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MARKER = ".complete"
+"""Name of the marker in a finished folder."""
 
 
 def keep(
     folder: Path, make: Callable[[Path], None], sound: Callable[[Path], bool] = lambda folder: True
 ) -> float | None:
-    """Make a folder unless it is there already; one process at a time, others wait and find it made.
+    """Make a folder unless it exists already; one process makes it, and others wait for it.
 
     Args:
-        folder: Which; its parents are made as well.
-        make: Fills it; it is new and empty. Whatever this raises is passed on, and the folder is gone again.
-        sound: Whether what was kept can still be used, else it is made anew.
+        folder: The folder; its parents are made as well.
+        make: Fills the folder, which is new and empty. If it raises an exception, the folder is removed.
+        sound: Says whether an existing folder can still be used; if not, it is made again.
 
     Returns:
-        Seconds that making took, None if it was there.
+        Seconds of making it; ``None`` if it existed.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -53,7 +54,7 @@ def keep(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, which stays: removing it would let two processes lock two files of one name."""
+    """Hold the lock of a file. The file stays: if it were removed, two processes could lock two files of one name."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -3,8 +3,8 @@
 With ``SOURCE TARGET`` after the name it converts a checkpoint and ends, see
 :mod:`latentrt.benchmarks.peers.conversion`.
 
-The folder is loaded as a package under a name of its own, from its path, so that the programs share
-:mod:`latentrt.benchmarks.peers.wire` and no module here is found under the name of a library.
+The folder is loaded from its path, as a package under a name of its own. So the programs can share its modules, and
+no module here hides a library of the same name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ import sys
 from pathlib import Path
 
 PACKAGE = "latentrt_peers"
+"""Name of the package that the folder is loaded as."""
 
 
 def main(name: str, *paths: str) -> int:
-    """Serve the contender of the module ``name``, or convert with it."""
+    """Serve the contender of a peer's module, or convert a checkpoint with it; returns the exit status.
+
+    Args:
+        name: Name of the module.
+        paths: Source and target of a conversion; none to serve.
+    """
     folder = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
     spec = importlib.util.spec_from_file_location(

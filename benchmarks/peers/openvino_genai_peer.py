@@ -1,4 +1,4 @@
-"""OpenVINO GenAI: ``Text2ImagePipeline`` on a CPU, converted by Optimum Intel.
+"""The peer OpenVINO GenAI: its ``Text2ImagePipeline`` on a CPU, for models that Optimum Intel converts.
 
 Options: ``precision``, one of "fp32" (weights and arithmetic), "bf16" (weights in 16 bits, arithmetic in bfloat16, on
 processors that have it) and "int8" (weights in 8 bits, arithmetic as in "bf16", or in float32 where there is none).
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.metadata
 import json
 import math
-import platform
 import shutil
 import sys
 import tempfile
@@ -21,10 +19,10 @@ from typing import Any
 
 from .checkpoints import fingerprint, folder_bytes, has_nested_names, nest_text_encoder, run_tool
 from .keeping import keep
-from .wire import UnsupportedError
+from .wire import UnsupportedError, versions
 
 WEIGHT_FORMATS = {"fp32": "fp32", "bf16": "fp16", "int8": "int8"}
-"""What Optimum Intel is asked for, by precision."""
+"""Optimum Intel's weight formats, by precision."""
 
 SCHEDULERS = {
     "euler": "EULER_DISCRETE",
@@ -40,8 +38,8 @@ _LOADED = ("text_encoder", "unet", "vae_decoder", "tokenizer")
 _PACKAGES = ("openvino-genai", "openvino", "openvino-tokenizers", "optimum-intel", "diffusers", "transformers", "torch")
 _PLACEHOLDER = "EulerDiscreteScheduler"
 
-# Alone in a process: the generator of GenAI that equals torch's imports torch, which no user of GenAI needs, into the
-# process that is measured.
+# A program in a process of its own: GenAI's generator that equals torch's would import torch, which no user of GenAI
+# needs, into the process that is measured.
 _NOISE = """
 import sys, numpy, torch
 seed, count, path, *shape = sys.argv[1:]
@@ -52,7 +50,7 @@ numpy.save(path, numpy.stack([torch.randn(shape, generator=generator).numpy() fo
 
 
 class Contender:
-    """OpenVINO GenAI, see :class:`latentrt.benchmarks.peers.wire.Contender`."""
+    """GenAI's pipeline, which implements :class:`latentrt.benchmarks.peers.wire.Contender`."""
 
     def __init__(self) -> None:
         self.genai: Any = None
@@ -63,7 +61,7 @@ class Contender:
         self.noise: dict[tuple[int, int], Any] = {}
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Convert if that was not done before, load, and compile for the job's size."""
+        """Convert the checkpoint if necessary, load it, and compile it for the job's size."""
         precision = job["options"].get("precision", "fp32")
         if precision not in WEIGHT_FORMATS:
             raise UnsupportedError(f"precision is {precision!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
@@ -96,7 +94,7 @@ class Contender:
             "load_seconds": loaded - prepared,
             "compile_seconds": compiled - loaded,
             "prepare_seconds": prepared - begin if converted else None,
-            "versions": _versions(),
+            "versions": versions(*_PACKAGES),
             "device": "cpu",
             "disk_bytes": sum(folder_bytes(self.folder / part) for part in _LOADED),
             "notes": [
@@ -109,7 +107,7 @@ class Contender:
         }
 
     def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-        """Draw, and take the seconds of each step from GenAI's own metrics."""
+        """Draw the job's images; the seconds of the steps are those of GenAI's own metrics."""
         images, steps = request["images"] or job["images"], request["steps"] or job["steps"]
         if images != self.images:
             self._load(job, images)
@@ -121,7 +119,7 @@ class Contender:
             "guidance_scale": job["guidance"],
             "generator": _replay(self.genai, self._noise(job, images, steps)),
         }
-        if job["negative_prompt"] and job["guidance"] > 1:  # GenAI refuses one that would have no effect
+        if job["negative_prompt"] and job["guidance"] > 1:  # GenAI refuses a negative prompt without effect
             settings["negative_prompt"] = job["negative_prompt"]
         last_step = 0.0
 
@@ -150,12 +148,12 @@ class Contender:
         }
 
     def close(self) -> None:
-        """Let go of the pipeline."""
+        """Release the pipeline."""
         self.pipeline = None
         gc.collect()
 
     def _load(self, job: dict[str, Any], images: int) -> float:
-        """Load and compile the pipeline for a number of images; returns when it was loaded and not yet compiled."""
+        """Load and compile the pipeline for a number of images; returns the time between loading and compiling."""
         self.close()  # a compiled pipeline cannot be reshaped, and two at once may not fit into memory
         try:
             pipeline = self.genai.Text2ImagePipeline(str(self.folder))
@@ -171,9 +169,9 @@ class Contender:
         return loaded
 
     def _noise(self, job: dict[str, Any], images: int, steps: int) -> Any:
-        """The numbers torch draws for a job: ``[steps + 1, images, channels, height / factor, width / factor]``.
+        """Torch's noise for a job, ``[steps + 1, images, channels, height / factor, width / factor]``.
 
-        The first for the latents and one for each step, which samplers that add noise take.
+        The first array is for the latents, the others for the steps of samplers that add noise.
         """
         if (images, steps) not in self.noise:
             channels, factor = latent_shape(Path(job["source"]))
@@ -187,31 +185,35 @@ class Contender:
 
 
 def check_job(job: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse what GenAI has not got, or would do without saying that it does something else.
+    """Check that GenAI supports a job; some settings it would ignore without a message.
+
+    Args:
+        job: The job.
+        config: The config of the checkpoint's scheduler.
 
     Raises:
-        UnsupportedError: It has not got it.
+        UnsupportedError: if GenAI does not support it.
     """
     if job["device"] != "cpu":
         raise UnsupportedError("OpenVINO has no CUDA devices")
     if job["sampler"] not in SCHEDULERS:
         raise UnsupportedError(f"OpenVINO GenAI has no sampler {job['sampler']!r}; it has {', '.join(SCHEDULERS)}")
     kind = config.get("prediction_type", "epsilon")
-    if job["sampler"] == "lcm" and kind != "epsilon":  # it reads memory that it never wrote, and dies
-        raise UnsupportedError(f"OpenVINO GenAI's sampler 'lcm' takes models that predict epsilon, not {kind!r}")
+    if job["sampler"] == "lcm" and kind != "epsilon":  # GenAI would read memory that it never wrote, and crash
+        raise UnsupportedError(f"OpenVINO GenAI's sampler 'lcm' supports models that predict epsilon, not {kind!r}")
     for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if config.get(key) and job["sampler"] == "euler-a":  # where it does not look at them; it refuses them elsewhere
+        if config.get(key) and job["sampler"] == "euler-a":  # which ignores them; the other samplers refuse them
             raise UnsupportedError(f"OpenVINO GenAI's sampler 'euler-a' does not know {key}")
 
 
 def converted_folder(source: Path, workspace: Path, precision: str) -> tuple[Path, bool]:
-    """The checkpoint as GenAI reads it, and whether it was converted now.
+    """The folder with the checkpoint in GenAI's form, and whether it was converted now.
 
-    Another checkpoint, or the same one changed, or other versions, make another folder.
+    The folder depends on the checkpoint's files and on the versions of the packages.
     """
-    versions = (f"{name} {version}" for name, version in _versions().items())
+    decides = (f"{name} {version}" for name, version in versions(*_PACKAGES).items())
     weights = WEIGHT_FORMATS[precision]
-    target = workspace / f"openvino-genai-{weights}-{fingerprint(source, *versions)}"
+    target = workspace / f"openvino-genai-{weights}-{fingerprint(source, *decides)}"
     return target, keep(target, lambda folder: _convert(source, folder, weights)) is not None
 
 
@@ -225,7 +227,7 @@ def _convert(source: Path, folder: Path, weights: str) -> None:
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(model)]
     command += ["--task", "text-to-image", "--library", "diffusers", "--weight-format", weights, str(folder)]
     text = run_tool("optimum-cli", command, {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
-    if "newly initialized" in text:  # transformers goes on with numbers drawn at random
+    if "newly initialized" in text:  # transformers goes on with random weights
         raise RuntimeError("Optimum Intel did not find all weights of the checkpoint under the names that it expects")
     shutil.rmtree(links)
     config = folder / "scheduler" / "scheduler_config.json"
@@ -235,15 +237,15 @@ def _convert(source: Path, folder: Path, weights: str) -> None:
 def readable_config(config: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's config that GenAI can read.
 
-    Its JSON parser takes no infinity, as diffusers writes one, and a class that it does not know ends the loading of
-    the pipeline, even if another is set afterwards.
+    Its JSON parser refuses infinity, which diffusers writes, and it cannot load a pipeline with a class that it does
+    not know, even if another class is set afterwards.
     """
     finite = {key: value for key, value in config.items() if not isinstance(value, float) or math.isfinite(value)}
     return {**finite, "_class_name": _PLACEHOLDER}
 
 
 def latent_shape(source: Path) -> tuple[int, int]:
-    """Channels of a checkpoint's latents, and how many times as wide and high as they its pictures are."""
+    """Channels of a checkpoint's latents, and the factor between the sides of images and latents."""
     vae = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
     return vae["latent_channels"], 2 ** (len(vae["block_out_channels"]) - 1)
 
@@ -254,7 +256,7 @@ def _scheduler_config(source: Path) -> dict[str, Any]:
 
 
 def _replay(genai: Any, noise: Any) -> Any:
-    """A generator of GenAI that gives out one array after the other, as often as it is asked to."""
+    """A generator of GenAI that returns the arrays of ``noise`` one after the other."""
     tensor = importlib.import_module("openvino").Tensor
 
     class Replay(genai.Generator):  # type: ignore[misc]
@@ -263,7 +265,7 @@ def _replay(genai: Any, noise: Any) -> Any:
             self.left = iter(noise)
 
         def randn_tensor(self, shape: Any) -> Any:
-            """The next array; that it has the shape asked for is what makes it the noise that torch would draw."""
+            """The next array; only in this shape is it the noise that torch would draw."""
             drawn = next(self.left)
             if tuple(shape) != drawn.shape:
                 raise ValueError(f"GenAI asks for noise of shape {tuple(shape)}, expected {drawn.shape}")
@@ -276,12 +278,8 @@ def _replay(genai: Any, noise: Any) -> Any:
 
 
 def _translated(error: RuntimeError) -> Exception:
-    """What GenAI itself calls unsupported, as such."""
+    """An UnsupportedError for settings that GenAI's message calls unsupported; else the error unchanged."""
     text = str(error)
     if "supported" in text and ("scheduler" in text.lower() or "Parameter '" in text):
         return UnsupportedError(f"OpenVINO GenAI refuses: {' '.join(text.split(':', 3)[-1].split())}")
     return error
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}

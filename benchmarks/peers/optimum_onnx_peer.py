@@ -1,9 +1,10 @@
-"""Optimum's ORTStableDiffusionPipeline on ONNX Runtime, fp32 on the CPU. Environment: ``optimum-onnx``.
+"""The peer Optimum: its ORTStableDiffusionPipeline on ONNX Runtime, fp32 on the CPU, in ``optimum-onnx``.
 
-It holds transformers 4, which does not read two things that transformers 5 writes. A copy has what it reads instead:
+Its environment has transformers 4, which cannot read two parts of a checkpoint that transformers 5 writes. So it reads
+a copy in which they are adapted:
 
-- The tokenizer's class needs ``vocab.json`` and ``merges.txt``. Both are in ``tokenizer.json``.
-- The text encoder's weights are called ``text_model.<name>``, not ``<name>``. It would start from random ones.
+- The tokenizer's class needs ``vocab.json`` and ``merges.txt``, whose contents are in ``tokenizer.json``.
+- The text encoder's weights must be named ``text_model.<name>``; under ``<name>`` random ones would replace them.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from . import wire
+from .checkpoints import NESTED
 from .conversion import converted
-from .drawing import Drawing, HostClock, check_options, scheduler, size, versions
+from .drawing import Drawing, HostClock, check_options, scheduler, size
 
 _PACKAGES = ("optimum-onnx", "onnxruntime", "diffusers", "transformers", "torch")
-_PREFIX = "text_model."
 
 
 class Contender:
-    """The pipeline, over graphs that Optimum exported."""
+    """Optimum's pipeline, which runs graphs that Optimum exported."""
 
     def __init__(self) -> None:
         self._drawing: Drawing | None = None
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Export if that was not done before, and load."""
+        """Export the checkpoint if necessary, and load it."""
         check_options(job["options"], {"dtype": ("fp32",)})
         if job["device"] != "cpu":
             raise wire.UnsupportedError("Optimum's environment has ONNX Runtime for the CPU, not for a GPU")
-        found = versions(*_PACKAGES)
+        found = wire.versions(*_PACKAGES)
         model = converted("optimum_onnx_peer", Path(job["source"]), Path(job["workspace"]), found)
         begin = time.perf_counter()
         import onnxruntime
@@ -62,22 +63,22 @@ class Contender:
             "versions": found,
             "device": "cpu",
             "disk_bytes": size(model.folder, "*.onnx", "*.onnx_data"),
-            "notes": [*model.notes, "Optimum opens the VAE's encoder too, which drawing does not need."],
+            "notes": [*model.notes, "Optimum opens the VAE's encoder too, which a job does not need."],
         }
 
     def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-        """Draw."""
+        """Draw the job's images."""
         if self._drawing is None:
             raise RuntimeError("nothing is open")
         return self._drawing.draw(request, job)
 
     def close(self) -> None:
-        """Let go of the sessions."""
+        """Release the sessions."""
         self._drawing = None
 
 
 def convert(source: Path, target: Path) -> list[str]:
-    """Export a checkpoint with Optimum's own exporter; returns what had to be adapted."""
+    """Export a checkpoint with Optimum's own exporter; returns the adaptations, a sentence each."""
     from optimum.exporters.onnx import main_export  # type: ignore[import-not-found,unused-ignore]
 
     adapted = target / "source"
@@ -97,13 +98,13 @@ def convert(source: Path, target: Path) -> list[str]:
 
 
 def adapt(source: Path, target: Path) -> list[str]:
-    """Make a checkpoint that transformers 4 reads, with links to all that stays as it is.
+    """Make a checkpoint that transformers 4 reads, with links to all parts that need no change.
 
     Returns:
-        What was changed, a sentence each.
+        The changes, a sentence each.
 
     Raises:
-        UnsupportedError: if the weights are not in one file of safetensors.
+        UnsupportedError: if the text encoder's weights are not in one safetensors file.
     """
     from safetensors.torch import load_file, save_file
 
@@ -127,10 +128,10 @@ def adapt(source: Path, target: Path) -> list[str]:
         raise wire.UnsupportedError(f"{encoder} has no model.safetensors")
     copy = target / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
-    if any(name.startswith(_PREFIX) for name in tensors):
+    if any(name.startswith(NESTED) for name in tensors):
         copy.symlink_to(weights.resolve())
     else:
-        save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, copy, {"format": "pt"})
+        save_file({NESTED + name: tensor for name, tensor in tensors.items()}, copy, {"format": "pt"})
         notes.append(
             "Optimum's transformers 4 reads the text encoder's weights under names that begin with text_model."
         )
@@ -138,7 +139,7 @@ def adapt(source: Path, target: Path) -> list[str]:
 
 
 def _write_vocabulary(tokenizer: Path, target: Path) -> None:
-    """Write the vocabulary and the merges of a ``tokenizer.json`` as the files that CLIP's own code has.
+    """Write the vocabulary and the merges of a ``tokenizer.json`` as the files of CLIP's own code.
 
     Source: https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py, which skips the first line of merges.
     """

@@ -1,30 +1,28 @@
-"""stable-diffusion.cpp through its binding ``stable-diffusion-cpp-python``, on a CPU.
+"""The peer stable-diffusion.cpp, through its binding ``stable-diffusion-cpp-python``, on a CPU.
 
 Options: ``dtype``, one of "fp32", "fp16" and "q8_0", the type of the weights; ``flash_attention`` and
-``direct_convolution``, both off unless asked for, as they are in the library.
+``direct_convolution``, both off by default, as in the library.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import importlib.metadata
 import itertools
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import fingerprint, has_nested_names, nest_text_encoder
 from .keeping import keep
-from .wire import UnsupportedError
+from .wire import UnsupportedError, versions
 
 TYPES = {"fp32": "f32", "fp16": "f16", "q8_0": "q8_0"}
-"""What the library calls them."""
+"""The library's names of the types, by the names of the option."""
 
 SAMPLERS = {"euler": "euler", "euler-a": "euler_a", "dpmpp-2m": "dpm++2m", "ddim": "ddim_trailing"}
-"""Its samplers that compute what diffusers' do, given the same noise levels; by our names."""
+"""The library's samplers that compute the same as diffusers' for the same noise levels, by LatentRT's names."""
 
 _SIZES: dict[str, dict[str, Any]] = {
     "unet": {
@@ -67,13 +65,13 @@ _PACKAGES = ("stable-diffusion-cpp-python", "pillow", "numpy")
 
 
 class Contender:
-    """stable-diffusion.cpp, see :class:`latentrt.benchmarks.peers.wire.Contender`."""
+    """The library's model, which implements :class:`latentrt.benchmarks.peers.wire.Contender`."""
 
     def __init__(self) -> None:
         self.model: Any = None
 
     def open(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Load the checkpoint from its folder; quantising is a part of that."""
+        """Load the checkpoint from its folder, which includes quantising it."""
         source = Path(job["source"])
         dtype = job["options"].get("dtype", "fp16")
         if dtype not in TYPES:
@@ -89,7 +87,7 @@ class Contender:
         imported = time.perf_counter()
         folder, converted = readable_folder(source, Path(job["workspace"]))
         prepared = time.perf_counter()
-        # The library counts cores, where its binding takes half of the processors, which may be half of the cores.
+        # The library counts cores; its binding would take half of the processors, which may be half of the cores.
         threads = job["threads"] or library.stable_diffusion_cpp.sd_get_num_physical_cores()
         flash, direct = (bool(job["options"].get(key)) for key in ("flash_attention", "direct_convolution"))
         try:
@@ -111,7 +109,7 @@ class Contender:
         loaded = time.perf_counter()
         notes = [
             f"weights: {TYPES[dtype]}, but those of convolutions always f16, which are constants of the library",
-            f"{threads} threads; pictures of a request are drawn one after the other, each from a seed one higher",
+            f"{threads} threads; images of a request are drawn one after the other, each from a seed one higher",
             "the noise levels are handed to it; it starts from noise times the first of them, s, where diffusers with "
             "timestep_spacing 'leading' takes the square root of s^2 + 1",
             "the seconds of the text encoder are those until the first step",
@@ -127,17 +125,14 @@ class Contender:
             "load_seconds": loaded - prepared,
             "compile_seconds": None,
             "prepare_seconds": prepared - imported if converted else None,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _PACKAGES},
-            },
+            "versions": versions(*_PACKAGES),
             "device": "cpu",
             "disk_bytes": sum((folder / file).stat().st_size for file in _WEIGHTS),
             "notes": notes,
         }
 
     def draw(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-        """Draw; seconds of the steps are those between calls of the library's progress callback."""
+        """Draw the job's images; seconds of steps are those between calls of the library's progress callback."""
         images, steps = request["images"] or job["images"], request["steps"] or job["steps"]
         config = _config(Path(job["source"]), "scheduler", "scheduler_config.json")
         levels = sigmas(config, job["sampler"], steps)
@@ -159,7 +154,7 @@ class Contender:
         )
         end = time.perf_counter()
         if len(pictures) != images:
-            raise RuntimeError(f"stable-diffusion.cpp drew {len(pictures)} pictures, expected {images}")
+            raise RuntimeError(f"stable-diffusion.cpp drew {len(pictures)} images, expected {images}")
         if request["picture"]:
             numpy = importlib.import_module("numpy")
             numpy.save(request["picture"], numpy.stack([numpy.asarray(picture.convert("RGB")) for picture in pictures]))
@@ -173,7 +168,7 @@ class Contender:
         }
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         if self.model is not None:
             self.model.close()
         self.model = None
@@ -181,20 +176,20 @@ class Contender:
 
 
 def check_job(job: dict[str, Any]) -> None:
-    """Refuse what the library has not got, or would read in another way.
+    """Check that the library supports a job; some prompts it would read in another way than diffusers.
 
     Raises:
-        UnsupportedError: It has not got it.
+        UnsupportedError: if the library does not support it.
     """
     if job["device"] != "cpu":
-        raise UnsupportedError("this build of stable-diffusion.cpp is for processors alone")
+        raise UnsupportedError("this build of stable-diffusion.cpp runs on processors only")
     if job["sampler"] not in SAMPLERS:
         raise UnsupportedError(
             f"stable-diffusion.cpp has no sampler {job['sampler']!r} that computes what diffusers' does; "
             f"it has {', '.join(SAMPLERS)}"
         )
     if job["width"] % 64 or job["height"] % 64:
-        raise UnsupportedError("stable-diffusion.cpp takes widths and heights that are multiples of 64")
+        raise UnsupportedError("stable-diffusion.cpp needs widths and heights that are multiples of 64")
     found = sorted(set("()[]<>\\") & set(job["prompt"] + job["negative_prompt"]))
     if found:
         raise UnsupportedError(
@@ -203,10 +198,10 @@ def check_job(job: dict[str, Any]) -> None:
 
 
 def check_checkpoint(source: Path) -> None:
-    """Refuse a model that is not of Stable Diffusion 1.x's sizes: the library would end the process, or draw nonsense.
+    """Check that a model has Stable Diffusion 1.x's sizes; for others the library would crash or draw nonsense.
 
     Raises:
-        UnsupportedError: It is not.
+        UnsupportedError: if a size differs.
     """
     for part, sizes in _SIZES.items():
         config = _config(source, part, "config.json")
@@ -219,9 +214,9 @@ def check_checkpoint(source: Path) -> None:
 
 
 def readable_folder(source: Path, workspace: Path) -> tuple[Path, bool]:
-    """The checkpoint with the tensors' names that the library knows, and whether it was written now.
+    """A folder with the checkpoint under the tensor names that the library knows, and whether it was written now.
 
-    It reads folders as diffusers writes them, but knows the text encoder's tensors by their older names alone.
+    The library reads diffusers' folders, but knows only the older names of the text encoder's tensors.
     """
     if has_nested_names(source):
         return source, False
@@ -230,20 +225,20 @@ def readable_folder(source: Path, workspace: Path) -> tuple[Path, bool]:
 
 
 def sigmas(config: dict[str, Any], sampler: str, steps: int) -> list[float]:
-    """The noise levels that diffusers' sampler would visit, from a scheduler's config; ``steps`` + 1 of them.
+    """The ``steps`` + 1 noise levels of diffusers' sampler, from a scheduler's config.
 
-    Its own are those of ``timestep_spacing`` "linspace", see Lin et al., "Common Diffusion Noise Schedules and Sample
-    Steps are Flawed" (https://arxiv.org/abs/2305.08891), table 2, for the three spacings.
+    The library's own levels are those of ``timestep_spacing`` "linspace"; for the three spacings see table 2 of Lin et
+    al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (https://arxiv.org/abs/2305.08891).
 
     Raises:
-        UnsupportedError: The config asks for a schedule that the library has not got.
+        UnsupportedError: if the config has a schedule that the library does not support.
     """
     for key, expected in _SCHEDULE.items():
         if config.get(key) != expected:
             raise UnsupportedError(f"stable-diffusion.cpp's {key} is {expected}, the checkpoint's is {config.get(key)}")
     for key in _OTHER_SCHEDULES:
         if config.get(key):
-            raise UnsupportedError(f"noise levels with {key} are not made for stable-diffusion.cpp")
+            raise UnsupportedError(f"noise levels with {key} are not supported for stable-diffusion.cpp")
     if config.get("prediction_type", "epsilon") not in _PREDICTIONS:
         raise UnsupportedError(f"stable-diffusion.cpp has no prediction_type {config['prediction_type']!r}")
     numpy = importlib.import_module("numpy")
@@ -256,10 +251,10 @@ def sigmas(config: dict[str, Any], sampler: str, steps: int) -> list[float]:
 
 
 def _timesteps(config: dict[str, Any], sampler: str, steps: int) -> Any:
-    """What the classes of diffusers that belong to the samplers make of ``timestep_spacing``."""
+    """The timesteps that diffusers' class of a sampler derives from ``timestep_spacing``."""
     numpy = importlib.import_module("numpy")
     spacing, offset = config.get("timestep_spacing", "linspace"), config.get("steps_offset", 0)
-    # The class of "dpmpp-2m" divides into one step more, and leaves out the last.
+    # The class of "dpmpp-2m" computes one step more, and leaves out the last.
     count = steps + 1 if sampler == "dpmpp-2m" else steps
     if spacing == "linspace":
         even = numpy.linspace(0, _TRAINED - 1, count)[::-1][:steps]
@@ -272,21 +267,21 @@ def _timesteps(config: dict[str, Any], sampler: str, steps: int) -> Any:
 
 
 def step_seconds(reports: list[tuple[int, float]], steps: int) -> list[float]:
-    """Seconds of each step, those of all pictures together, from the calls of the progress callback.
+    """Seconds of each step, summed over all images, from the calls of the progress callback.
 
     Args:
-        reports: Number of the step that ended, 0 when the first of a picture begins, and when that was.
-        steps: How many a picture has.
+        reports: The number of the step that ended, 0 where the first of an image begins, and the time, for each call.
+        steps: Number of steps of an image.
     """
     seconds = [0.0] * steps
     for (_, before), (step, now) in itertools.pairwise(reports):
-        if step > 0:  # before a 0 lies what comes between two pictures
+        if step > 0:  # the time before a 0 lies between two images
             seconds[step - 1] += now - before
     return seconds
 
 
 def tokenizer_size(source: Path) -> int:
-    """How many tokens a checkpoint's tokenizer has."""
+    """Number of tokens of a checkpoint's tokenizer."""
     whole, vocabulary = source / "tokenizer" / "tokenizer.json", source / "tokenizer" / "vocab.json"
     if vocabulary.is_file():
         return len(json.loads(vocabulary.read_text(encoding="utf-8")))

@@ -1,1 +1,1 @@
-"""What a benchmark found, for machines and for people: JSON that a schema describes, Markdown, one HTML page."""
+"""Reports of benchmarks: their types and schema, reading and writing them, comparing two, and their pages."""

@@ -1,21 +1,21 @@
-"""Two reports of the same job: what became slower, larger or worse, beyond what noise explains.
+"""Compare two reports of the same job: find times, memory and quality that changed by more than noise explains.
 
 A machine that others use too is a few percent faster or slower from one run to the next. Every run therefore times a
 control as well, the same work each time, once a round beside the contenders. A time is compared as
 
     log(sample / control of the same round),
 
-so that what slows both, in a round or for a whole run, cancels. The ratio new over old is that of two means without
-their greatest and least 15 %, since what else a machine does makes a few rounds far too long; interval and degrees of
+so that a slowdown of both, in a round or for a whole run, cancels. The ratio new over old is that of two means without
+their greatest and least 15 %, since other load on a machine makes a few rounds far too long; interval and degrees of
 freedom are those of Yuen 1974, "The two-sample trimmed t for unequal population variances", on logarithms. (Resampling
 the rounds instead gives wider intervals: where one round in ten is disturbed, it finds about half as many slowdowns.)
 A contender's time has changed if
 
-- the interval excludes 1 at a confidence at which all times of a comparison together are wrong once in twenty,
+- the interval excludes 1, at a confidence at which one comparison in twenty finds any change by chance,
 - the ratio is more than :data:`FLOOR` from 1 after the control, and
-- the ratio of the plain times is so too: a control that jumps alone must not make a regression.
+- the ratio of the plain times is that far from 1 too: a jump of the control alone must not make a regression.
 
-Memory and quality are one figure a run. They change if they differ by more than such figures do from run to run.
+Memory and quality have one figure a run. They count as changed if they differ by more than from run to run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import figures
-from .document import ContenderReport, Report, ReportError
+from .document import ReportError
+from .types import ContenderReport, Report
 
 FLOOR = 0.03
 """Least relative change of a time that counts."""
@@ -40,7 +41,7 @@ MEMORY_FLOOR, MEMORY_BYTES = 0.05, 16_000_000
 """Least change of the peak memory that counts, relative and in bytes; allocators do not repeat themselves exactly."""
 
 PSNR_FLOOR, PSNR_EQUAL = 1.0, 60.0
-"""Least change of the PSNR that counts, in dB, and where pictures count as equal: the error is a quarter of a level."""
+"""Least change of the PSNR that counts, in dB, and where images count as equal: the error is a quarter of a level."""
 
 MIN_ROUNDS = 4
 """Least rounds in either report to decide on a time."""
@@ -69,17 +70,17 @@ class Change:
 
     Attributes:
         contender: The contender's name.
-        label: Its name for people.
+        label: The contender's name for people.
         kind: ``"latentrt"`` or ``"peer"``.
         figure: ``"total"``, ``"step"``, ``"text_encoder"``, ``"vae_decoder"`` (seconds), ``"memory"`` (bytes),
-            ``"psnr"`` (dB), or ``"state"`` for a contender that drew pictures and now fails (rounds).
+            ``"psnr"`` (dB), or ``"state"`` for a contender that drew images and now fails (rounds).
         old: The figure in the old report; of times, the median.
         new: The figure in the new one.
         ratio: New over old; of times, after the control. 1 for ``"psnr"`` and ``"state"``, which have no ratio.
         low: Lower end of the ratio's interval at :attr:`Comparison.confidence`; the ratio itself for single figures.
         high: Upper end.
-        verdict: What it is.
-        why: What decided, one clause.
+        verdict: ``"regression"``, ``"improvement"``, ``"unchanged"`` or ``"undecided"``.
+        why: The figures that decided, in one clause.
     """
 
     contender: str
@@ -97,11 +98,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What changed between two reports.
+    """The changes between two reports.
 
     Attributes:
         changes: Every figure that both have, by contender.
-        warnings: What makes the comparison weaker, one sentence each.
+        warnings: Differences that weaken the comparison, one sentence each.
         drift: The control's time, new over old.
         confidence: Confidence of the intervals of the changes.
     """
@@ -113,12 +114,12 @@ class Comparison:
 
     @property
     def regressions(self) -> tuple[Change, ...]:
-        """What became worse in LatentRT; peers are not what is tested."""
+        """Regressions of LatentRT; those of peers do not count."""
         return tuple(c for c in self.changes if c.verdict == "regression" and c.kind == "latentrt")
 
     @property
     def improvements(self) -> tuple[Change, ...]:
-        """What became better in LatentRT."""
+        """Improvements of LatentRT; those of peers do not count."""
         return tuple(c for c in self.changes if c.verdict == "improvement" and c.kind == "latentrt")
 
 
@@ -161,7 +162,7 @@ def compare(old: Report, new: Report) -> Comparison:
 
 
 def to_text(comparison: Comparison) -> str:
-    """The comparison for people: what became worse, what became better, and every figure."""
+    """The comparison for people: regressions, improvements, and every figure."""
     lines = [f"warning: {warning}" for warning in comparison.warnings]
     if math.isfinite(comparison.drift):
         lines.append(f"control: {comparison.drift:.3f} times as long as before; times are taken after it")
@@ -196,7 +197,7 @@ def to_text(comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class _Rounds:
-    """Logarithms of a contender's times, one a round, as they are and after the control."""
+    """Logarithms of a contender's times, one a round, without and with the control subtracted."""
 
     plain: NDArray[np.float64]
     controlled: NDArray[np.float64]
@@ -212,7 +213,7 @@ class _Trimmed:
 
 
 def _trimmed(values: NDArray[np.float64]) -> _Trimmed:
-    """Mean without the least and the greatest values; its error is from all, those replaced by the next to them."""
+    """Mean without the least and the greatest values; for its error, these are replaced by the nearest ones kept."""
     count, cut = len(values), int(_TRIM * len(values))
     inner = np.sort(values)[cut : count - cut]
     winsorised = values.clip(inner[0], inner[-1])
@@ -291,7 +292,7 @@ def _memory(before: ContenderReport, after: ContenderReport) -> Change | None:
     device = [memory["device_peak_bytes"] for memory in memories if memory is not None]
     old, new = memories[0]["peak_rss_bytes"], memories[1]["peak_rss_bytes"]
     if device[0] and device[1] and abs(device[1] / device[0] - 1) > abs(new / old - 1):
-        old, new = device[0], device[1]  # on a GPU, whichever of the two changed more
+        old, new = device[0], device[1]  # on a GPU, the one of the two that changed more
     ratio, verdict = new / old, "unchanged"
     if abs(new - old) > MEMORY_BYTES and abs(math.log(ratio) if ratio else math.inf) > math.log1p(MEMORY_FLOOR):
         verdict = "regression" if new > old else "improvement"
@@ -313,11 +314,11 @@ def _quality(before: ContenderReport, after: ContenderReport) -> Change | None:
 
 
 def _lost(before: ContenderReport, after: ContenderReport) -> Change | None:
-    """A contender that drew pictures and now draws none because it fails."""
+    """A contender that drew images and now draws none because it fails."""
     if not before["samples"]["total"] or after["samples"]["total"] or after["state"] != "failed":
         return None
     rounds = len(before["samples"]["total"])
-    why = f"it drew pictures before, now it fails: {after['reason']}"
+    why = f"it drew images before, now it fails: {after['reason']}"
     return _change(before, after, "state", (rounds, 0), (1.0, 1.0, 1.0), "regression", why)
 
 
@@ -341,13 +342,13 @@ def _pairs(old: Report, new: Report) -> Iterator[tuple[ContenderReport, Contende
 
 
 def _check_same_job(old: Report, new: Report) -> None:
-    for what in ("job", "model"):
-        before, after = _part(old, what), _part(new, what)
+    for name in ("job", "model"):
+        before, after = _part(old, name), _part(new, name)
         for key in before:
-            # What is known of a model's training may change without the model.
+            # Knowledge of a model's training may change without the model.
             if before[key] != after[key] and key != "trained":
                 raise ReportError(
-                    f"the reports are of different jobs: {what}.{key} was {_short(before[key])} and is "
+                    f"the reports are of different jobs: {name}.{key} was {_short(before[key])} and is "
                     f"{_short(after[key])}; measure the same job to compare"
                 )
 

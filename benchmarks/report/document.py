@@ -1,8 +1,7 @@
-"""The report as a document: its types, its schema, reading and writing it.
+"""Reading, checking and writing a report as JSON.
 
-``schema.json`` beside this module (JSON Schema 2020-12) says what a report holds and in which units. Times are in
-seconds, sizes in bytes, rates in operations or bytes a second. A report that is cut short is a valid report too: it
-says what is missing.
+``schema.json`` beside this module (JSON Schema 2020-12) says what a report holds and in which units. The report of a
+run that ended early is valid too: it says what is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypedDict, cast, final
+from typing import Any, Final, NoReturn, cast
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
@@ -24,299 +23,17 @@ from jsonschema.exceptions import best_match
 from latentrt.engines.errors import LatentRTError, OutputError
 from latentrt.runtime.images.png import check_target
 
-SCHEMA = "latentrt-bench/1"
+from .types import Report
+
+SCHEMA: Final = "latentrt-bench/1"
 """Name and version of the format; the value of a report's ``schema``."""
 
 MAX_BYTES = 32 << 20
 """Largest report that is read: a hundred contenders with a hundred rounds of a hundred steps take a fifth of it."""
 
-Stage = Literal["total", "text_encoder", "prompt", "schedule", "step", "vae_decoder"]
-
-STAGES: tuple[Stage, ...] = ("total", "text_encoder", "prompt", "schedule", "step", "vae_decoder")
-"""Stages of a picture; ``total`` is from the request to pixels in the host's memory."""
-
 
 class ReportError(LatentRTError, ValueError):
-    """A file or a document is no report of a benchmark, or not one that can be used as asked."""
-
-
-class Interval(TypedDict):
-    """A median and its bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-class Ratio(Interval):
-    """Quotients of the reference's time and a contender's, taken in pairs."""
-
-    pairs: int
-
-
-class Summary(Interval):
-    """What a stage takes, in seconds; ``cv`` is null for a single sample."""
-
-    p50: float
-    p90: float
-    p99: float
-    cv: float | None
-    count: int
-
-
-class Machine(TypedDict):
-    """Where it was measured."""
-
-    processor: str
-    cpus: int
-    memory_bytes: int
-    system: str
-    governor: str | None
-    instructions: list[str]
-    gpus: list[str]
-    python: str
-    latentrt: str
-    load_before: float
-
-
-class Parameters(TypedDict):
-    """Number of parameters of each part of a model."""
-
-    text_encoder: int
-    unet: int
-    vae_decoder: int
-
-
-class Model(TypedDict):
-    """What was run."""
-
-    name: str
-    parameters: Parameters
-    width: int
-    height: int
-    trained: bool | None
-
-
-class Job(TypedDict):
-    """What every contender was asked for."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    sampler: str
-    guidance: float
-    width: int
-    height: int
-    images: int
-    threads: int
-    device: str
-
-
-class Method(TypedDict):
-    """How it was measured."""
-
-    rounds_asked: int
-    rounds_done: int
-    warm_up: int
-    residency: Literal["resident", "reloaded"]
-    budget_seconds: float | None
-    order: str
-    confidence: float
-    resamples: int
-
-
-class Control(TypedDict):
-    """The same work in every run, which tells how steady the machine was."""
-
-    samples: list[float]
-    what: str
-    cv: float | None
-
-
-class Reference(TypedDict):
-    """Whom the others are compared with."""
-
-    contender: str
-    why: str
-
-
-@final
-class Unavailable(TypedDict):
-    """A ceiling that could not be measured, and why."""
-
-    unavailable: str
-
-
-@final
-class MatmulRate(TypedDict):
-    """Rate of a large product of matrices."""
-
-    flops_per_second: float
-    samples: list[float]
-    library: str
-
-
-@final
-class CopyRate(TypedDict):
-    """Rate of a large copy."""
-
-    bytes_per_second: float
-    samples: list[float]
-
-
-class Ceilings(TypedDict):
-    """What the machine can do at best; ``matmul`` by precision: fp32, bf16, fp16 or int8, as far as tried."""
-
-    threads: int
-    matmul: dict[str, MatmulRate | Unavailable]
-    copy: CopyRate | Unavailable
-
-
-Cold = TypedDict(
-    "Cold",
-    {
-        "import": float,
-        "load": float,
-        "compile": float | None,
-        "compile_cached": float | None,
-        "first_picture": float,
-        "process_to_picture": float,
-    },
-)
-"""The first picture of a new process, in seconds."""
-
-
-class Samples(TypedDict):
-    """Every measurement in seconds, one a round (``step``: a list a round); empty where a contender cannot tell."""
-
-    total: list[float]
-    text_encoder: list[float]
-    prompt: list[float]
-    schedule: list[float]
-    step: list[list[float]]
-    vae_decoder: list[float]
-
-
-class Summaries(TypedDict, total=False):
-    """Stages that have samples."""
-
-    total: Summary
-    text_encoder: Summary
-    prompt: Summary
-    schedule: Summary
-    step: Summary
-    vae_decoder: Summary
-
-
-class Ratios(TypedDict, total=False):
-    """Against the reference; above 1 is faster."""
-
-    total: Ratio
-    step: Ratio
-
-
-class Throughput(TypedDict):
-    """Pictures a minute at one batch size."""
-
-    images: int
-    seconds: list[float]
-    per_minute: Interval
-
-
-class Memory(TypedDict):
-    """Memory of a contender's process, in bytes."""
-
-    peak_rss_bytes: int
-    loaded_rss_bytes: int
-    device_peak_bytes: int | None
-
-
-class Quality(TypedDict):
-    """A contender's picture against the reference's: PSNR in dB (100 where equal) and SSIM."""
-
-    psnr: float
-    ssim: float
-    reference: str
-
-
-class Extrapolated(TypedDict):
-    """What a picture of ``steps`` steps would take, in seconds, from fewer that were measured."""
-
-    steps: int
-    seconds: Interval
-
-
-class Roof(TypedDict):
-    """A stage against the machine's ceilings; null where a ceiling was not measured."""
-
-    stage: str
-    flops: float
-    bytes: float
-    seconds: float
-    calls: int
-    achieved_flops: float
-    ceiling_flops: float | None
-    percent: float | None
-    bound: Literal["compute", "memory"] | None
-    precision: str
-
-
-class ContenderReport(TypedDict):
-    """What was found of one contender.
-
-    ``reason`` is a sentence unless the state is ``"measured"``. A measured contender has ``summary["total"]``.
-    """
-
-    name: str
-    label: str
-    kind: Literal["latentrt", "peer"]
-    state: Literal["measured", "partial", "failed", "unavailable"]
-    reason: str | None
-    options: dict[str, Any]
-    versions: dict[str, str]
-    notes: list[str]
-    cold: Cold | None
-    samples: Samples
-    summary: Summaries
-    ratios: Ratios
-    throughput: list[Throughput]
-    memory: Memory | None
-    disk_bytes: int | None
-    build_seconds: float | None
-    quality: Quality | None
-    extrapolated: Extrapolated | None
-    roofline: list[Roof]
-
-
-class Loadgen(TypedDict):
-    """A run under MLPerf's load generator."""
-
-    scenario: Literal["SingleStream", "MultiStream", "Offline", "Server"]
-    valid: bool
-    result: dict[str, Any]
-    summary: str
-    versions: dict[str, str]
-    settings: dict[str, Any]
-    notes: list[str]
-
-
-class Report(TypedDict):
-    """A run of ``latentrt bench``; ``missing`` says what an incomplete one lacks."""
-
-    schema: Literal["latentrt-bench/1"]
-    created: str
-    complete: bool
-    missing: list[str]
-    machine: Machine
-    model: Model
-    job: Job
-    method: Method
-    control: Control
-    reference: Reference | None
-    ceilings: Ceilings | None
-    contenders: list[ContenderReport]
-    loadgen: list[Loadgen]
+    """A file or a document is no report of a benchmark, or lacks what the caller needs of it."""
 
 
 @cache
@@ -327,15 +44,15 @@ def schema() -> dict[str, Any]:
 
 
 def validate(report: object) -> Report:
-    """See whether a document is a report.
+    """Check that a document is a report.
 
-    Beyond the schema: numbers are finite, the names of contenders differ, and the reference is one of them.
+    Beyond the schema, numbers must be finite, the names of contenders distinct, and the reference one of them.
 
     Returns:
         The same document.
 
     Raises:
-        ReportError: if it is none; the message names the place.
+        ReportError: if it is no report; the message names the place.
     """
     try:
         error = best_match(Draft202012Validator(schema()).iter_errors(report))
@@ -390,10 +107,10 @@ def read(path: str | os.PathLike[str]) -> Report:
 
 
 def to_json(report: Report) -> str:
-    """The report as JSON text, ending in a line break: one line for each list of numbers, ASCII only.
+    """The report as JSON text in ASCII that ends in a line break; each list of numbers takes one line.
 
     Raises:
-        ReportError: if it is no sound report.
+        ReportError: if :func:`validate` refuses it.
     """
     return _layout(validate(report), 0) + "\n"
 
@@ -402,8 +119,8 @@ def write(path: str | os.PathLike[str], report: Report) -> None:
     """Write a report whole or not at all.
 
     Raises:
-        ReportError: if it is no sound report.
-        OutputError: if the file cannot be written; an older one is as it was.
+        ReportError: if :func:`validate` refuses it.
+        OutputError: if the file cannot be written; an older one stays unchanged.
     """
     write_text(path, to_json(report))
 
@@ -412,7 +129,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole or not at all: to a temporary file beside it, to the disk, and only then under its name.
 
     Raises:
-        OutputError: if the file cannot be written; an older one is as it was, and nothing else is left behind.
+        OutputError: if the file cannot be written; an older one stays unchanged, and nothing else is left behind.
     """
     target = check_target(Path(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -436,7 +153,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _place(path: Any) -> str:
-    """Where in a document, such as ``contenders[2].summary.total``."""
+    """A path within a document as text, such as ``contenders[2].summary.total``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     return text or "the document"
 
@@ -454,7 +171,7 @@ def _not_finite(value: object, path: tuple[str | int, ...]) -> tuple[str | int, 
 
 
 def _layout(value: object, indent: int) -> str:
-    """JSON with a line for each member, but lists of plain values on one: samples would fill thousands of lines."""
+    """JSON with a line for each member and one for each list of plain values; samples would fill thousands."""
     pad = " " * (indent + 1)
     if isinstance(value, Mapping) and value:
         members = [f"{pad}{json.dumps(key)}: {_layout(member, indent + 1)}" for key, member in value.items()]

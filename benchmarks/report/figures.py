@@ -1,6 +1,6 @@
-"""Figures of a report as people are shown them: what a picture takes, what that is to the reference, and their text.
+"""Figures of a report for people: time of an image, ratio to the reference, and their texts.
 
-Markdown, page and README take them from here, so that all three say the same.
+Markdown, page and README use this module, so that all three say the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .document import Ceilings, ContenderReport, Interval, Report
+from .types import Ceilings, ContenderReport, Interval, Report
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Figure:
         median: The figure.
         low: Lower end of its interval.
         high: Upper end.
-        steps: Steps that it was extrapolated to; ``None`` for a figure that was measured as it stands.
+        steps: Steps that the figure was extrapolated to; ``None`` for a measured figure.
     """
 
     median: float
@@ -30,60 +30,60 @@ class Figure:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether it was not measured as it stands."""
+        """Whether the figure was estimated from fewer steps."""
         return self.steps is not None
 
     @property
     def spread(self) -> bool:
-        """Whether it has an interval; a single sample has none."""
+        """Whether the figure has an interval; a single sample has none."""
         return self.low < self.high
 
 
 def ordered(report: Report) -> list[ContenderReport]:
-    """All contenders: the fastest picture first, those without one last, in the report's order."""
-    times = [picture(contender) for contender in report["contenders"]]
+    """All contenders, fastest image first; those without an image come last, in the report's order."""
+    times = [image(contender) for contender in report["contenders"]]
     keys = [math.inf if time is None else time.median for time in times]
     return [report["contenders"][index] for index in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def reference(report: Report) -> ContenderReport | None:
-    """The contender that the others are compared with."""
+    """The contender that the others are compared with; ``None`` where there is none."""
     name = report["reference"]["contender"] if report["reference"] is not None else None
     return next((contender for contender in report["contenders"] if contender["name"] == name), None)
 
 
 def measured_text(report: Report, contender: ContenderReport) -> str:
-    """Steps of the pictures that were timed, e.g. ``3 steps``."""
+    """The number of steps that were timed, as text, e.g. ``3 steps``."""
     steps = contender["samples"]["step"]
     count = len(steps[0]) if steps and steps[0] else report["job"]["steps"]
     return "1 step" if count == 1 else f"{count} steps"
 
 
-def picture(contender: ContenderReport) -> Figure | None:
-    """Seconds from prompt to pixels: as extrapolated where that was done, else as measured."""
+def image(contender: ContenderReport) -> Figure | None:
+    """Seconds from prompt to pixels: the extrapolated figure where there is one, else the measured one."""
     if (extrapolated := contender["extrapolated"]) is not None:
         return _figure(extrapolated["seconds"], extrapolated["steps"])
     return _figure(contender["summary"]["total"]) if "total" in contender["summary"] else None
 
 
 def step(contender: ContenderReport) -> Figure | None:
-    """Seconds of a step."""
+    """Seconds of a step; ``None`` if none was measured."""
     return _figure(contender["summary"]["step"]) if "step" in contender["summary"] else None
 
 
 def decode(contender: ContenderReport) -> Figure | None:
-    """Seconds of the VAE's decoder."""
+    """Seconds of the VAE's decoder; ``None`` if it was not measured."""
     return _figure(contender["summary"]["vae_decoder"]) if "vae_decoder" in contender["summary"] else None
 
 
-def picture_ratio(report: Report, contender: ContenderReport) -> Figure | None:
-    """How many times faster than the reference a picture is drawn.
+def image_ratio(report: Report, contender: ContenderReport) -> Figure | None:
+    """How many times as fast as the reference a contender draws an image.
 
-    Where pictures were measured, this is the report's own ratio, taken in pairs. Where they are extrapolated, it is the
-    quotient of the two extrapolated medians; its interval is the widest that the two intervals allow.
+    For measured images this is the report's own ratio, computed in pairs. For extrapolated ones it is the quotient of
+    the two extrapolated medians, and its interval is the widest that the two intervals allow.
     """
     other = reference(report)
-    mine, theirs = picture(contender), picture(other) if other is not None else None
+    mine, theirs = image(contender), image(other) if other is not None else None
     if mine is None or theirs is None or mine.median <= 0 or mine.low <= 0:
         return None
     if not (mine.extrapolated or theirs.extrapolated):
@@ -95,7 +95,7 @@ def picture_ratio(report: Report, contender: ContenderReport) -> Figure | None:
 
 
 def rates(ceilings: Ceilings) -> dict[str, float]:
-    """Operations a second of products of matrices, by precision, as far as measured."""
+    """Operations a second of products of matrices, for each precision that was measured."""
     return {
         precision: entry["flops_per_second"]
         for precision, entry in ceilings["matmul"].items()
@@ -103,16 +103,16 @@ def rates(ceilings: Ceilings) -> dict[str, float]:
     }
 
 
-def picture_title(report: Report) -> str:
-    """What :func:`picture` is the time of, e.g. ``picture`` or ``picture of 20 steps``."""
+def image_title(report: Report) -> str:
+    """The title of the times of :func:`image`, e.g. ``image`` or ``image of 20 steps``."""
     images = report["job"]["images"]
-    title = "picture" if images == 1 else f"{images} pictures"
+    title = "image" if images == 1 else f"{images} images"
     steps = {contender["extrapolated"]["steps"] for contender in report["contenders"] if contender["extrapolated"]}
     return f"{title} of {steps.pop()} steps" if len(steps) == 1 else title
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits and no exponent, e.g. ``0.0412``, ``4.12``, ``412``, ``4123``."""
+    """A number with some significant digits and no exponent, e.g. ``0.0412``, ``4.12``, ``412``, ``4123``."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -123,33 +123,33 @@ def significant(value: float, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit that a column or a plot is in, so that its figures can be compared by eye.
+    """The unit of all times in a column or a plot, so that they can be compared by eye.
 
     Attributes:
-        name: Its symbol.
-        factor: Seconds times this are that unit.
+        name: The unit's symbol.
+        factor: Number of these units in a second.
     """
 
     name: str
     factor: float
 
     def text(self, value: float, digits: int = 3) -> str:
-        """The number alone."""
+        """A time in this unit, without the symbol."""
         return significant(value * self.factor, digits)
 
     def interval(self, figure: Figure) -> str:
-        """The interval alone, with as many decimals as it needs, e.g. ``[40.1, 42.0]``; empty if there is none."""
+        """The interval of a figure, e.g. ``[40.1, 42.0]``; empty if it has none."""
         return f"[{self.text(figure.low)}, {self.text(figure.high)}]" if figure.spread else ""
 
 
 def unit_for(figures: Iterable[Figure | None]) -> Unit:
-    """Milliseconds where most figures are below half a second, else seconds."""
+    """Milliseconds if most figures are below half a second, else seconds."""
     medians = sorted(figure.median for figure in figures if figure is not None)
     return Unit("ms", 1e3) if medians and medians[len(medians) // 2] < 0.5 else Unit("s", 1.0)
 
 
 def seconds(value: float | None, missing: str = "-") -> str:
-    """A duration on its own, e.g. ``12.3 ms``, ``4.56 s`` or ``12.3 min``."""
+    """A duration with its unit, e.g. ``12.3 ms``, ``4.56 s`` or ``12.3 min``."""
     if value is None:
         return missing
     if value < 1:
@@ -186,13 +186,13 @@ def count(value: int) -> str:
 
 
 def job_text(report: Report) -> str:
-    """What was drawn, in a line."""
+    """The request of the job, in a line."""
     job = report["job"]
-    pictures = "a picture" if job["images"] == 1 else f"{job['images']} pictures at once"
+    images = "an image" if job["images"] == 1 else f"{job['images']} images at once"
     threads = "the libraries' own number of threads" if job["threads"] == 0 else f"{job['threads']} threads"
     steps = "1 step" if job["steps"] == 1 else f"{job['steps']} steps"
     return (
-        f"{pictures} of {job['width']}x{job['height']}, {steps} of {job['sampler']}, "
+        f"{images} of {job['width']}x{job['height']}, {steps} of {job['sampler']}, "
         f"guidance {job['guidance']:g}, {threads}, {job['device']}"
     )
 
@@ -205,7 +205,7 @@ def machine_text(report: Report) -> str:
 
 
 def weights_text(report: Report) -> str:
-    """Where the model's weights are from."""
+    """The origin of the model's weights."""
     trained = report["model"]["trained"]
     return "weights of unknown origin" if trained is None else "trained weights" if trained else "random weights"
 
@@ -214,12 +214,12 @@ def noise_text(report: Report) -> str:
     """How steady the machine was, in a sentence."""
     control = report["control"]
     if control["cv"] is None:
-        return "How steady the machine was is not known: the control ran fewer than two times."
+        return "How steady the machine was is unknown: the control ran fewer than two times."
     return f"The control, {control['what']}, varied by {100 * control['cv']:.1f} % (coefficient of variation)."
 
 
 def extrapolation_text(report: Report, contender: ContenderReport) -> str:
-    """How a picture's figure came about, empty if it was measured as it stands."""
+    """How an image's time was extrapolated; empty for a measured one."""
     extrapolated = contender["extrapolated"]
     if extrapolated is None:
         return ""

@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: style, plots, pictures and the report itself are in it.
+"""The report as one HTML page that contains its style, plots and images, and the report itself.
 
-The page has no program in it and a content security policy that lets none run and nothing be loaded; everything that
-comes from outside (prompt, labels, reasons) is escaped.
+The page has no scripts, and a content security policy that lets none run and nothing be loaded; all text from outside
+(prompt, labels, reasons) is escaped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from . import figures, plots
-from .document import ContenderReport, Report, ReportError, to_json
+from .document import ReportError, to_json
 from .figures import Figure, Unit
+from .types import ContenderReport, Report
 
-SAME_PICTURE = 40.0
-"""PSNR in dB from which two pictures are called the same: an error of 2.5 of 255 levels."""
+SAME_IMAGE = 40.0
+"""PSNR in dB from which two images count as the same: an error of 2.5 of 255 levels."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _STAGE_SHAPES = {"step": "circle", "vae_decoder": "square", "text_encoder": "triangle", "prompt": "diamond"}
@@ -33,7 +34,7 @@ _STAGE_SHAPES = {"step": "circle", "vae_decoder": "square", "text_encoder": "tri
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a chart: a contender, its bar or why there is none."""
+    """A row of a chart: a contender with its bar, or the reason why it has none."""
 
     contender: ContenderReport
     kind: str
@@ -45,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chart:
-    """Rows of bars with their axis."""
+    """Rows of bars with their common axis."""
 
     rows: list[Row]
     axis: Markup
@@ -62,22 +63,22 @@ class Panel:
     svg: Markup
 
 
-def to_html(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
+def to_html(report: Report, images: Mapping[str, bytes] | None = None) -> str:
     """The report as a page.
 
     Args:
         report: The report.
-        pictures: What contenders drew, by their names, as small PNG files.
+        images: The contenders' images by their names, as small PNG files.
 
     Raises:
-        ReportError: if the report is not sound, a picture is of no contender of it, or is no PNG.
+        ReportError: if the report is not valid, or if an image belongs to no contender or is no PNG file.
     """
     text = to_json(report)
     style = files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     contenders = figures.ordered(report)
     reference = figures.reference(report)
-    times = [figures.picture(contender) for contender in contenders]
+    times = [figures.image(contender) for contender in contenders]
     steps = [figures.step(contender) for contender in contenders]
     return _template().render(
         report=report,
@@ -87,20 +88,20 @@ def to_html(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
         contenders=contenders,
         reference=reference,
         tiles=_tiles(report),
-        picture_chart=_times(report, contenders, times, figures.picture_title(report), reasons=True),
+        image_chart=_times(report, contenders, times, figures.image_title(report), reasons=True),
         step_chart=_times(report, contenders, steps, "step"),
         step_unit=figures.unit_for(steps),
-        picture_unit=figures.unit_for(times),
+        image_unit=figures.unit_for(times),
         decode_unit=figures.unit_for(map(figures.decode, contenders)),
         memory_chart=_memory(report, contenders),
         traces=_traces(report, contenders),
         throughput=_throughput(report, contenders),
         roofline=_roofline(report, contenders),
-        pictures=_pictures(report, pictures or {}),
+        images=_images(report, images or {}),
         kind=lambda contender: _kind(report, contender),
         extrapolations=sorted({figures.extrapolation_text(report, c) for c in contenders} - {""}),
         options=lambda contender: json.dumps(contender["options"], ensure_ascii=False),
-        # In a script element only "<" can end anything; within JSON's strings it may be written thus.
+        # In a script element only "<" can end the element; within JSON's strings it may be written as an escape.
         embedded=Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")),
         download=f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}",
     )
@@ -127,28 +128,28 @@ def _quality(contender: ContenderReport) -> str:
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    """What to know first; what is fast without drawing the same picture is not put beside what does."""
+    """The main results; a peer is among them only if it draws the same image as the reference."""
 
     def same(contender: ContenderReport) -> bool:
-        return contender["quality"] is not None and contender["quality"]["psnr"] >= SAME_PICTURE
+        return contender["quality"] is not None and contender["quality"]["psnr"] >= SAME_IMAGE
 
-    drawn = [contender for contender in figures.ordered(report) if figures.picture(contender) is not None]
+    drawn = [contender for contender in figures.ordered(report) if figures.image(contender) is not None]
     ours = [contender for contender in drawn if contender["kind"] == "latentrt"]
     peers = [contender for contender in drawn if contender["kind"] == "peer"]
     alike = next((contender for contender in ours if same(contender)), None)
     tiles = []
     if ours and ours[0] is not alike:
-        tiles.append(_tile(report, ours[0], "fastest LatentRT", _quality(ours[0]) or "its picture was not compared"))
+        tiles.append(_tile(report, ours[0], "fastest LatentRT", _quality(ours[0]) or "its image was not compared"))
     if alike is not None:
-        tiles.append(_tile(report, alike, "fastest LatentRT with the same picture", _quality(alike)))
+        tiles.append(_tile(report, alike, "fastest LatentRT with the same image", _quality(alike)))
     if peer := next(filter(same, peers), None):
         detail = _quality(peer)
-        if alike is not None and (one := figures.picture(alike)) and (other := figures.picture(peer)):
+        if alike is not None and (one := figures.image(alike)) and (other := figures.image(peer)):
             ratio = other.median / one.median
             detail = (
                 f"LatentRT is {ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as fast as LatentRT"
             )
-        tiles.append(_tile(report, peer, "fastest peer with the same picture", detail))
+        tiles.append(_tile(report, peer, "fastest peer with the same image", detail))
     cv = report["control"]["cv"]
     if cv is not None:
         tiles.append(
@@ -164,7 +165,7 @@ def _tiles(report: Report) -> list[dict[str, str]]:
 
 
 def _tile(report: Report, contender: ContenderReport, what: str, detail: str) -> dict[str, str]:
-    time, ratio = figures.picture(contender), figures.picture_ratio(report, contender)
+    time, ratio = figures.image(contender), figures.image_ratio(report, contender)
     assert time is not None
     kind = _kind(report, contender)
     who = contender["label"]
@@ -172,7 +173,7 @@ def _tile(report: Report, contender: ContenderReport, what: str, detail: str) ->
         detail = f"{ratio.median:.2f} times as fast as the reference; {detail}"
     if time.extrapolated:
         detail = f"extrapolated from {figures.measured_text(report, contender)}; {detail}"
-    unit = figures.unit_for(map(figures.picture, report["contenders"]))
+    unit = figures.unit_for(map(figures.image, report["contenders"]))
     value = f"{unit.text(time.median)} {unit.name}"
     return {
         "value": f"~ {value}" if time.extrapolated else value,
@@ -190,7 +191,7 @@ def _times(
     what: str,
     reasons: bool = False,
 ) -> Chart | None:
-    """Times of all contenders; those that drew nothing are there with their reasons if ``reasons`` says so."""
+    """Times of all contenders; ``reasons`` says whether those that drew nothing appear, with their reasons."""
     known = [time for time in times if time is not None]
     if not known:
         return None
@@ -200,11 +201,11 @@ def _times(
     rows = []
     for contender, time in zip(contenders, times, strict=True):
         kind = _kind(report, contender)
-        if time is None and not reasons and figures.picture(contender) is None:
+        if time is None and not reasons and figures.image(contender) is None:
             continue
         if time is None:
-            told = contender["reason"] or f"it does not tell what a {what} takes"
-            rows.append(Row(contender, kind, None, told, contender["state"], ""))
+            why = contender["reason"] or f"it does not report the time of {what}"
+            rows.append(Row(contender, kind, None, why, contender["state"], ""))
             continue
         text, interval = f"{unit.text(time.median)} {unit.name}", unit.interval(time)
         detail = figures.extrapolation_text(report, contender) if time.extrapolated else ""
@@ -232,7 +233,7 @@ def _memory(report: Report, contenders: Sequence[ContenderReport]) -> Chart | No
     for contender in contenders:
         memory, kind = contender["memory"], _kind(report, contender)
         if memory is None:
-            if figures.picture(contender) is not None:
+            if figures.image(contender) is not None:
                 rows.append(Row(contender, kind, None, "its memory was not measured", contender["state"], ""))
             continue
         device = memory["device_peak_bytes"]
@@ -257,7 +258,7 @@ def _peak(contender: ContenderReport) -> int:
 
 
 def _traces(report: Report, contenders: Sequence[ContenderReport]) -> list[Panel]:
-    """Each contender's steps: the median over rounds, and the quartiles about it."""
+    """Each contender's steps: the median over rounds, with the quartiles."""
     having = [contender for contender in contenders if contender["samples"]["step"]]
     lines = []
     for contender in having:
@@ -336,7 +337,7 @@ def _panels(
 
 
 def _roofline(report: Report, contenders: Sequence[ContenderReport]) -> dict[str, Any] | None:
-    """The plot and its legend; without measured ceilings there is nothing to hold stages against."""
+    """The roofline's plot and legend; ``None`` without measured ceilings or stages."""
     ceilings = report["ceilings"]
     having = [contender for contender in contenders if contender["roofline"]]
     if ceilings is None or "unavailable" in ceilings["copy"] or not having:
@@ -374,20 +375,20 @@ def _roofline(report: Report, contenders: Sequence[ContenderReport]) -> dict[str
     }
 
 
-def _pictures(report: Report, pictures: Mapping[str, bytes]) -> list[dict[str, str]]:
+def _images(report: Report, images: Mapping[str, bytes]) -> list[dict[str, str]]:
     names = {contender["name"] for contender in report["contenders"]}
-    for name, data in pictures.items():
+    for name, data in images.items():
         if name not in names:
-            raise ReportError(f"there is a picture of {name!r}, which is none of the contenders")
+            raise ReportError(f"there is an image of {name!r}, which is none of the contenders")
         if not data.startswith(_PNG):
-            raise ReportError(f"the picture of {name!r} is no PNG file")
+            raise ReportError(f"the image of {name!r} is no PNG file")
     return [
         {
             "label": contender["label"],
             "kind": _kind(report, contender),
             "quality": _quality(contender),
-            "source": f"data:image/png;base64,{base64.b64encode(pictures[contender['name']]).decode()}",
+            "source": f"data:image/png;base64,{base64.b64encode(images[contender['name']]).decode()}",
         }
         for contender in figures.ordered(report)
-        if contender["name"] in pictures
+        if contender["name"] in images
     ]

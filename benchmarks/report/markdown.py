@@ -1,4 +1,4 @@
-"""The report as Markdown: every contender with its figures, or with the reason why it has none."""
+"""The report as Markdown: every contender with its figures, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterable, Sequence
 
 from . import figures
-from .document import ContenderReport, Interval, Report
 from .figures import Figure, Unit
+from .types import ContenderReport, Interval, Report
 
 # An underscore within a word is one; elsewhere it may begin emphasis.
 _SPECIAL = re.compile(r"([\\`*\[\]<|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def to_markdown(report: Report) -> str:
-    """The report as Markdown with tables, as GitHub shows it.
+    """The report as GitHub's Markdown with tables.
 
     Text from outside (prompt, labels, reasons) is escaped: it can neither form markup nor leave its cell.
     """
@@ -26,7 +26,7 @@ def to_markdown(report: Report) -> str:
         "## Results",
         results(report),
         _remarks(report),
-        _section("## First picture of a new process", _cold(report)),
+        _section("## First image of a new process", _cold(report)),
         _section("## Throughput", _throughput(report)),
         _section("## Roofline", _roofline(report)),
         _section("## MLPerf's load generator", _loadgen(report)),
@@ -39,12 +39,12 @@ def to_markdown(report: Report) -> str:
 
 
 def escape(text: object) -> str:
-    """Text that shows as it is, in one line."""
+    """Escape text so that Markdown shows it unchanged, in one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(str(text).split())).replace("&", "&amp;")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures. Cells are Markdown already."""
+    """A table whose first column is text and whose others are figures; the cells are Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -52,16 +52,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def results(report: Report) -> str:
     """The table of all contenders, fastest first."""
     contenders = figures.ordered(report)
-    unit = figures.unit_for(map(figures.picture, contenders))
+    unit = figures.unit_for(map(figures.image, contenders))
     step_unit = figures.unit_for(map(figures.step, contenders))
     decode_unit = figures.unit_for(map(figures.decode, contenders))
     header = [
         "contender",
-        f"{figures.picture_title(report)} ({unit.name})",
+        f"{figures.image_title(report)} ({unit.name})",
         f"step ({step_unit.name})",
         f"VAE decode ({decode_unit.name})",
         "x reference",
-        "first picture",
+        "first image",
         "peak memory",
         "on disk",
         "PSNR (dB)",
@@ -73,10 +73,10 @@ def results(report: Report) -> str:
         rows.append(
             [
                 name(report, contender),
-                cell(figures.picture(contender), unit),
+                cell(figures.image(contender), unit),
                 cell(figures.step(contender), step_unit),
                 cell(figures.decode(contender), decode_unit),
-                ratio(figures.picture_ratio(report, contender)),
+                ratio(figures.image_ratio(report, contender)),
                 figures.seconds(cold["process_to_picture"] if cold else None),
                 figures.size(memory["peak_rss_bytes"] if memory else None),
                 figures.size(contender["disk_bytes"]),
@@ -88,7 +88,7 @@ def results(report: Report) -> str:
 
 
 def name(report: Report, contender: ContenderReport) -> str:
-    """A contender's label: bold if it is ours, with its state if it was not simply measured."""
+    """A contender's label, bold for LatentRT, with its state unless that is ``"measured"``."""
     text = escape(contender["label"])
     text = f"**{text}**" if contender["kind"] == "latentrt" else text
     if report["reference"] is not None and contender["name"] == report["reference"]["contender"]:
@@ -113,11 +113,11 @@ def ratio(figure: Figure | None) -> str:
 
 
 def extrapolations(report: Report) -> str:
-    """What figures in italics are; empty if there are none."""
+    """The explanation of figures in italics; empty if there are none."""
     found = {figures.extrapolation_text(report, c) for c in report["contenders"] if c["extrapolated"] is not None}
     if not found:
         return ""
-    return f"Figures in italics were not measured as they stand: {'; '.join(sorted(found))}."
+    return f"Figures in italics were not measured: {'; '.join(sorted(found))}."
 
 
 def _section(heading: str, body: str) -> str:
@@ -145,24 +145,24 @@ def _quoted(text: str) -> str:
 
 
 def _missing(report: Report) -> str:
-    told = report["missing"]  # where a contender that was not measured has its sentence mostly
+    known = report["missing"]  # most contenders that were not measured have a sentence here
     without = [
         c
         for c in figures.ordered(report)
-        if c["state"] != "measured" and not any(sentence.startswith(c["label"]) for sentence in told)
+        if c["state"] != "measured" and not any(sentence.startswith(c["label"]) for sentence in known)
     ]
-    lines = [f"- {escape(sentence)}" for sentence in told]
+    lines = [f"- {escape(sentence)}" for sentence in known]
     lines += [f"- {escape(c['label'])}, {c['state']}: {escape(c['reason'])}" for c in without]
     if not report["complete"]:
-        lines.insert(0, "- **The run was cut short; this is what it had found by then.**")
+        lines.insert(0, "- **The run ended early; these are its results until then.**")
     return _section("## Missing", "\n".join(lines))
 
 
 def _remarks(report: Report) -> str:
     percent = f"{100 * report['method']['confidence']:g} %"
     remarks = [
-        f"Medians, with their {percent} bootstrap intervals in brackets. *First picture* is from the start of the "
-        "process. PSNR and SSIM are of the picture against the reference's; 100 dB means that they are equal."
+        f"Medians, with their {percent} bootstrap intervals in brackets. *First image* is from the start of the "
+        "process. PSNR and SSIM are of the image against the reference's; 100 dB means that they are equal."
     ]
     if report["reference"] is not None:
         label = next(c["label"] for c in report["contenders"] if c["name"] == report["reference"]["contender"])
@@ -189,7 +189,7 @@ def _cold(report: Report) -> str:
                 contender["build_seconds"],
             )
             rows.append([name(report, contender), *map(figures.seconds, times)])
-    header = ["contender", "import", "load", "compile", "compile, cached", "first picture", "in all", "built once in"]
+    header = ["contender", "import", "load", "compile", "compile, cached", "first image", "in all", "built once in"]
     return table(header, rows) if rows else ""
 
 
@@ -202,7 +202,7 @@ def _throughput(report: Report) -> str:
         rows.append([name(report, contender), *(_per_minute(found.get(images)) for images in sizes)])
     if not rows:
         return ""
-    header = ["pictures a minute", *(f"{images} at once" for images in sizes)]
+    header = ["images a minute", *(f"{images} at once" for images in sizes)]
     return table(header, rows)
 
 
@@ -227,7 +227,7 @@ def _roofline(report: Report) -> str:
             if "unavailable" in copy
             else f"- copy: {figures.rate(copy['bytes_per_second'], 'B/s')}"
         )
-        parts.append("What the machine can do, measured in the same run:\n\n" + "\n".join(lines))
+        parts.append("The machine's highest rates, measured in the same run:\n\n" + "\n".join(lines))
     rows = [
         [
             f"{name(report, contender)}: {escape(roof['stage'])}",
@@ -263,15 +263,15 @@ def _method(report: Report) -> str:
     method, machine = report["method"], report["machine"]
     kept = "stayed in memory" if method["residency"] == "resident" else "was loaded again for its turn"
     budget = "" if method["budget_seconds"] is None else f", within {figures.seconds(method['budget_seconds'])}"
-    governor = "not told by the system" if machine["governor"] is None else escape(machine["governor"])
+    governor = "unknown" if machine["governor"] is None else escape(machine["governor"])
     return "\n".join(
         [
-            f"- {method['rounds_done']} of {method['rounds_asked']} rounds{budget}, after {method['warm_up']} pictures "
+            f"- {method['rounds_done']} of {method['rounds_asked']} rounds{budget}, after {method['warm_up']} images "
             f"of warm-up; order: {escape(method['order'])}; each contender {kept}.",
             f"- Intervals: bootstrap, {100 * method['confidence']:g} %, {method['resamples']} samples.",
             f"- {escape(figures.noise_text(report))}",
             f"- Load before the run: {machine['load_before']:.2f}. Frequency governor: {governor}. "
-            f"Instructions: {escape(', '.join(machine['instructions'])) or 'not told'}.",
+            f"Instructions: {escape(', '.join(machine['instructions'])) or 'unknown'}.",
         ]
     )
 

@@ -1,8 +1,8 @@
 """Plots of the page as SVG: bars with whiskers, traces, a roofline.
 
-Nothing is scaled but the horizontal axis: places along it are percentages, heights and text are in pixels. So a plot
-fits any width and its text keeps its size. What is drawn is styled by classes of the page's style sheet; a page whose
-content security policy forbids inline styles can hold it.
+Only the horizontal axis is scaled: places along it are percentages, heights and text are in pixels. So a plot fits any
+width and its text keeps its size. Classes of the page's style sheet style all shapes, because the page's content
+security policy forbids inline styles.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Bar:
     """A bar.
 
     Attributes:
-        value: Its length.
+        value: The bar's length.
         low: Lower end of the whisker.
         high: Upper end; no whisker where it equals the lower one.
-        title: What a reader without eyes, or with a pointer on it, is told.
+        title: Text for screen readers, and for a pointer on the bar.
         kind: ``"ours"``, ``"peer"`` or ``"reference"``.
         hatched: Whether the value was extrapolated.
-        inner: Length of a darker part of it; 0 for none.
+        inner: Length of a darker part of the bar; 0 for none.
     """
 
     value: float
@@ -72,10 +72,10 @@ class Dot:
     Attributes:
         x: Operations a byte.
         y: Operations a second.
-        title: What it is.
+        title: Text for a pointer on the dot.
         shape: One of :data:`SHAPES`.
-        precision: Class of its colour.
-        letter: What is written in it.
+        precision: Class of the dot's colour.
+        letter: The letter in the dot.
     """
 
     x: float
@@ -110,10 +110,10 @@ def bar(bar: Bar, top: float, mark: float | None = None) -> str:
     Args:
         bar: The bar.
         top: Value at the right end of all rows.
-        mark: Value at which a line runs through all rows.
+        mark: Value of a line through all rows; ``None`` for no line.
     """
     middle = ROW / 2
-    # Rows are as high as their text; lines reach beyond this one's part so that they meet those of its neighbours.
+    # Rows are as high as their text; lines reach beyond the row so that they meet those of its neighbours.
     parts = [_upright("grid", place, top, -_BEYOND, ROW + _BEYOND) for place in ticks(top)]
     pattern = " hatched" if bar.hatched else ""
     box = f'y="{middle - BAR / 2:g}" height="{BAR}" rx="2"'
@@ -131,7 +131,7 @@ def bar(bar: Bar, top: float, mark: float | None = None) -> str:
 
 
 def axis(top: float, text: Mapping[float, str]) -> str:
-    """Labels of the ticks below rows of bars; a reader without eyes has the values already."""
+    """Labels of the ticks below rows of bars, hidden from screen readers, which have the values already."""
     places = ticks(top)
     labels = []
     for place in places:
@@ -151,15 +151,15 @@ def trace(
     title: str,
     height: int = 116,
 ) -> str:
-    """One line before all others, which are faint.
+    """One line in front of all others, which are faint.
 
     Args:
         lines: All lines.
-        shown: Which of them the plot is of.
+        shown: Index of the line in front.
         top: Value at the upper end.
         text: Label of each of ``ticks(top, 3)``.
         below: Labels of places, from the first to the last that any line has.
-        title: What a reader without eyes is told.
+        title: Text for screen readers.
         height: Pixels.
     """
     left, right = min(below), max(below)
@@ -200,14 +200,14 @@ def trace(
 def roofline(
     dots: Sequence[Dot], peaks: Mapping[str, float], copy: float, title: str, description: str, height: int = 360
 ) -> str:
-    """Stages below the ceilings that arithmetic and memory set (Williams, Waterman and Patterson 2009, "Roofline").
+    """Stages below the ceilings of arithmetic and memory (Williams, Waterman and Patterson 2009, "Roofline").
 
     Args:
         dots: The stages.
         peaks: Operations a second by precision, at least one.
         copy: Bytes a second.
         title: Name of the plot.
-        description: What it shows, for a reader without eyes.
+        description: Text for screen readers.
         height: Pixels.
     """
     ridges = [peak / copy for peak in peaks.values()]
@@ -239,7 +239,7 @@ def roofline(
     )
     for precision, peak in sorted(peaks.items(), key=lambda item: item[1]):
         level = f"{down(peak):.1f}"
-        # Beside the ridge there are few stages; a ridge far to the right leaves no room there.
+        # The label stands right of the ridge, where few stages are, unless the ridge is too far right.
         ridge = across(peak / copy)
         beside = f'x="{ridge:.2f}%" dx="10"' if ridge < 55 else 'x="100%" text-anchor="end"'
         parts.append(
@@ -257,7 +257,7 @@ def roofline(
 
 
 def marker(shape: str) -> str:
-    """One of :data:`SHAPES`, about the origin."""
+    """A marker of one of :data:`SHAPES`, centred on the origin."""
     if shape == "circle":
         return f'<circle class="marker" r="{_RADIUS:g}"/>'
     if shape == "star":

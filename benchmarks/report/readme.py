@@ -1,13 +1,13 @@
-"""The README's tables of speed, made from the reports in ``benchmarks/results``; nobody types them.
+"""Write the README's tables of speed from the reports in ``benchmarks/results``.
 
     python -m latentrt.benchmarks.report.readme [--check]
 
-Rewrites what is between the markers in the README of the current directory, or says whether that is up to date.
+The program replaces the text between the markers in the README of the current directory; with ``--check`` it only says
+whether that is up to date.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,23 +15,25 @@ from pathlib import Path
 
 from latentrt.engines.errors import LatentRTError
 
+from ..program import make_parser
 from . import figures, markdown
-from .document import SCHEMA, Report, ReportError, read, write_text
+from .document import SCHEMA, ReportError, read, write_text
+from .types import Report
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-"""Markers in the README; the tables are between them."""
+"""Markers in the README, before and after the tables."""
 
 RESULTS = Path("benchmarks", "results")
-"""Where the reports are, from the README."""
+"""The folder of the reports, relative to the README."""
 
 
 def reports(root: Path) -> dict[Path, Report]:
-    """The reports below ``root``, by their path from there, in the order of their names.
+    """The reports of a repository by their path from ``root``, in the order of their names.
 
-    Other measurements are kept in the same folder; a report is known by its ``schema``.
+    The folder holds other measurements too; reports are the files with a ``schema``.
 
     Raises:
-        ReportError: if a file cannot be read, or a report is not sound.
+        ReportError: if a file cannot be read, or is no valid report.
     """
     found = {}
     for path in sorted((root / RESULTS).glob("*.json")):
@@ -46,15 +48,15 @@ def reports(root: Path) -> dict[Path, Report]:
 
 
 def table(report: Report, path: Path) -> str:
-    """The table of one report, with a line that says where it is from."""
+    """The table of one report, between a line on the request and a line on the machine."""
     contenders = figures.ordered(report)
     reference = figures.reference(report)
-    unit = figures.unit_for(map(figures.picture, contenders))
+    unit = figures.unit_for(map(figures.image, contenders))
     step_unit = figures.unit_for(map(figures.step, contenders))
     base = f"x {markdown.escape(reference['label'])}" if reference is not None else "x reference"
     header = [
         "",
-        f"{figures.picture_title(report)} ({unit.name})",
+        f"{figures.image_title(report)} ({unit.name})",
         base,
         f"step ({step_unit.name})",
         "peak memory",
@@ -64,9 +66,9 @@ def table(report: Report, path: Path) -> str:
     for contender in contenders:
         label = markdown.escape(contender["label"])
         time, step, ratio = (
-            figures.picture(contender),
+            figures.image(contender),
             figures.step(contender),
-            figures.picture_ratio(report, contender),
+            figures.image_ratio(report, contender),
         )
         if time is None:
             without.append(f"{label} ({contender['state']}: {markdown.escape(contender['reason'] or 'no figure')})")
@@ -83,7 +85,7 @@ def table(report: Report, path: Path) -> str:
             ]
         )
     rounds, percent = report["method"]["rounds_done"], f"{100 * report['method']['confidence']:g} %"
-    medians = "one picture each" if rounds == 1 else f"medians of {rounds} rounds with {percent} intervals"
+    medians = "one image each" if rounds == 1 else f"medians of {rounds} rounds with {percent} intervals"
     what = f"{markdown.escape(figures.job_text(report))}; {figures.weights_text(report)}"
     lines = [
         f"**{markdown.escape(report['model']['name'])}**: {what}",
@@ -91,10 +93,10 @@ def table(report: Report, path: Path) -> str:
         " ".join(
             [
                 f"{markdown.escape(figures.machine_text(report))}; {report['created'][:10]};",
-                f"{medians}; PSNR against the reference's picture, 100 where equal.",
+                f"{medians}; PSNR against the reference's image, 100 where equal.",
                 *([markdown.extrapolations(report)] if markdown.extrapolations(report) else []),
                 *([f"No figures: {'; '.join(without)}."] if without else []),
-                *(["The run was cut short."] if not report["complete"] else []),
+                *(["The run ended early."] if not report["complete"] else []),
                 f"[All figures]({path.as_posix()}).",
             ]
         ),
@@ -103,10 +105,14 @@ def table(report: Report, path: Path) -> str:
 
 
 def replaced(text: str, root: Path) -> str:
-    """A README's text with its tables made anew.
+    """A README's text with new tables.
+
+    Args:
+        text: The README.
+        root: The repository with the reports.
 
     Raises:
-        ReportError: if it has not just one pair of markers, or a report is not sound.
+        ReportError: if the text has not exactly one pair of markers, or a report is not valid.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ReportError(f"expected one {BEGIN} and, after it, one {END}; write both where the tables should be")
@@ -118,11 +124,9 @@ def replaced(text: str, root: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite or check the README; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.report.readme", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = make_parser("report.readme", __doc__, json_file=False)
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit with 1 if the tables are not as made"
+        "--check", action="store_true", help="change nothing; exit with status 1 if the tables are not up to date"
     )
     arguments = parser.parse_args(argv)
     readme = Path("README.md")

@@ -1,14 +1,13 @@
-"""Pictures of a page, as a browser shows it at the width of a desk and of a phone, in light and in dark.
+"""Take screenshots of a page at the width of a desktop and of a phone, in light and in dark.
 
     python -m latentrt.benchmarks.report.screenshot PAGE.html --output DIRECTORY
 
-Needs Chromium on the path. It has no narrower window than 500 pixels, so the phone is a frame within a page; that page
-also finds out whether the report would scroll sideways, in which case the exit status is 1.
+The program needs Chromium on the path. Chromium has no window narrower than 500 pixels, so the phone is a frame within
+a page. That page also measures whether the report would scroll sideways; the exit status is 1 if so.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -19,10 +18,11 @@ from pathlib import Path
 
 from latentrt.engines.errors import LatentRTError
 
+from ..program import make_parser
 from .document import ReportError
 
 WIDTHS = {"desktop": 1280, "phone": 390}
-"""Widths in pixels."""
+"""Widths of windows in pixels."""
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _FRAME = """<!DOCTYPE html><meta charset="utf-8"><style>html, body {{ margin: 0; background: #888 }}
@@ -46,7 +46,7 @@ def browser() -> str:
 
 
 def measure(page: Path, width: int) -> tuple[int, int]:
-    """Width and height that a page takes in a window of some width, in pixels; wider than that, it scrolls sideways."""
+    """Width and height of a page's content in a window of some width, in pixels; a wider page scrolls sideways."""
     with tempfile.TemporaryDirectory() as folder:
         outer = _outer(Path(folder), page, width, 800)
         text = _chromium(["--dump-dom", outer.as_uri()])
@@ -57,7 +57,7 @@ def measure(page: Path, width: int) -> tuple[int, int]:
 
 
 def shoot(page: Path, output: Path, width: int, *, dark: bool = False, height: int | None = None) -> None:
-    """Write a picture of a page.
+    """Take a screenshot of a page.
 
     Args:
         page: The HTML file.
@@ -72,16 +72,14 @@ def shoot(page: Path, output: Path, width: int, *, dark: bool = False, height: i
         window = [f"--window-size={width},{height}", f"--screenshot={output}"]
         _chromium([*window, *(["--blink-settings=preferredColorScheme=0"] if dark else []), outer.as_uri()])
     if not output.is_file():
-        raise ReportError(f"Chromium wrote no picture of {page}")
+        raise ReportError(f"Chromium wrote no screenshot of {page}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Take the four pictures; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.report.screenshot", description=(__doc__ or "").split("\n")[0]
-    )
+    """Take the four screenshots; returns the exit status."""
+    parser = make_parser("report.screenshot", __doc__, json_file=False)
     parser.add_argument("page", type=Path, help="the HTML file")
-    parser.add_argument("--output", type=Path, default=Path(), help="directory for the pictures (default: this one)")
+    parser.add_argument("--output", type=Path, default=Path(), help="directory for the screenshots (default: this one)")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     status = 0

@@ -1,1 +1,1 @@
-"""Operations and bytes of a model beside what the processor can do."""
+"""The roofline model: operations of graphs, the machine's ceilings, and measured times between the two."""

@@ -1,16 +1,15 @@
-"""What the machine reaches at best: products of matrices by the engines' own libraries, and copies of memory.
+"""Measure the highest rates of the machine: products of matrices by the engines' own libraries, and copies of memory.
 
-A step is judged by what the machine does in the same minutes, not by a data sheet: clock rates, threads and neighbours
-are as they are for the contenders. A ceiling of arithmetic is the best median rate of a chain of products of square
+Steps are compared with rates of the same minutes, not with a data sheet, so that clock rates, threads and other load
+are the same as for the contenders. The ceiling of arithmetic is the best median rate of a chain of products of square
 matrices, over the libraries and sizes that were tried; that of memory is the median rate of a copy by several threads.
 
-Two things can lie above a ceiling. A convolution by Winograd's algorithm does fewer multiplications than are counted
-for it; and traffic that stays in caches is faster than memory.
+Two kinds of work can exceed a ceiling: a convolution by Winograd's algorithm does fewer multiplications than are
+counted for it, and traffic that stays in caches is faster than memory.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,20 +28,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines import Engine, onnxrt
 from latentrt.engines.base import check_threads
+from latentrt.engines.checks import check_integer, is_number
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.openvino import engine as ov
 from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
 
+from ..machine import usable_cpus
+
 SIZES = (1024, 2048, 4096)
 """Rows and columns of the matrices: a product of 1024 does 340 operations a byte, far more than a processor needs to
-be bound by arithmetic; the larger ones feed many cores."""
+be bound by arithmetic; the larger ones have enough work for many cores."""
 
 CHAIN = 4
-"""Products in one call, each of the last one's result: what a call costs besides, and copying its output, is shared."""
+"""Products in one call, each of the last one's result, which share the call's overhead and the copy of its output."""
 
 PRECISIONS = ("fp32", "bf16", "int8")
-"""What products are measured in."""
+"""Precisions of the products that are measured."""
 
 _FEWEST = 3  # samples of which a median is taken
 
@@ -63,26 +65,28 @@ def measure_ceilings(
     """Measure the ceilings of this machine's processor.
 
     Args:
-        threads: Threads of the libraries and of the copy; 0 leaves the choice to the libraries, and copies with one a
-            physical core.
-        seconds: About how long to measure each precision, and the copy; compiling comes on top.
+        threads: Threads of the libraries and of the copy; 0 leaves the choice to the libraries, and copies with one
+            thread a physical core.
+        seconds: Approximate time to measure each precision, and the copy, without compiling.
         sizes: Rows and columns of the matrices, ascending. The first is always measured, a larger one where three
             samples of it fit the time.
         copied: Bytes of the array that is copied, at least 8 a thread; four times the last cache (as STREAM asks,
-            McCalpin 1995), and no less than 256 MiB, if left out. Twice that much memory is needed.
+            McCalpin 1995), and at least 256 MiB, if left out. Twice that much memory is needed.
 
     Returns:
-        ``threads``: those of the copy. ``matmul``: for each of :data:`PRECISIONS` either ``flops_per_second``, the
+        ``threads``: threads of the copy. ``matmul``: for each of :data:`PRECISIONS` either ``flops_per_second``, the
         ceiling, with its ``samples`` (operations a second, too) and the ``library`` and size that reached it, or
         ``unavailable`` with the reason. ``copy``: ``bytes_per_second``, bytes read and bytes written together, with its
         ``samples``.
 
     Raises:
-        InvalidRequestError: for a number of threads, seconds, sizes or bytes that cannot be.
+        InvalidRequestError: if ``threads``, ``seconds``, ``sizes`` or ``copied`` is out of range.
         EngineError: if a library fails.
     """
     check_threads(threads)
-    if seconds <= 0 or not sizes or min(sizes) < 1 or list(sizes) != sorted(sizes):
+    for size in sizes:
+        check_integer("a size of matrices", size, 1)
+    if not (is_number(seconds) and seconds > 0) or not sizes or list(sizes) != sorted(sizes):
         raise InvalidRequestError(f"ceilings cannot be measured for {seconds} seconds with matrices of {list(sizes)}")
     used = threads or physical_cores()
     matmul: dict[str, Any] = {}
@@ -104,12 +108,12 @@ def measure_ceilings(
 
 def physical_cores() -> int:
     """Cores that this process may use, without the second threads of a core."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cpus()
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def _candidates(precision: str, threads: int) -> tuple[list[_Candidate], list[str]]:
-    """Libraries that compute in a precision here, and why others do not."""
+    """Libraries that compute in a precision on this machine, and why others do not."""
     found, refused = [], []
     if precision == "bf16":
         refused.append("ONNX Runtime has no bf16 arithmetic on a CPU")
@@ -155,14 +159,14 @@ def product_graph(size: int, *, quantized: bool) -> onnx.ModelProto:
 
     Args:
         size: Rows and columns.
-        quantized: Whether factors are rounded to int8 as the exporter's quantised graphs round them: activations with
-            one scale, weights with one a column.
+        quantized: Whether factors are rounded to int8 as in the exporter's quantised graphs: activations with one
+            scale, weights with one a column.
     """
     weights = np.random.default_rng(1).standard_normal((size, size), np.float32) / np.float32(size**0.5)
     constants: dict[str, Any] = {"scale": np.float32(6 / 127), "zero": np.int8(0)} if quantized else {}
     nodes, last = [], "a"
     for number in range(CHAIN):
-        # Weights of its own for each: ONNX Runtime 1.31 cannot load quantised ones that are shared.
+        # Each product has weights of its own: ONNX Runtime 1.31 cannot load quantised ones that are shared.
         factor = f"w{number}"
         if quantized:
             scales = np.abs(weights).max(axis=0) / np.float32(127)
@@ -184,11 +188,11 @@ def product_graph(size: int, *, quantized: bool) -> onnx.ModelProto:
 
 
 def _measure_copy(threads: int, seconds: float, copied: int | None) -> dict[str, Any]:
-    """The ceiling's entry for memory; every thread copies a part of its own, while numpy lets go of the GIL."""
+    """The ceiling's entry for memory; every thread copies a part of its own, since numpy releases the GIL."""
     length = (copied or max(_LEAST_COPIED, 4 * last_cache())) // 8 // threads
     if length < 1:
         raise InvalidRequestError(f"{copied} bytes are too few to copy with {threads} threads; give at least 8 each")
-    # Written once before they are timed, so that the system has given every page.
+    # One copy before the timed ones, so that the system has mapped every page.
     parts = [(np.zeros(length), np.ones(length)) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
 
@@ -203,7 +207,7 @@ def _measure_copy(threads: int, seconds: float, copied: int | None) -> dict[str,
 
 
 def last_cache() -> int:
-    """Bytes of all last-level caches together; 32 MiB where the system does not tell."""
+    """Bytes of all last-level caches together; 32 MiB where the system does not say."""
     sizes: dict[str, tuple[int, int]] = {}  # by the processors that share a cache: its level and size
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
@@ -217,7 +221,7 @@ def last_cache() -> int:
 
 
 def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each of as many calls as fit in ``seconds``, and a few in any case."""
+    """Seconds of each call, for as many calls as fit in ``seconds``, and at least three."""
     taken: list[float] = []
     while len(taken) < _FEWEST or sum(taken) < seconds:
         begin = time.perf_counter()

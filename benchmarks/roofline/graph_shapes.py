@@ -1,10 +1,10 @@
 """Type and concrete shape of every value in an ONNX graph, from the shapes of its inputs.
 
-An exported graph computes lengths as it goes: it takes the shape of a tensor apart, multiplies lengths and reshapes by
-the result. Shape inference of the ``onnx`` package follows such a chain over a node or two only. So this module visits
-the nodes in order with concrete shapes: each is inferred by the package's own inference for that operator, given the
-values of small inputs, and small values that follow from shapes and constants alone are computed with the package's
-reference implementation. Weights are never read: their types and shapes are in the graph, wherever their bytes are.
+An exported graph computes lengths at run time: it splits the shape of a tensor, multiplies lengths and reshapes by the
+result. Shape inference of the ``onnx`` package follows such a chain over a node or two only. So this module visits the
+nodes in order with concrete shapes: the package's own inference for each operator gets the values of small inputs, and
+its reference implementation computes small values that follow from shapes and constants alone. Weights are never read:
+their types and shapes are in the graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SMALL = 4096  # elements of a value that is computed: shapes, indices and scale
 # Types in which lengths, indices and scales of a resize are computed.
 _COMPUTED = (TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64, TensorProto.FLOAT, TensorProto.DOUBLE)
 
-# The package infers nothing for these; each gives out the shape and the type of its first input.
+# The package infers nothing for these; each returns the shape and the type of its first input.
 _SAME_AS_INPUT = frozenset({"GroupNormalization"})
 
 _BITS: Mapping[int, int] = {
@@ -45,9 +45,9 @@ class Tensor:
     """A value of a graph.
 
     Attributes:
-        dtype: Its ``TensorProto.DataType``.
-        shape: Its shape.
-        constant: Whether it depends on no input of the graph, so that it is computed before the first run.
+        dtype: The value's ``TensorProto.DataType``.
+        shape: The value's shape.
+        constant: Whether it depends on no input of the graph; engines compute such values before the first run.
     """
 
     dtype: int
@@ -67,7 +67,7 @@ class Tensor:
 
     @property
     def floating(self) -> bool:
-        """Whether it holds numbers of a floating-point type of 16 bits or more: what arithmetic is done in."""
+        """Whether its numbers are of a floating-point type of 16 bits or more, as those of arithmetic are."""
         return self.dtype in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -89,20 +89,21 @@ def resolve(model: ModelProto, shapes: Mapping[str, Sequence[int]], label: str) 
     Args:
         model: The model; it is not changed.
         shapes: Shape of every input of the graph, by name.
-        label: What messages call the graph.
+        label: The graph's name in messages.
 
     Returns:
-        By name every input, initializer and output of a node.
+        Every input, initializer and output of a node, by name.
 
     Raises:
         InvalidRequestError: if ``shapes`` does not fit the graph's inputs.
-        BundleError: if a node is of no known operator, holds another graph, or its outputs' shapes do not follow.
+        BundleError: if a node is of no known operator or contains another graph, or if its outputs' shapes do not
+            follow from the inputs'.
     """
     return _Walk(model, shapes, label).tensors
 
 
 class _Walk:
-    """One visit to all nodes."""
+    """A visit to all nodes in order, which collects types, shapes and small values."""
 
     def __init__(self, model: ModelProto, shapes: Mapping[str, Sequence[int]], label: str) -> None:
         graph = model.graph
@@ -135,7 +136,7 @@ class _Walk:
             wanted = [each.dim_value if each.HasField("dim_value") else each.dim_param for each in declared.shape.dim]
             fits = len(shape) == len(wanted) and min(shape, default=1) > 0
             for length, each in zip(shape, wanted, strict=False):
-                if each:  # without a number and a name it may be anything
+                if each:  # a length without number and name is free
                     fits &= length == (symbols.setdefault(each, length) if isinstance(each, str) else each)
             if not fits:
                 known = f" where {symbols}" if symbols else ""
@@ -166,7 +167,7 @@ class _Walk:
                 raise BundleError(f"{where}: the shape of {name!r} does not follow from the shapes of the inputs")
 
     def _infer(self, node: NodeProto, names: Sequence[str], where: str) -> dict[str, Tensor]:
-        """Outputs whose type and shape the package tells, given the inputs'."""
+        """Outputs whose type and shape the package infers from the inputs'."""
         if node.op_type in _SAME_AS_INPUT and not node.domain:
             return {node.output[0]: self.tensors[node.input[0]]}
         try:
@@ -186,7 +187,7 @@ class _Walk:
         return {name: tensor for name, kind in found.items() if (tensor := _concrete(kind)) is not None}
 
     def _compute(self, node: NodeProto, names: Sequence[str], found: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-        """Values of the outputs where they are small and follow from shapes and constants."""
+        """Values of the outputs, where they are small and follow from shapes and constants."""
         if node.op_type in ("Shape", "Size") and not node.domain:
             shape = np.array(self.tensors[node.input[0]].shape, np.int64)
             if node.op_type == "Size":
@@ -207,7 +208,7 @@ class _Walk:
 
 
 def _concrete(kind: TypeProto) -> Tensor | None:
-    """A type with all lengths known, or nothing."""
+    """Type and shape of a value of which all lengths are known; else ``None``."""
     tensor = kind.tensor_type
     if not tensor.HasField("shape") or not all(each.HasField("dim_value") for each in tensor.shape.dim):
         return None

@@ -1,1 +1,1 @@
-"""Single measurements, each a program of its own."""
+"""Single measurements, each a program of its own, and the check of a machine with a GPU."""

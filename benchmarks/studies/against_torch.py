@@ -1,27 +1,23 @@
-"""A guided step of the denoiser, and decoding a picture: engines beside diffusers on the same weights, in one run.
+"""Compare engines with diffusers on the same weights, in turn in one run: a guided step, or decoding an image.
 
     python -m latentrt.benchmarks.studies.against_torch BUNDLE --source SOURCE [--engine ENGINE:PRECISION[:plain]]...
         [--torch fp32 bf16] [--part step|decoder] [--size PIXELS] [--rounds N] [--json FILE]
 
-``latentrt bench`` measures whole pictures with every contender in a process of its own. Here all are in one process and
-take one step (or decode one picture) in turn, A B A B, so that ratios hold on a machine whose speed changes from minute
-to minute. Steps are those of one run: the same noise, texts, guidance and sampler, diffusers' own scheduler on its
-side; how far the latents are from diffusers' in fp32 at the end is told beside the times. Just before, the
-ceilings are measured: the most that products of matrices reach here in each precision. ``openvino:fp32:plain`` is an
-engine without convolutions by tiles (:mod:`latentrt.engines.openvino.winograd`), to see what those save.
+``latentrt bench`` measures whole images with every contender in a process of its own. Here all are in one process and
+take one step (or decode one image) in turn, so that ratios hold on a machine whose speed changes from minute to minute.
+All take the steps of one run: the same noise, conditioning, guidance and sampler, with diffusers' own scheduler for its
+models. The report states the times, and how far each one's latents are from diffusers' in fp32 at the end. Before, the
+program measures the ceilings: the highest rate of products of matrices in each precision. ``openvino:fp32:plain`` is
+an engine without convolutions by tiles (:mod:`latentrt.engines.openvino.winograd`), which shows what those save.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.metadata
-import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,9 +38,11 @@ from latentrt.runtime.components.engine_choice import EngineSettings, FixedSize,
 from latentrt.runtime.denoising.fused import FusedLoop
 from latentrt.runtime.denoising.run import Run
 
-from ..machine import Control, describe, now
+from ..machine import Control, describe, now, versions
+from ..program import at_least, make_parser, write_json
 from ..roofline.ceilings import measure_ceilings
-from ..statistics import median_interval
+from ..statistics import single_interval
+from ..turns import take_turns
 from .step_time import begin_run
 
 GUIDANCE = 7.5
@@ -53,29 +51,27 @@ _REST = 0.5  # seconds of quiet: threads of a library go on spinning for a while
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contender:
-    """Who takes part.
+    """One way to compute that takes part.
 
     Attributes:
-        turn: Takes one step, or decodes one picture.
-        result: What it has come to: latents, or pixels.
-        seconds: Of every turn that counts.
+        turn: Takes one step, or decodes one image.
+        result: Returns the latents after the steps so far, or the decoded pixels.
     """
 
     turn: Callable[[], None]
     result: Callable[[], NDArray[np.float32]]
-    seconds: list[float] = field(default_factory=list)
 
 
 class TorchSteps:
-    """diffusers: U-Net, guidance and scheduler, step by step.
+    """A run of diffusers' own U-Net and Euler scheduler with guidance, step by step.
 
     Args:
         unet: diffusers' ``UNet2DConditionModel``.
-        scheduler: Its configuration.
-        noise: Unit normal, fp32 ``[1, channels, h, w]``.
-        texts: States of the unconditional and the conditional text, fp32 ``[1, tokens, width]`` each.
+        scheduler: The scheduler's configuration.
+        noise: Unit normal noise, fp32 ``[1, channels, h, w]``.
+        texts: States of the unconditional and the conditional prompt, fp32 ``[1, tokens, width]`` each.
         steps: Steps of the run.
     """
 
@@ -104,18 +100,18 @@ class TorchSteps:
         self._latents = self._scheduler.step(guided, timestep, self._latents, return_dict=False)[0]
 
     def result(self) -> NDArray[np.float32]:
-        """The latents."""
+        """The latents after the steps so far, fp32."""
         return np.asarray(self._latents.float().numpy())
 
 
 @dataclass(frozen=True)
 class Way:
-    """An engine that takes part.
+    """An engine that takes part, as ``--engine`` names it.
 
     Attributes:
-        engine: Its name.
-        precision: What it computes in.
-        plain: Whether it computes no convolution by tiles.
+        engine: The engine's name.
+        precision: The precision that it computes in.
+        plain: Whether it computes every convolution without tiles.
     """
 
     engine: str
@@ -126,7 +122,7 @@ class Way:
         return f"LatentRT, {self.engine} {self.precision}{', plain convolutions' if self.plain else ''}"
 
     def open(self, bundle: Bundle, component: str, size: int) -> Engine:
-        """Open a component for pictures of a size, in pixels."""
+        """Open a component for square images with a side of ``size`` pixels."""
         cache = "off" if self.plain else "read"
         settings = EngineSettings(self.engine, self.precision, engine_cache=cache, fixed_size=FixedSize(size, size, 1))
         with patch.object(ov_rewrite, "largest_tile", lambda _: 0) if self.plain else nullcontext():
@@ -136,15 +132,11 @@ class Way:
 def steps_of(
     bundle: Bundle, source: Source, engines: Sequence[Way], dtypes: Sequence[str], size: int, steps: int
 ) -> tuple[dict[str, Contender], ExitStack]:
-    """Contenders that take guided steps of one run, and what closes their engines."""
+    """Contenders that take guided steps of one run, and the stack that closes their engines."""
     manifest, stack = bundle.manifest, ExitStack()
     scheduler = {**manifest.scheduler, "_class_name": "EulerDiscreteScheduler"}
-    shape = (
-        1,
-        manifest.latent.channels,
-        size // manifest.latent.vae_scale_factor,
-        size // manifest.latent.vae_scale_factor,
-    )
+    side = size // manifest.latent.vae_scale_factor
+    shape = (1, manifest.latent.channels, side, side)
     random = np.random.default_rng(0)
     specs = {spec.name: spec for spec in bundle.graph("unet", PORTABLE.name).inputs}
     width = int(specs["encoder_hidden_states"].shape[-1])
@@ -179,7 +171,7 @@ def _latents_of(run: Run) -> Callable[[], NDArray[np.float32]]:
 def decoders(
     bundle: Bundle, source: Source, engines: Sequence[Way], dtypes: Sequence[str], size: int
 ) -> tuple[dict[str, Contender], ExitStack]:
-    """Contenders that decode the same latents, and what closes their engines."""
+    """Contenders that decode the same latents, and the stack that closes their engines."""
     side, stack = size // bundle.manifest.latent.vae_scale_factor, ExitStack()
     latents = np.random.default_rng(0).standard_normal((1, bundle.manifest.latent.channels, side, side), np.float32)
     contenders: dict[str, Contender] = {}
@@ -212,40 +204,36 @@ def _torch_decoding(decoder: Decoder, latents: torch.Tensor) -> Contender:
 
 
 def measure(contenders: Mapping[str, Contender], rounds: int, *, warm_up: int = 1) -> dict[str, Any]:
-    """Let all take their turns; each round begins with another one.
+    """Measure all contenders in turn.
 
     Args:
-        contenders: By name.
-        rounds: Offloader of each that count.
-        warm_up: Offloader of each before that.
+        contenders: The contenders by name; diffusers' names begin with ``diffusers``.
+        rounds: Turns of each that count.
+        warm_up: Turns of each before those.
 
     Returns:
         ``contenders``: by name ``seconds`` (samples), ``median`` with its 95 % interval, ``over`` (by each contender of
-        diffusers, how many times as long that takes, pair by pair, with interval) and ``difference`` (relative L2 to
-        the first of diffusers' at the end). ``control``: seconds of a fixed piece of work, by round.
+        diffusers, how many times as long that takes, pair by pair, with interval) and ``difference`` (relative L2
+        distance of the result from that of diffusers' first contender). ``control``: seconds of a fixed piece of work,
+        by round.
     """
-    names, control, steady = list(contenders), Control(), []
-    for number in range(warm_up + rounds):
-        steady.append(control.sample())
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            time.sleep(_REST)
-            begin = time.perf_counter()
-            contenders[name].turn()
-            if number >= warm_up:
-                contenders[name].seconds.append(time.perf_counter() - begin)
-    theirs = [name for name in names if name.startswith("diffusers")]
+    control, steady = Control(), []
+    seconds = take_turns(
+        {name: contender.turn for name, contender in contenders.items()},
+        rounds,
+        warm_up=warm_up,
+        rest=_REST,
+        before_round=lambda _: steady.append(control.sample()),
+    )
+    theirs = [name for name in contenders if name.startswith("diffusers")]
     reference = contenders[theirs[0]].result() if theirs else None
     figures: dict[str, Any] = {}
     for name, contender in contenders.items():
         over = {}
         for other in theirs:
-            pairs = zip(contenders[other].seconds, contender.seconds, strict=True)
-            over[other] = median_interval([[slow / fast] for slow, fast in pairs])
-        figures[name] = {
-            "seconds": contender.seconds,
-            **median_interval([[seconds] for seconds in contender.seconds]),
-            "over": over,
-        }
+            pairs = zip(seconds[other], seconds[name], strict=True)
+            over[other] = single_interval(slow / fast for slow, fast in pairs)
+        figures[name] = {"seconds": seconds[name], **single_interval(seconds[name]), "over": over}
         if reference is not None:
             apart = np.linalg.norm(contender.result() - reference) / np.linalg.norm(reference)
             figures[name]["difference"] = float(apart)
@@ -253,9 +241,9 @@ def measure(contenders: Mapping[str, Contender], rounds: int, *, warm_up: int = 
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report for people, as a Markdown table."""
     theirs = [name for name in report["contenders"] if name.startswith("diffusers")]
-    what = {"step": "a guided step", "decoder": "decoding a picture"}[report["part"]]
+    what = {"step": "a guided step", "decoder": "decoding an image"}[report["part"]]
     machine, size = report["machine"], report["size"]
     lines = [
         f"{report['model']}: {what}, {size}x{size}; {machine['processor']}, {machine['cpus']} CPUs "
@@ -281,26 +269,27 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.against_torch", description=__doc__.split("\n")[0]
-    )
+    parser = make_parser("studies.against_torch", __doc__)
     parser.add_argument("bundle", type=Path, help="a bundle of a Stable Diffusion model")
     parser.add_argument("--source", type=Path, required=True, help="the diffusers directory that it was built from")
     parser.add_argument(
         "--engine",
         action="append",
         metavar="ENGINE:PRECISION",
-        help="takes part; may be repeated (openvino:fp32); with :plain behind it, without convolutions by tiles",
+        help="an engine that takes part; may be repeated (default: openvino:fp32); :plain after it turns off tiles",
     )
-    parser.add_argument("--torch", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="diffusers in (both)")
-    parser.add_argument("--part", choices=("step", "decoder"), default="step", help="what is timed (%(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="of the picture, in pixels (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument(
+        "--torch", nargs="+", choices=_DTYPES, default=list(_DTYPES), help="precisions of diffusers (default: both)"
+    )
+    parser.add_argument(
+        "--part", choices=("step", "decoder"), default="step", help="the part to time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=at_least(1), default=512, help="side of the image, in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="turns of each (default: %(default)s)")
     arguments = parser.parse_args(argv)
     named = [each.split(":") for each in arguments.engine or ["openvino:fp32"]]
-    if arguments.rounds < 1 or arguments.size < 1:
-        parser.error("--rounds and --size take numbers from 1")
     if any(len(each) not in (2, 3) or each[2:] not in ([], ["plain"]) for each in named):
         parser.error("--engine takes an engine and a precision, such as openvino:bf16")
     engines = [Way(engine, precision, bool(plain)) for engine, precision, *plain in named]
@@ -316,7 +305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         contenders, stack = decoders(bundle, source, engines, arguments.torch, arguments.size)
     with stack:
         figures = measure(contenders, arguments.rounds)
-    packages = ("latentrt", "torch", "diffusers", "openvino", "onnxruntime", "numpy")
     report = {
         "model": bundle.manifest.source.name,
         "part": arguments.part,
@@ -324,14 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "begun": begun,
         "machine": describe(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": versions("latentrt", "torch", "diffusers", "openvino", "onnxruntime", "numpy"),
         "threads": {"torch": torch.get_num_threads()},
         "ceilings": ceilings,
         **figures,
     }
     print(table(report))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, report)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""What it takes to build the U-Net of Stable Diffusion 1.5: time and peak memory of the export and of the plan.
+"""Measure time and peak memory of exporting Stable Diffusion 1.5's U-Net, and of building its plan.
 
     python -m latentrt.benchmarks.studies.build_sd15_unet [--size sd15|tiny] [--engine tensorrt-rtx|tensorrt] [--json
     FILE]
 
-Weights are random, seeded, in fp16: neither step looks at their values. The export to ONNX and the build of the plan
-run in a process of their own each, since the peak memory of a process is what the operating system counts; the process
-that builds has no torch in it. Exit status 1 if the build takes more than 5 minutes or 10 GB.
+Weights are random, seeded, in fp16: neither step depends on their values. The export to ONNX and the build of the plan
+run in a process of their own each, since the operating system counts peak memory by process; the process that builds
+imports no torch. The exit status is 1 if the build takes more than 5 minutes or 10 GB.
 """
 
 from __future__ import annotations
@@ -13,39 +13,48 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import LatentRTError
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, build_plan, build_target, load_sdk, parse_ranges
 
 from ..checkpoints.stable_diffusion import CONFIGS
+from ..machine import system_facts
+from ..program import make_parser, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 RANGES = ("batch=1:2:8", "latent_height=32:64:128", "latent_width=32:64:128")
-"""Batches up to 4 pictures under guidance, 256 to 1024 pixels a side, tuned for one picture of 512."""
+"""Up to 4 images with guidance, of 256 to 1024 pixels a side, tuned for one image of 512."""
+
 LIMIT_SECONDS = 300.0
+"""Most seconds that the build may take."""
+
 LIMIT_BYTES = 10_000_000_000
+"""Most memory that the build may take."""
+
 _FP16_MAX = 65504.0
 _REPORT = "report.json"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one process took.
+    """Time, memory and output of one process.
 
     Attributes:
         name: ``"export"`` or ``"build"``.
         seconds: Wall time of the process, its imports included.
         peak_bytes: Its largest resident set.
-        output_bytes: Size of what it wrote.
+        output_bytes: Size of the files that it wrote.
     """
 
     name: str
@@ -58,7 +67,7 @@ def export(directory: Path, size: str, seed: int) -> dict[str, Any]:
     """Make the U-Net, check that it stays within fp16, and export it to ``directory``.
 
     Returns:
-        For the report: parameters, the largest activation, the graph's file and inputs.
+        Entries of the report: parameters, the largest activation, the graph's file and inputs.
 
     Raises:
         OverflowError: if an activation leaves the range of fp16.
@@ -80,21 +89,11 @@ def export(directory: Path, size: str, seed: int) -> dict[str, Any]:
         "timestep": torch.tensor([1.0, 999.0]),
         "encoder_hidden_states": torch.randn(2, 77, config["cross_attention_dim"]),
     }
-    largest = 0.0
-
-    def watch(module: Any, arguments: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, torch.Tensor):
-            largest = max(largest, float(output.abs().max()))
-
-    hooks = [module.register_forward_hook(watch) for module in unet.modules()]
-    unet(**example)
-    for hook in hooks:
-        hook.remove()
+    largest = _largest_activation(unet, example)
     if not largest < _FP16_MAX:
         raise OverflowError(f"the largest activation is {largest:g}; fp16 ends at {_FP16_MAX:g}; choose another seed")
-    picture = {0: "batch", 2: "latent_height", 3: "latent_width"}
-    dynamic = {"sample": picture, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
+    latents = {0: "batch", 2: "latent_height", 3: "latent_width"}
+    dynamic = {"sample": latents, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
     component = Component("unet", Denoiser(unet), example, dynamic, ("out_sample",), frozenset({"timestep"}))
     graph = export_component(component, form_for("tensorrt-rtx", "fp16"), directory)
     return {
@@ -107,11 +106,29 @@ def export(directory: Path, size: str, seed: int) -> dict[str, Any]:
     }
 
 
+def _largest_activation(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
+    """The largest magnitude among the outputs of a module's layers for some inputs."""
+    import torch
+
+    largest = 0.0
+
+    def watch(layer: Any, arguments: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, float(output.abs().max()))
+
+    hooks = [layer.register_forward_hook(watch) for layer in module.modules()]
+    module(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
 def build(directory: Path, engine: str) -> dict[str, Any]:
     """Build the plan of the graph that :func:`export` wrote to ``directory``.
 
     Returns:
-        For the report: SDK, target, profile, and the plan's file.
+        Entries of the report: SDK, target, profile, and the plan's file.
 
     Raises:
         EngineError: if the SDK is missing or fails.
@@ -135,15 +152,8 @@ def _show(phase: str, done: int, total: int) -> None:
 
 def _run_step(name: str, directory: Path, arguments: argparse.Namespace) -> tuple[Step, dict[str, Any]]:
     """Run one step in a process of its own and take its figures from the operating system."""
-    command = [
-        sys.executable,
-        "-m",
-        "latentrt.benchmarks.studies.build_sd15_unet",
-        "--step",
-        name,
-        "--directory",
-        str(directory),
-    ]
+    command = [sys.executable, "-m", "latentrt.benchmarks.studies.build_sd15_unet", "--step", name]
+    command += ["--directory", str(directory)]
     command += ["--size", arguments.size, "--engine", arguments.engine, "--seed", str(arguments.seed)]
     before = _bytes_in(directory)
     started = time.perf_counter()
@@ -163,7 +173,7 @@ def _bytes_in(directory: Path) -> int:
 
 
 def measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run both steps in ``directory`` and put together the report."""
+    """Run both steps in ``directory``; returns the report."""
     steps = []
     details: dict[str, Any] = {}
     for name in ("export", "build"):
@@ -175,7 +185,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "size": arguments.size,
         "engine": arguments.engine,
         "seed": arguments.seed,
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "machine": system_facts(),
         **details,
         "steps": [asdict(step) for step in steps],
         "within_limits": plan.seconds <= LIMIT_SECONDS and plan.peak_bytes <= LIMIT_BYTES,
@@ -200,14 +210,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or, in a process started by it, one of its steps; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.build_sd15_unet", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--size", choices=CONFIGS, default="sd15")
-    parser.add_argument("--engine", choices=SDK_MODULES, default="tensorrt-rtx")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    """Run the benchmark, or, in a process that it started, one of its steps; returns the exit status."""
+    parser = make_parser("studies.build_sd15_unet", __doc__)
+    parser.add_argument("--size", choices=CONFIGS, default="sd15", help="default: %(default)s")
+    parser.add_argument("--engine", choices=SDK_MODULES, default="tensorrt-rtx", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.add_argument(
         "--directory", type=Path, help="keep graph and plan here, in an empty directory (default: keep neither)"
     )
@@ -224,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="latentrt-") as name:
             report = measure(Path(name), arguments)
     print(table(report))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, report)
     return 0 if report["within_limits"] else 1
 
 

@@ -1,15 +1,14 @@
-"""The host's share of a step with ControlNets and an IP-Adapter, at the numbers and sizes of Stable Diffusion 1.5.
+"""Time the host's share of a step with ControlNets and an IP-Adapter, at the sizes of Stable Diffusion 1.5.
 
     python -m latentrt.benchmarks.studies.host_time [--controlnets N] [--ip-adapter] [--steps N]
 
-Engines are hollow: they check what they are given, as all engines do, and hand out arrays of the right shapes. So what
-is timed is all that a step takes outside of graphs, those checks included. Between steps a large array is gone through,
-since a real step would leave nothing of ours in the processor's caches.
+Engines are hollow: they check their inputs, as all engines do, and return arrays of the right shapes. So the measured
+time is all that a step takes outside of graphs, those checks included. Between steps the program writes a large array,
+because a real step would leave nothing of the host's in the processor's caches.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -27,17 +26,19 @@ from latentrt.runtime.request.control import Control
 from latentrt.runtime.request.request import Request
 from latentrt.runtime.samplers import compile_plan
 
+from ..program import at_least, make_parser
+
 _WIDTHS, _SIDE = (320, 640, 1280, 1280), 64
 _LAYERS = 2
 _ATTENTIONS, _BLOCKS = 16, 22  # of the U-Net
 _CONTROL_ATTENTIONS, _CONTROL_BLOCKS = 7, 11
-_CACHES = 128 << 20  # bytes that are gone through between steps
+_CACHES = 128 << 20  # bytes that are written between steps
 _LEVELS = {f"latent_{axis}_{level}": _SIDE >> level for axis in ("height", "width") for level in range(1, 4)}
 _LENGTHS = {"latent_height": _SIDE, "latent_width": _SIDE, "rows": 2, "batch": 1, "registers": 1, **_LEVELS}
 
 
 class Hollow(BaseEngine):
-    """An engine that computes nothing. Arrays it hands out are made once, or as long as ``timestep`` is."""
+    """An engine that computes nothing: it returns zeros, with as many rows as ``timestep`` or the text input has."""
 
     def __init__(self, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
         super().__init__("hollow engine")
@@ -62,8 +63,14 @@ def _spec(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "int64" if name in ("rows", "unconditional", "conditional") else "float32", shape)
 
 
+_TEXT = [_spec("encoder_hidden_states", "batch", 77, 768)]
+_TIMESTEP = [_spec("timestep", "batch")]
+_STATE = _spec("registers", "batch", "registers", 4, "latent_height", "latent_width")
+_SEEN = [_STATE, _spec("input_scale", "batch"), _spec("rows", "rows")]  # inputs that denoiser and ControlNets share
+
+
 def _attention(prefix: str, count: int, tokens: int) -> list[TensorSpec]:
-    """Keys and values."""
+    """Keys and values of the attention layers, of the widths that their levels have."""
     return [_spec(f"{prefix}_{n}", "rows", tokens, _WIDTHS[4 * n // (2 * count)]) for n in range(2 * count)]
 
 
@@ -84,43 +91,50 @@ def _residuals(prefix: str) -> list[TensorSpec]:
     ]
 
 
-def measure(controlnets: int, *, ip_adapter: bool, steps: int, warm_up: int = 3) -> list[float]:
-    """Seconds of each step.
-
-    Args:
-        controlnets: How many steer.
-        ip_adapter: Whether the denoiser has keys and values of a picture too.
-        steps: How many to time.
-        warm_up: Steps before that.
-    """
-    text = [_spec("encoder_hidden_states", "batch", 77, 768)]
-    timestep = [_spec("timestep", "batch")]
-    state = _spec("registers", "batch", "registers", 4, "latent_height", "latent_width")
-    seen = [state, _spec("input_scale", "batch"), _spec("rows", "rows")]
+def _denoiser(*, ip_adapter: bool) -> dict[str, Hollow]:
+    """The stages of a fused denoiser, and its step with ControlNets' residuals."""
+    read = _attention("text", _ATTENTIONS, 77) + (_attention("picture", _ATTENTIONS, 4) if ip_adapter else [])
     fused = [
         _spec("noise", "batch", 4, "latent_height", "latent_width"),
         _spec("update", "batch", "registers", "terms"),
+        *(_spec(name, "batch") for name in ("guidance", "guidance_rescale", "unconditional", "conditional")),
     ]
-    fused += [_spec(name, "batch") for name in ("guidance", "guidance_rescale", "unconditional", "conditional")]
-    read = _attention("text", _ATTENTIONS, 77) + (_attention("picture", _ATTENTIONS, 4) if ip_adapter else [])
-    common, result = [*seen, *fused, *read, *_blocks("time", _BLOCKS)], [_spec("updated_registers", *state.shape)]
-    engines: dict[str, BaseEngine] = {
-        "unet_prompt": Hollow(text, read),
-        "unet_schedule": Hollow(timestep, _blocks("time", _BLOCKS)),
-        "unet_step": Hollow(common, result),
-        "unet_control_step": Hollow([*common, *_residuals("residual")], result),
+    inputs = [*_SEEN, *fused, *read, *_blocks("time", _BLOCKS)]
+    result = [_spec("updated_registers", *_STATE.shape)]
+    return {
+        "unet_prompt": Hollow(_TEXT, read),
+        "unet_schedule": Hollow(_TIMESTEP, _blocks("time", _BLOCKS)),
+        "unet_step": Hollow(inputs, result),
+        "unet_control_step": Hollow([*inputs, *_residuals("residual")], result),
     }
+
+
+def _controlnet(name: str) -> dict[str, Hollow]:
+    """The stages of a ControlNet."""
     control = _spec("control", "batch", _WIDTHS[0], "latent_height", "latent_width")
+    own, times = _attention("own", _CONTROL_ATTENTIONS, 77), _blocks("own_time", _CONTROL_BLOCKS)
+    inputs = [*_SEEN, control, _spec("control_scale", "rows", len(_residuals(""))), *_residuals("sum"), *own, *times]
+    return {
+        f"controlnet_{name}_prompt": Hollow(_TEXT, own),
+        f"controlnet_{name}_schedule": Hollow(_TIMESTEP, times),
+        f"controlnet_{name}_image": Hollow([_spec("control_image", "batch", 3, "height", "width")], [control]),
+        f"controlnet_{name}_step": Hollow(inputs, _residuals("residual")),
+    }
+
+
+def measure(controlnets: int, *, ip_adapter: bool, steps: int, warm_up: int = 3) -> list[float]:
+    """Time steps; returns the seconds of each.
+
+    Args:
+        controlnets: Number of ControlNets.
+        ip_adapter: Whether the denoiser has keys and values of an image prompt too.
+        steps: Steps to time.
+        warm_up: Steps before those.
+    """
     names = [f"n{number}" for number in range(controlnets)]
+    engines: dict[str, BaseEngine] = {**_denoiser(ip_adapter=ip_adapter)}
     for name in names:
-        own, times = _attention("own", _CONTROL_ATTENTIONS, 77), _blocks("own_time", _CONTROL_BLOCKS)
-        inputs = [*seen, control, _spec("control_scale", "rows", len(_residuals(""))), *_residuals("sum"), *own, *times]
-        engines |= {
-            f"controlnet_{name}_prompt": Hollow(text, own),
-            f"controlnet_{name}_schedule": Hollow(timestep, times),
-            f"controlnet_{name}_image": Hollow([_spec("control_image", "batch", 3, "height", "width")], [control]),
-            f"controlnet_{name}_step": Hollow(inputs, _residuals("residual")),
-        }
+        engines |= _controlnet(name)
     for engine in engines.values():
         engine.open()
     loop = FusedLoop(engines["unet_step"], engines["unet_prompt"], engines["unet_schedule"])
@@ -145,15 +159,13 @@ def measure(controlnets: int, *, ip_adapter: bool, steps: int, warm_up: int = 3)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.host_time", description=__doc__.split("\n")[0]
+    parser = make_parser("studies.host_time", __doc__, json_file=False)
+    parser.add_argument(
+        "--controlnets", type=at_least(0, 8), default=2, help="number of ControlNets (default: %(default)s)"
     )
-    parser.add_argument("--controlnets", type=int, default=2, help="how many steer (default: %(default)s)")
-    parser.add_argument("--ip-adapter", action="store_true", help="with an IP-Adapter")
-    parser.add_argument("--steps", type=int, default=100, help="steps to time (default: %(default)s)")
+    parser.add_argument("--ip-adapter", action="store_true", help="add an IP-Adapter")
+    parser.add_argument("--steps", type=at_least(1), default=100, help="steps to time (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 1 or not 0 <= arguments.controlnets <= 8:
-        parser.error("--steps takes numbers from 1, --controlnets 0 to 8")
     samples = sorted(measure(arguments.controlnets, ip_adapter=arguments.ip_adapter, steps=arguments.steps))
     ninth = samples[math.ceil(0.9 * len(samples)) - 1]
     print(f"host time of a step: median {1e3 * median(samples):.2f} ms, nine of ten below {1e3 * ninth:.2f} ms")

@@ -1,20 +1,20 @@
-"""What it costs to put LoRAs on and off at run time, and what a step costs with one.
+"""Time switching LoRAs at run time, and a step with one of them.
 
     python -m latentrt.benchmarks.studies.lora_switch BUNDLE [--layers attention|all] [--width N] [--height N]
     [--rounds N]
 
-Two random LoRAs and none take turns in a pipeline that opens anew what they change, and in one that is ``switchable``;
-then steps of both are timed in turn, with one of the LoRAs on.
+Two random LoRAs and none take turns in a pipeline that opens the changed engines again, and in one that is
+``switchable``. Then steps of both pipelines are timed in turn, with one of the LoRAs applied.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,19 +27,23 @@ from latentrt.engines.errors import LatentRTError
 from latentrt.runtime import Bundle, Pipeline
 from latentrt.runtime.components.lora_weights import LAYERS_FILE
 
+from ..program import at_least, make_parser
+from ..turns import take_turns
+
 RANK = 16
+"""Rank of the random LoRAs."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def random_lora(layers: Mapping[str, Mapping[str, Any]], which: str, seed: int) -> dict[str, NDArray[Any]]:
-    """Factors of rank 16 in PEFT's layout, fp16.
+    """Random factors of rank :data:`RANK` in PEFT's layout, fp16.
 
     Args:
-        layers: By part and path the shape of a layer's weights, as in a bundle's ``lora.json``.
-        which: ``"attention"`` for the projections of the denoiser's attention, ``"all"`` for whatever its blocks of
-            attention have, and the text encoders' layers too.
-        seed: Of the factors.
+        layers: Shapes of layers' weights by part and path, as in a bundle's ``lora.json``.
+        which: ``"attention"`` for the projections of the denoiser's attention, ``"all"`` for every layer of its
+            attention blocks and the text encoders' layers too.
+        seed: Seed of the factors.
     """
     random = np.random.default_rng(seed)
     found: dict[str, NDArray[Any]] = {}
@@ -58,14 +62,17 @@ def random_lora(layers: Mapping[str, Mapping[str, Any]], which: str, seed: int) 
 
 
 def measure(bundle: Path, loras: Sequence[Path], width: int | None, height: int | None, rounds: int) -> dict[str, Any]:
-    """Seconds: of switches by mode and what was put on, and of steps by mode.
+    """Time switches and steps of both pipelines.
 
     Args:
         bundle: The bundle.
         loras: LoRAs that take turns.
-        width: Of the pictures in pixels; ``None`` is the bundle's own.
-        height: Likewise.
-        rounds: How often everything is measured.
+        width: Width of the images in pixels; ``None`` is the bundle's default.
+        height: Height of the images in pixels; ``None`` is the bundle's default.
+        rounds: Number of samples of each time.
+
+    Returns:
+        ``switches``: seconds by mode and name of the LoRA. ``steps``: seconds by mode.
     """
     options: dict[str, Any] = {"steps": 1, "seed": 1, "width": width, "height": height, "output": "latent"}
     switches: dict[str, dict[str, list[float]]] = {}
@@ -81,12 +88,14 @@ def measure(bundle: Path, loras: Sequence[Path], width: int | None, height: int 
                 times.setdefault(name, []).append(time.perf_counter() - begin)
                 pipe("", **options)
     steps: dict[str, list[float]] = {mode: [] for mode in modes}
+
+    def step(mode: str) -> None:
+        steps[mode] += pipes[mode]("", **options).timings.step
+
     for pipe in pipes.values():
         pipe.set_loras(loras[:1])
-        pipe("", **options)  # the first run after opening allocates
-    for _ in range(rounds):
-        for mode, pipe in pipes.items():
-            steps[mode] += pipe("", **options).timings.step
+    take_turns({mode: partial(step, mode) for mode in modes}, rounds)
+    steps = {mode: seconds[1:] for mode, seconds in steps.items()}  # the first run after opening allocates
     for pipe in pipes.values():
         pipe.close()
     return {"switches": switches, "steps": steps}
@@ -94,17 +103,15 @@ def measure(bundle: Path, loras: Sequence[Path], width: int | None, height: int 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.lora_switch", description=__doc__.split("\n")[0]
+    parser = make_parser("studies.lora_switch", __doc__, json_file=False)
+    parser.add_argument("bundle", type=Path, help="a bundle that was built for LoRAs")
+    parser.add_argument(
+        "--layers", choices=("attention", "all"), default="attention", help="the layers that the LoRAs change"
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--layers", choices=("attention", "all"), default="attention", help="what the LoRAs change")
-    parser.add_argument("--width", type=int, help="of the pictures, in pixels (default: the bundle's own)")
-    parser.add_argument("--height", type=int, help="likewise")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--width", type=int, help="width of the images, in pixels (default: the bundle's)")
+    parser.add_argument("--height", type=int, help="height of the images, in pixels (default: the bundle's)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="samples of each time (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1:
-        parser.error("--rounds takes numbers from 1")
     try:
         layers = json.loads(Bundle.open(arguments.bundle).file(LAYERS_FILE).read_bytes())
         with tempfile.TemporaryDirectory() as folder:

@@ -1,24 +1,19 @@
-"""What a step of the denoising loop takes: fused against plain, interleaved in one run, and the host's share of it.
+"""Time a step of the denoising loop, fused and plain in turn in one run, and the host's share of it.
 
     python -m latentrt.benchmarks.studies.step_time BUNDLE [--rounds N] [--json FILE]
 
-Both loops take guided steps of the same run with ONNX Runtime, in turn (A B A B), so that what else the machine does
-meets both. The host's share is what a step takes outside the engine: scaling, guidance and update in numpy for the
-plain loop, inputs for the fused one. :mod:`latentrt.benchmarks.checkpoints.stable_diffusion` writes a model of Stable
-Diffusion 1.5's size to build the bundle from.
+Both loops take guided steps of the same run with ONNX Runtime, in turn, so that other load on the machine affects both.
+The host's share is the time of a step outside the engine: scaling, guidance and update in numpy for the plain loop,
+inputs for the fused one. :mod:`latentrt.benchmarks.checkpoints.write` writes a model of Stable Diffusion 1.5's size to
+build the bundle from.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.engines import Array, Engine, TensorSpec
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.runtime.bundle.manifest import Graph
 from latentrt.runtime.bundle.onnx_guard import summarize
@@ -39,48 +33,15 @@ from latentrt.runtime.denoising.run import Run
 from latentrt.runtime.request.request import Request
 from latentrt.runtime.samplers import compile_plan
 
+from ..machine import system_facts
+from ..program import at_least, make_parser, write_json
+from ..turns import take_turns
+from .wrapped import Timed
+
 PARTS = ("unet", "unet_prompt", "unet_schedule", "unet_step")
 FORM = "opset20-fp32"
 _TOKENS = 77  # of a prompt of one chunk
 _SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}
-
-
-class Timed:
-    """An engine whose :meth:`run` is timed."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.inputs: Mapping[str, TensorSpec] = engine.inputs
-        self.outputs: Mapping[str, TensorSpec] = engine.outputs
-        self.seconds = 0.0
-        self._engine = engine
-
-    def open(self) -> Timed:
-        """It is open already."""
-        return self
-
-    def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Pass on."""
-        self._engine.bind(feeds)
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Pass on, and add what it took."""
-        begin = time.perf_counter()
-        try:
-            return self._engine.run(feeds)
-        finally:
-            self.seconds += time.perf_counter() - begin
-
-    def close(self) -> None:
-        """Pass on."""
-        self._engine.close()
-
-
-@dataclass
-class Samples:
-    """Seconds of every step of one loop, and how much of each was outside the engine."""
-
-    step: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
 
 
 def measure(
@@ -91,55 +52,67 @@ def measure(
     Args:
         paths: Graphs of :data:`PARTS`; prompt and schedule may be missing.
         side: Height and width of the latents.
-        rounds: Steps that each loop takes.
-        images: Pictures in the batch.
+        rounds: Steps of each loop that count.
+        images: Images in the batch.
         threads: Threads inside an operator; 0 is automatic.
-        warm_up: Steps before that, which are not counted.
+        warm_up: Steps of each loop before those.
+
+    Returns:
+        ``samples``: by loop, seconds of every step and of its share outside the engine. ``plain_over_fused``: the
+        median ratio, pair by pair. ``relative_difference``: of the latents at the end (L2). ``stages``: by graph,
+        numbers of nodes, weights and outputs.
     """
     with ExitStack() as stack:
         options = OnnxRuntimeOptions(threads=threads)
-        opened = {
-            name: stack.enter_context(OnnxRuntimeEngine(path, options, label=name)) for name, path in paths.items()
+        engines = {
+            name: Timed(stack.enter_context(OnnxRuntimeEngine(path, options, label=name)))
+            for name, path in paths.items()
         }
-        engines = {name: Timed(engine) for name, engine in opened.items()}
+        fused = FusedLoop(engines["unet_step"], engines.get("unet_prompt"), engines.get("unet_schedule"))
         loops: dict[str, tuple[Loop, Timed]] = {
             "plain": (PlainLoop(engines["unet"]), engines["unet"]),
-            "fused": (
-                FusedLoop(engines["unet_step"], engines.get("unet_prompt"), engines.get("unet_schedule")),
-                engines["unet_step"],
-            ),
+            "fused": (fused, engines["unet_step"]),
         }
-        channels = engines["unet"].inputs["sample"].shape[1]
-        length, width = engines["unet"].inputs["encoder_hidden_states"].shape[1:]
-        shape = (images, int(channels), side, side)
-        generator = np.random.default_rng(0)
+        inputs = engines["unet"].inputs
+        length, width = inputs["encoder_hidden_states"].shape[1:]
         tokens = length if isinstance(length, int) else _TOKENS
+        shape = (images, int(inputs["sample"].shape[1]), side, side)
+        generator = np.random.default_rng(0)
         texts = [generator.standard_normal((1, tokens, int(width)), np.float32) for _ in range(2)]
         runs = {
             name: begin_run(loop, _SCHEDULER, texts, shape, warm_up + rounds, 7.5) for name, (loop, _) in loops.items()
         }
-        samples = {name: Samples() for name in loops}
-        for turn in range(warm_up + rounds):
-            for name, (loop, engine) in loops.items():
-                engine.seconds, begin = 0.0, time.perf_counter()
-                loop.advance([runs[name]])
-                seconds = time.perf_counter() - begin
-                if turn >= warm_up:
-                    samples[name].step.append(seconds)
-                    samples[name].host.append(seconds - engine.seconds)
+        inside: dict[str, list[float]] = {name: [] for name in loops}
+        work = {name: _step(*loops[name], runs[name], inside[name]) for name in loops}
+        seconds = take_turns(work, rounds, warm_up=warm_up)
         reference = runs["plain"].latents
-        difference = float(np.linalg.norm(runs["fused"].latents - reference) / np.linalg.norm(reference))
-        pairs = zip(samples["plain"].step, samples["fused"].step, strict=True)
         return {
             "latents": list(shape),
             "rounds": rounds,
-            "samples": {name: asdict(each) for name, each in samples.items()},
-            "plain_over_fused": median(plain / fused for plain, fused in pairs),
-            "relative_difference": difference,
+            "samples": {
+                name: {
+                    "step": seconds[name],
+                    "host": [step - engine for step, engine in zip(seconds[name], inside[name][warm_up:], strict=True)],
+                }
+                for name in loops
+            },
+            "plain_over_fused": median(a / b for a, b in zip(seconds["plain"], seconds["fused"], strict=True)),
+            "relative_difference": float(np.linalg.norm(runs["fused"].latents - reference) / np.linalg.norm(reference)),
             "stages": {
                 name: asdict(summarize(path)) | {"outputs": len(engines[name].outputs)} for name, path in paths.items()
             },
         }
+
+
+def _step(loop: Loop, engine: Timed, run: Run, inside: list[float]) -> Callable[[], None]:
+    """One step of a run; appends the seconds that it spent in the engine to ``inside``."""
+
+    def step() -> None:
+        engine.seconds = 0.0
+        loop.advance([run])
+        inside.append(engine.seconds)
+
+    return step
 
 
 def begin_run(
@@ -150,13 +123,13 @@ def begin_run(
     steps: int,
     guidance: float,
 ) -> Run:
-    """A run of Euler's method that has begun, with texts that are given as states of a text encoder.
+    """Begin a run of Euler's method whose conditioning is given as states of a text encoder.
 
     Args:
-        loop: The loop that will take it further.
+        loop: The loop that will advance it.
         scheduler: A scheduler's configuration.
-        texts: Of the unconditional and the conditional text, fp32 ``[1, tokens, width]`` each.
-        shape: Of the latents, ``[images, channels, h, w]``.
+        texts: States of the unconditional and the conditional prompt, fp32 ``[1, tokens, width]`` each.
+        shape: Shape of the latents, ``[images, channels, h, w]``.
         steps: Steps of the run.
         guidance: Guidance scale.
     """
@@ -182,8 +155,9 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(f"| {name:5} | {step:17.1f} | {host:17.3f} |")
     lines += [
         "",
-        f"Step by step the plain loop takes {report['plain_over_fused']:.3f} times what the fused one takes (median of "
-        f"{report['rounds']} pairs); the latents differ by {report['relative_difference']:.1e} (relative) at the end.",
+        f"A step of the plain loop takes {report['plain_over_fused']:.3f} times as long as one of the fused loop "
+        f"(median of {report['rounds']} pairs); the relative difference of the latents at the end is "
+        f"{report['relative_difference']:.1e}.",
         "",
         "| graph         | nodes |     weights | outputs |",
         "|---------------|------:|------------:|--------:|",
@@ -195,18 +169,13 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.step_time", description=__doc__.split("\n")[0]
-    )
+    parser = make_parser("studies.step_time", __doc__)
     parser.add_argument("bundle", type=Path, help="a bundle with fp32 graphs for ONNX Runtime")
-    parser.add_argument("--side", type=int, help="height and width of the latents (default: the model's own)")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each loop (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1, help="pictures in the batch (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="threads inside an operator; 0 is automatic")
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--side", type=at_least(1), help="height and width of the latents (default: the model's own)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="steps of each loop (default: %(default)s)")
+    parser.add_argument("--images", type=at_least(1), default=1, help="images in the batch (default: %(default)s)")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="threads inside an operator; 0 is automatic")
     arguments = parser.parse_args(argv)
-    if arguments.rounds < 1 or arguments.images < 1:
-        parser.error("--rounds and --images take numbers from 1")
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
     if lacking := [part for part in ("unet", "unet_step") if FORM not in _graphs(bundle, part)]:
@@ -214,11 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = {part: bundle.graph_path(part, FORM) for part in PARTS if FORM in _graphs(bundle, part)}
     side = arguments.side or manifest.defaults.height // manifest.latent.vae_scale_factor
     figures = measure(paths, side=side, rounds=arguments.rounds, images=arguments.images, threads=arguments.threads)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    report = {"model": manifest.source.name, "machine": machine, "tools": manifest.tools, **figures}
+    report = {"model": manifest.source.name, "machine": system_facts(), "tools": manifest.tools, **figures}
     print(table(report))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, report)
     return 0
 
 

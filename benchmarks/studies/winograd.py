@@ -1,23 +1,18 @@
-"""What convolution by tiles saves in OpenVINO, layer by layer, and what it loses to rounding.
+"""Measure the time that convolution by tiles saves in OpenVINO, layer by layer, and its rounding error.
 
     python -m latentrt.benchmarks.studies.winograd [--precision fp32 bf16] [--case INPUTS,OUTPUTS,SIDE,PICTURES]...
         [--rounds N] [--json FILE]
 
-Each layer, two convolutions with a SiLU after each, runs as it is, with tiles of 2 and with tiles of 4, in turn. The
-cases are layers of Stable Diffusion 1.5: of its U-Net in a guided step at 512x512, and of its decoder. The thresholds
-of :mod:`latentrt.engines.openvino.winograd` are read off this table.
+Each layer, two convolutions with a SiLU after each, runs without tiles, with tiles of 2 and with tiles of 4, in turn.
+The default cases are layers of Stable Diffusion 1.5: of its U-Net in a guided step at 512x512, and of its decoder. The
+thresholds of :mod:`latentrt.engines.openvino.winograd` come from this table.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +22,16 @@ from latentrt.engines.errors import EngineUnavailableError
 from latentrt.engines.openvino.engine import OpenVinoOptions, has_bf16, load_core, load_sdk, require_precision
 from latentrt.engines.openvino.winograd import convolve_by_tiles
 
-from ..machine import describe, now
-from ..statistics import median_interval
+from ..machine import describe, now, versions
+from ..program import at_least, make_parser, write_json
+from ..statistics import single_interval
+from ..turns import take_turns
 
 LAYERS = 2
+"""Convolutions of a case."""
+
 TILES = (0, 2, 4)
-"""0 stands for a plain convolution."""
+"""Sizes of tiles; 0 stands for a plain convolution."""
 CASES = (
     (320, 320, 64, 2),
     (640, 640, 32, 2),
@@ -47,13 +46,13 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Case:
-    """A layer.
+    """A layer that is timed.
 
     Attributes:
-        inputs: Channels that come in.
-        outputs: Channels that go out.
-        side: Height and width of the picture.
-        pictures: How many at once.
+        inputs: Input channels.
+        outputs: Output channels.
+        side: Height and width of the feature map.
+        pictures: Batch size.
     """
 
     inputs: int
@@ -66,7 +65,7 @@ class Case:
 
 
 def model_of(case: Case) -> Any:
-    """OpenVINO's model of two convolutions, there and back."""
+    """An OpenVINO model of two convolutions: to the output channels, and back."""
     sdk, random = load_sdk(), np.random.default_rng(0)
     op = sdk.opset13
     picture = value = op.parameter([-1, case.inputs, case.side, case.side], np.float32, name="x")
@@ -77,15 +76,16 @@ def model_of(case: Case) -> Any:
 
 
 def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
-    """Seconds of a convolution by tile, and the distance of results from those of plain convolutions in fp32.
+    """Time a convolution with each size of tiles, and compare its results with plain convolutions in fp32.
 
     Args:
         case: The layer.
         precision: ``"fp32"`` or ``"bf16"``.
-        rounds: Offloader of each that count; one more goes before.
+        rounds: Turns of each size that count; one more is the warm-up.
 
     Returns:
-        ``tiles``: by tile (``"0"`` is plain) the raw ``seconds``, their ``median`` with interval, and ``error``.
+        ``tiles``: by size (``"0"`` is plain) the raw ``seconds`` of a convolution, their ``median`` with interval, and
+        ``error``, the relative L2 distance.
     """
     core = load_core()
 
@@ -94,37 +94,37 @@ def measure(case: Case, precision: str, rounds: int) -> dict[str, Any]:
 
     pixels = np.random.default_rng(1).standard_normal((case.pictures, case.inputs, case.side, case.side), np.float32)
     exact = compiled(model_of(case), "fp32")(pixels)[0].copy()
-    runs = {}
-    for tile in TILES:
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def running(tile: int) -> Callable[[], None]:
         model = model_of(case)
         if tile:
             convolve_by_tiles(model, load_sdk(), largest=tile, channels=1, tiles=1)
-        runs[tile] = compiled(model, precision)
-    seconds: dict[int, list[float]] = {tile: [] for tile in TILES}
-    errors = {}
-    for turn in range(rounds + 1):
-        for tile, run in runs.items():
-            begun = time.perf_counter()
-            found: NDArray[np.float32] = run(pixels)[0]
-            if turn:
-                seconds[tile].append((time.perf_counter() - begun) / LAYERS)
-            errors[tile] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        run = compiled(model, precision)
+
+        def once() -> None:
+            found[str(tile)] = run(pixels)[0]
+
+        return once
+
+    work = {str(tile): running(tile) for tile in TILES}
+    seconds = {tile: [each / LAYERS for each in taken] for tile, taken in take_turns(work, rounds).items()}
     return {
         "case": str(case),
         "precision": precision,
         "tiles": {
-            str(tile): {
+            tile: {
                 "seconds": seconds[tile],
-                **median_interval([[each] for each in seconds[tile]]),
-                "error": errors[tile],
+                **single_interval(seconds[tile]),
+                "error": float(np.linalg.norm(found[tile] - exact) / np.linalg.norm(exact)),
             }
-            for tile in TILES
+            for tile in work
         },
     }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """The results as a Markdown table."""
     lines = [
         "| layer | precision | plain (ms) | tiles of 2 | tiles of 4 | error plain | of 2 | of 4 |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -139,22 +139,21 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentrt.benchmarks.studies.winograd", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="what is computed in (all that can be here)")
+    parser = make_parser("studies.winograd", __doc__)
     parser.add_argument(
-        "--case", action="append", metavar="INPUTS,OUTPUTS,SIDE,PICTURES", help="a layer; may be repeated"
+        "--precision", nargs="+", choices=PRECISIONS, help="precisions to time (default: all that this processor has)"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument(
+        "--case", action="append", metavar="INPUTS,OUTPUTS,SIDE,PICTURES", help="a layer to time; may be repeated"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="turns of each (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         cases = [Case(*(int(n) for n in each.split(","))) for each in arguments.case] if arguments.case else None
     except (ValueError, TypeError):
         parser.error("--case takes four numbers, such as 320,320,64,2")
-    if arguments.rounds < 1 or any(min(vars(each).values()) < 1 for each in cases or ()):
-        parser.error("--rounds and --case take numbers from 1")
+    if any(min(vars(each).values()) < 1 for each in cases or ()):
+        parser.error("--case takes numbers from 1")
     precisions = arguments.precision or [each for each in PRECISIONS if each == "fp32" or has_bf16(load_core())]
     try:
         for precision in precisions:
@@ -168,10 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for precision in precisions
     ]
     print(table(results))
-    if arguments.json is not None:
-        versions = {package: importlib.metadata.version(package) for package in ("latentrt", "openvino", "numpy")}
-        report = {"begun": begun, "machine": describe(), "versions": versions, "layers": results}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    packages = versions("latentrt", "openvino", "numpy")
+    write_json(arguments.json, {"begun": begun, "machine": describe(), "versions": packages, "layers": results})
     return 0
 
 

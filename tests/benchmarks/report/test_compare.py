@@ -35,7 +35,7 @@ def run(
 ) -> dict[str, Any]:
     """A run on a machine that others use: half of the variance is common to a round, and drift to the whole run.
 
-    ``slower`` multiplies the step, and thereby nearly all of the picture, of one of two LatentRT contenders.
+    ``slower`` multiplies the step, and thereby nearly all of the image, of one of two LatentRT contenders.
     """
     common = rng.normal(0, math.sqrt(0.5), rounds)
 
@@ -218,14 +218,14 @@ def test_memory_and_quality(reports: Any, part: str, key: str, old: float, new: 
 
 
 def test_an_engine_that_fails_now_is_a_regression(reports: Any) -> None:
-    """If it drew pictures before; if it is unavailable, or was left out, that is a warning."""
+    """If it drew images before; if it is unavailable, or was left out, that is a warning."""
     old, new = reports.make(), reports.make()
     index = next(i for i, contender in enumerate(new["contenders"]) if contender["name"] == OURS)
     empty = reports._empty(OURS, "LatentRT, OpenVINO fp32", "latentrt")
     new["contenders"][index] = empty | {"state": "failed", "reason": "it ran out of memory"}
     (change,) = compare(old, new).regressions
     assert (change.contender, change.figure) == (OURS, "state")
-    assert "it drew pictures before, now it fails: it ran out of memory" in to_text(compare(old, new))
+    assert "it drew images before, now it fails: it ran out of memory" in to_text(compare(old, new))
     new["contenders"][index] = empty | {"state": "unavailable", "reason": "OpenVINO is not installed"}
     assert compare(old, new).regressions == ()
     assert any("OpenVINO is not installed" in warning for warning in compare(old, new).warnings)

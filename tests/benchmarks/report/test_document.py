@@ -1,4 +1,4 @@
-"""The report as a document: schema against types, and files that are sound, damaged, hostile or do not fit the disk."""
+"""The report as a document: its schema against ``types``, and files that are sound, damaged, hostile or too large."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any, get_type_hints
 import pytest
 from jsonschema import Draft202012Validator
 
-from latentrt.benchmarks.report import document
+from latentrt.benchmarks.report import document, types
 from latentrt.benchmarks.report.document import ReportError, read, validate, write
 from latentrt.engines.errors import LatentRTError, OutputError
 
 TYPES = {
-    "machine": document.Machine,
-    "model": document.Model,
-    "job": document.Job,
-    "method": document.Method,
-    "control": document.Control,
-    "reference": document.Reference,
-    "ceilings": document.Ceilings,
-    "cold": document.Cold,
-    "samples": document.Samples,
-    "interval": document.Interval,
-    "ratio": document.Ratio,
-    "summary": document.Summary,
-    "throughput": document.Throughput,
-    "memory": document.Memory,
-    "quality": document.Quality,
-    "extrapolated": document.Extrapolated,
-    "roof": document.Roof,
-    "contender": document.ContenderReport,
-    "loadgen": document.Loadgen,
-    "unavailable": document.Unavailable,
+    "machine": types.Machine,
+    "model": types.Model,
+    "job": types.Job,
+    "method": types.Method,
+    "control": types.Control,
+    "reference": types.Reference,
+    "ceilings": types.Ceilings,
+    "cold": types.Cold,
+    "samples": types.Samples,
+    "interval": types.Interval,
+    "ratio": types.Ratio,
+    "summary": types.Summary,
+    "throughput": types.Throughput,
+    "memory": types.Memory,
+    "quality": types.Quality,
+    "extrapolated": types.Extrapolated,
+    "roof": types.Roof,
+    "contender": types.ContenderReport,
+    "loadgen": types.Loadgen,
+    "unavailable": types.Unavailable,
 }
 
 
@@ -60,10 +60,10 @@ def test_types_have_the_members_of_the_schema(name: str) -> None:
 
 def test_the_report_has_the_members_of_the_schema() -> None:
     """So does the document itself, and its stages are the schema's."""
-    assert set(get_type_hints(document.Report)) == set(document.schema()["properties"])
-    assert set(document.STAGES) == set(document.schema()["$defs"]["samples"]["properties"])
+    assert set(get_type_hints(types.Report)) == set(document.schema()["properties"])
+    assert set(types.STAGES) == set(document.schema()["$defs"]["samples"]["properties"])
     summaries = document.schema()["$defs"]["contender"]["properties"]["summary"]["properties"]
-    assert set(get_type_hints(document.Summaries)) == set(summaries)
+    assert set(get_type_hints(types.Summaries)) == set(summaries)
 
 
 @pytest.mark.parametrize("kind", ["emoji", "sd15"])

@@ -1,4 +1,4 @@
-"""The page: well formed, complete, alone, and nothing from outside becomes markup."""
+"""The page, its ``plots`` and ``screenshot``: well formed, complete, alone; text from outside never becomes markup."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_bars_are_as_long_as_their_figures(pages: dict[str, tuple[dict[str, Any]
 
 
 def test_extrapolated_bars_are_hatched(pages: dict[str, tuple[dict[str, Any], str]]) -> None:
-    """Those of pictures that were never drawn in full, and only those; the text says from how many steps."""
+    """Those of images that were never drawn in full, and only those; the text says from how many steps."""
     assert "hatched" not in pages["emoji"][1].partition("<body>")[2]
     report, text = pages["sd15"]
     measured = [contender for contender in report["contenders"] if contender["state"] == "measured"]
@@ -157,7 +157,7 @@ def test_extrapolated_bars_are_hatched(pages: dict[str, tuple[dict[str, Any], st
 
 
 def test_plots_are_told_to_those_who_do_not_see_them(pages: dict[str, tuple[dict[str, Any], str]]) -> None:
-    """Each plot has a title, or is hidden from readers where its text says the same; pictures have texts."""
+    """Each plot has a title, or is hidden from readers where its text says the same; images have texts."""
     text = pages["emoji"][1]
     for opening, after in re.findall(r"(<svg class=\"plot[^>]*>)(<title>)?", text):
         assert after or 'aria-hidden="true"' in opening
@@ -165,13 +165,13 @@ def test_plots_are_told_to_those_who_do_not_see_them(pages: dict[str, tuple[dict
 
 
 def test_a_report_without_anything_has_a_page(reports: Any) -> None:
-    """A run that was cut short before the first picture says what is missing, and why."""
+    """A run that ended early before the first image says what is missing, and why."""
     report = reports.make()
     report |= {"complete": False, "missing": ["Everything: it was interrupted."], "ceilings": None, "loadgen": []}
     report["contenders"] = [c for c in report["contenders"] if c["state"] != "measured"]
     report |= {"reference": None, "control": report["control"] | {"samples": [], "cv": None}}
     shown = Page(to_html(report)).text()
-    assert "This run was cut short" in shown
+    assert "This run ended early" in shown
     assert "Everything: it was interrupted." in shown
     assert "the processor has no bf16 instructions" in shown
 
@@ -185,7 +185,7 @@ def test_memory_of_a_device_is_shown(reports: Any) -> None:
     assert "5.00 GB on the device" in Page(to_html(report)).text()
 
 
-def test_pictures_must_be_pictures(reports: Any) -> None:
+def test_images_must_be_images(reports: Any) -> None:
     """One of nobody, or one that is no PNG, is refused."""
     report = reports.make()
     with pytest.raises(ReportError, match="'nobody', which is none of the contenders"):

@@ -1,4 +1,4 @@
-"""The report as Markdown: every figure is the report's, every contender is there, hostile text stays text."""
+"""The report as Markdown, with ``figures``: all figures and contenders are there, hostile text stays text."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def test_the_table_has_the_figures_of_the_report(reports: Any) -> None:
 
 
 def test_what_was_extrapolated_is_marked(reports: Any) -> None:
-    """Figures of whole pictures are in italics, with the steps that they are from; what was measured is not."""
+    """Figures of whole images are in italics, with the steps that they are from; what was measured is not."""
     report = reports.make("sd15")
     text = to_markdown(report)
-    assert "Figures in italics were not measured as they stand: 20 steps, extrapolated from 3 steps." in text
-    assert "picture of 20 steps (s)" in text
+    assert "Figures in italics were not measured: 20 steps, extrapolated from 3 steps." in text
+    assert "image of 20 steps (s)" in text
     by_label = {contender["label"]: contender for contender in report["contenders"]}
     for name, picture, step, _, ratio, *_ in rows(text, "## Results"):
         contender = by_label[re.sub(r"\*\*| \((reference|failed|unavailable)\)", "", name)]
@@ -92,7 +92,7 @@ def test_an_extrapolated_ratio_is_as_wide_as_its_parts_allow(reports: Any) -> No
     mine = next(c for c in report["contenders"] if c["name"] == "latentrt-openvino")
     seconds = mine["extrapolated"]["seconds"]
     theirs = next(c for c in report["contenders"] if c["name"] == reports.REFERENCE)["extrapolated"]["seconds"]
-    ratio = figures.picture_ratio(report, mine)
+    ratio = figures.image_ratio(report, mine)
     assert ratio is not None
     assert ratio.median == theirs["median"] / seconds["median"]
     assert (ratio.low, ratio.high) == (theirs["low"] / seconds["high"], theirs["high"] / seconds["low"])
@@ -100,12 +100,12 @@ def test_an_extrapolated_ratio_is_as_wide_as_its_parts_allow(reports: Any) -> No
 
 
 def test_everything_that_is_missing_is_named(reports: Any) -> None:
-    """A run that was cut short says so, with what it lacks; contenders without figures are there with their reasons."""
+    """A run that ended early says so, with what it lacks; contenders without figures are there with their reasons."""
     report = reports.make()
     report |= {"complete": False, "missing": ["Rounds 6 to 10: the run was interrupted."]}
     text = to_markdown(report)
     missing = text.partition("## Missing")[2].partition("## Results")[0]
-    assert "The run was cut short" in missing
+    assert "The run ended early" in missing
     assert "Rounds 6 to 10: the run was interrupted." in missing
     assert "LatentRT, OpenVINO bf16, unavailable: the processor has no bf16 instructions" in missing
     assert "stable-diffusion.cpp, fp32, failed: it ended with signal 6" in missing
@@ -115,7 +115,7 @@ def test_all_parts_are_there(reports: Any) -> None:
     """Cold starts, throughput, roofline, load generator, method, versions and notes have the report's figures."""
     report = reports.make()
     text = to_markdown(report)
-    cold = {name: cells for name, *cells in rows(text, "## First picture of a new process")}
+    cold = {name: cells for name, *cells in rows(text, "## First image of a new process")}
     assert cold["**LatentRT, OpenVINO INT8**"][:4] == ["400 ms", "330 ms", "6.20 s", "800 ms"]
     throughput = {name: cells for name, *cells in rows(text, "## Throughput")}
     first = next(c for c in report["contenders"] if c["name"] == reports.REFERENCE)["throughput"]
@@ -126,7 +126,7 @@ def test_all_parts_are_there(reports: Any) -> None:
     assert "copy: 21.0 GB/s" in text
     assert "### Server: INVALID" in text
     assert "    Result is : VALID" in text
-    assert "10 of 10 rounds, after 2 pictures of warm-up" in text
+    assert "10 of 10 rounds, after 2 images of warm-up" in text
     assert f"varied by {100 * report['control']['cv']:.1f} %" in text
     assert "torch.compile compiles when it first draws" in text
 

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: what diffusers and the exporter take, of the type that is said."""
+"""Checkpoints that ``stable_diffusion``, ``sdxl``, ``sd3``, ``parts`` and ``random_weights`` write."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from latentrt.benchmarks.checkpoints import random_weights
 from latentrt.benchmarks.checkpoints.sd3 import TRANSFORMER
-from latentrt.benchmarks.checkpoints.stable_diffusion import main
+from latentrt.benchmarks.checkpoints.write import main
 from latentrt.exporter.source.opening import open_source
 
-TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "tokenizer"
+TOKENIZER = Path(__file__).resolve().parents[3] / "examples" / "emoji" / "tokenizer"
 
 
 def test_sdxl_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +78,20 @@ def test_sd3_has_the_size_of_the_real_one() -> None:
     with torch.device("meta"):
         model = SD3Transformer2DModel(**TRANSFORMER["sd35-medium"])
     assert 2.2e9 < sum(parameter.numel() for parameter in model.parameters()) < 2.6e9
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_of_random_weights(emoji_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a source that the exporter takes, the same for the same seed; a directory in use is left alone."""
+    flags = ["--size", "tiny", "--tokenizer", str(emoji_source / "tokenizer")]
+    fingerprints = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main([str(tmp_path / name), *flags, "--seed", seed]) == 0
+        fingerprints.append(open_source(tmp_path / name).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "a"), *flags])
+    assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "d"), "--tokenizer", str(tmp_path / "nowhere")])
+    assert "is not there; name the directory of a CLIP tokenizer" in capsys.readouterr().err

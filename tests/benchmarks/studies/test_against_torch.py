@@ -51,7 +51,7 @@ def test_both_take_the_same_steps(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "take numbers from 1"),
+        (["--rounds", "0"], "the value is 0, expected 1 or more"),
         (["--engine", "openvino"], "takes an engine and a precision"),
         (["--engine", "openvino:fp32:fast"], "takes an engine and a precision"),
         (["--source", "emoji"], "was not built from"),

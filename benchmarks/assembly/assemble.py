@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from latentrt.engines.errors import EngineUnavailableError
+from latentrt.exporter.graphs.targets import PORTABLE
 from latentrt.exporter.precision.calibration import PROMPTS
-from latentrt.exporter.precision.quality import picture_psnr, picture_ssim
 from latentrt.runtime.bundle.onnx_guard import summarize as summarize_graph
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.components.engine_choice import choose_graph
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.samplers import compile_plan
 
+from ..contest.contenders import OURS, REFERENCES, Contender, stored_precision
+from ..contest.job import Job
+from ..contest.rounds import MEASURED, PARTIAL, RELOADED, STAGES, Contest, Entry, Settings
 from ..machine import CONTROL, now
-from ..mlperf.loadgen import fewest_queries, run_loadgen
+from ..mlperf.loadgen import run_loadgen
+from ..mlperf.terms import fewest_queries
 from ..report import document as d
+from ..report import types as t
 from ..report.html import to_html
 from ..report.markdown import to_markdown
 from ..roofline.ceilings import measure_ceilings
-from ..roofline.counting import COMPUTED_IN, StageWork, bundle_work, place
-from ..statistics import CONFIDENCE, RESAMPLES, median_interval, summarize, variation
-from .contenders import OURS, REFERENCES, Contender
-from .job import Job
-from .rounds import MEASURED, PARTIAL, RELOADED, STAGES, Contest, Entry, Settings
+from ..roofline.counting import StageWork, bundle_work
+from ..roofline.placing import COMPUTED_IN, place
+from ..statistics import CONFIDENCE, RESAMPLES, variation
+from . import measured
 
-PORTABLE_FORM = "opset20-fp32"
-"""The form whose work peers are taken to do: they compute the same model."""
-
-_PICTURE_SIDE = 256
-"""Pixels of a side of the pictures in the page, at most."""
+_THUMBNAIL_SIDE = 256  # pixels of a side of the images in the page, at most
 
 
 class Assembly:
-    """Writes ``report.json``, ``report.md`` and ``report.html`` of a contest, as often as asked.
+    """Assembles the report of a contest, and writes ``report.json``, ``report.md`` and ``report.html``.
 
     Args:
-        bundle: What is measured.
-        job: What is drawn.
+        bundle: The bundle that is measured.
+        job: The request that every contender serves.
         settings: How the contest is held.
-        machine: Where.
-        folder: Where reports go.
+        machine: The machine that it is held on.
+        folder: The folder for the reports.
         extrapolate: Number of steps to estimate the time of; ``None`` for no estimate.
-        built: Seconds that building took, by contender.
+        built: Seconds of building, by contender.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Assembly:
         bundle: Bundle,
         job: Job,
         settings: Settings,
-        machine: d.Machine,
+        machine: t.Machine,
         folder: Path,
         *,
         extrapolate: int | None = None,
@@ -67,20 +69,20 @@ class Assembly:
         self._folder, self._extrapolate = folder, extrapolate
         self._built = dict(built or {})
         self._created = now()
-        self._ceilings: d.Ceilings | None = None
-        self._loadgen: list[d.Loadgen] = []
+        self._ceilings: t.Ceilings | None = None
+        self._loadgen: list[t.Loadgen] = []
         self._counted: dict[str, dict[str, StageWork]] = {}
         self._model = self._describe_model()
 
     def measure_ceilings(self, threads: int) -> None:
-        """Measure what the machine can do at most."""
-        self._ceilings = cast(d.Ceilings, measure_ceilings(threads))
+        """Measure the highest rates of the machine, which the report places stages under."""
+        self._ceilings = cast(t.Ceilings, measure_ceilings(threads))
 
     def run_loadgen(self, contest: Contest, scenario: str, seconds: float) -> None:
-        """Add a run under MLPerf's load generator, of the fastest of LatentRT's contenders.
+        """Add a run of LatentRT's fastest contender under MLPerf's load generator.
 
-        Server gets two thirds of the queries a second that the contest's own pictures would fill; nine in ten are to be
-        answered in ten times a picture's time. MLPerf's 99 in a hundred would take ten times as many queries.
+        Server gets two thirds of the queries a second that the contest's times allow; nine in ten of them must be
+        answered in ten times the time of an image. MLPerf's 99 in a hundred would take ten times as many queries.
 
         Raises:
             EngineUnavailableError: if none of LatentRT's contenders was measured, or loadgen is not installed.
@@ -89,7 +91,7 @@ class Assembly:
         if not ours:
             raise EngineUnavailableError("MLPerf runs need one of LatentRT's own contenders, and none was measured")
         fastest = min(ours, key=lambda entry: median(entry.total))
-        job, options, picture = self._job, fastest.contender.options, median(fastest.total) / self._job.images
+        job, options, image = self._job, fastest.contender.options, median(fastest.total) / self._job.images
         serving = scenario == "Server"
         percentile = 0.9 if serving else None
         with Pipeline.load(
@@ -109,38 +111,38 @@ class Assembly:
                 min_queries=fewest_queries(scenario, percentile),
                 percentile=percentile,
                 directory=self._folder / "loadgen" / scenario,
-                target_qps=2 / (3 * picture) if serving else None,
-                target_latency_seconds=10 * picture if serving else None,
+                target_qps=2 / (3 * image) if serving else None,
+                target_latency_seconds=10 * image if serving else None,
             )
         run["settings"] |= {"contender": fastest.contender.name}
-        self._loadgen.append(cast(d.Loadgen, run))
+        self._loadgen.append(cast(t.Loadgen, run))
 
-    def save(self, contest: Contest, ended: str | None = None, *, pages: bool = True) -> d.Report:
-        """Write what there is.
+    def save(self, contest: Contest, ended: str | None = None, *, pages: bool = True) -> t.Report:
+        """Write the report of a contest, finished or not.
 
         Args:
             contest: The contest.
-            ended: Why it is not at its end; ``None`` if it is.
-            pages: Write the reports for people too.
+            ended: Why it is not finished; ``None`` if it is.
+            pages: Whether to write the reports for people too.
 
         Raises:
-            OutputError: if the files cannot be written; older ones are as they were.
+            OutputError: if the files cannot be written; older ones stay unchanged.
         """
         report = self.report(contest, ended)
         d.write(self._folder / "report.json", report)
         if pages:
             d.write_text(self._folder / "report.md", to_markdown(report))
-            d.write_text(self._folder / "report.html", to_html(report, self._pictures(contest)))
+            d.write_text(self._folder / "report.html", to_html(report, self._thumbnails(contest)))
         return report
 
-    def report(self, contest: Contest, ended: str | None = None) -> d.Report:
-        """The document."""
+    def report(self, contest: Contest, ended: str | None = None) -> t.Report:
+        """The report of a contest; ``ended`` says why it is not finished."""
         missing = contest.missing()
         if ended is not None:
             missing.insert(0, f"{ended[0].upper()}{ended[1:]}")
-        reference = _reference(contest.entries)
+        reference = measured.reference(contest.entries)
         return {
-            "schema": "latentrt-bench/1",
+            "schema": d.SCHEMA,
             "created": self._created,
             "complete": ended is None,
             "missing": missing,
@@ -169,7 +171,7 @@ class Assembly:
             "loadgen": list(self._loadgen),
         }
 
-    def _describe_model(self) -> d.Model:
+    def _describe_model(self) -> t.Model:
         manifest = self._bundle.manifest
         weights = {}
         for name in ("text_encoder", "unet", "vae_decoder"):
@@ -183,7 +185,7 @@ class Assembly:
             "trained": None,
         }
 
-    def _contender(self, entry: Entry, reference: Entry | None, ended: str | None) -> d.ContenderReport:
+    def _contender(self, entry: Entry, reference: Entry | None, ended: str | None) -> t.ContenderReport:
         contender = entry.contender
         state, reason = entry.state, entry.reason
         if state == PARTIAL and reason is None:
@@ -198,15 +200,15 @@ class Assembly:
             "options": dict(contender.options),
             "versions": dict(entry.opened["versions"]) if opened else {},
             "notes": list(entry.notes),
-            "cold": _cold(entry),
+            "cold": measured.cold(entry),
             "samples": {
                 "total": list(entry.total),
                 "step": [list(steps) for steps in entry.step],
                 **{stage: list(entry.stages[stage]) for stage in STAGES},  # type: ignore[typeddict-item]
             },
-            "summary": _summaries(entry),
-            "ratios": _ratios(entry, reference),
-            "throughput": _throughput(entry, self._job.images),
+            "summary": measured.summaries(entry),
+            "ratios": measured.ratios(entry, reference),
+            "throughput": measured.throughput(entry, self._job.images),
             "memory": {
                 "peak_rss_bytes": entry.peak_rss,
                 "loaded_rss_bytes": entry.loaded_rss,
@@ -216,31 +218,20 @@ class Assembly:
             else None,
             "disk_bytes": entry.opened["disk_bytes"] if opened else None,
             "build_seconds": self._built.get(contender.name, entry.build_seconds),
-            "quality": _quality(entry, reference),
-            "extrapolated": self._extrapolated(entry),
+            "quality": measured.quality(entry, reference),
+            "extrapolated": measured.extrapolated(entry, self._extrapolate),
             "roofline": self._roofline(entry),
         }
 
-    def _extrapolated(self, entry: Entry) -> d.Extrapolated | None:
-        """What more steps would take: each round's own picture, with its median step as often as steps are added."""
-        steps = self._extrapolate
-        if steps is None or not any(entry.step):
-            return None
-        seconds = [
-            [total + (steps - len(taken)) * median(taken)]
-            for total, taken in zip(entry.total, entry.step, strict=True)
-            if taken
-        ]
-        return {"steps": steps, "seconds": median_interval(seconds)}
-
-    def _roofline(self, entry: Entry) -> list[d.Roof]:
+    def _roofline(self, entry: Entry) -> list[t.Roof]:
+        """Each measured stage under the ceilings of the precision that it computes in."""
         if self._ceilings is None or not entry.total:
             return []
-        ceilings, seconds = self._ceilings, _medians(entry)
+        ceilings, seconds = self._ceilings, measured.medians(entry)
         form, precision = self._computed(entry.contender)
-        rows: list[d.Roof] = []
+        rows: list[t.Roof] = []
         for stage, (work, calls, stored) in self._work(form).items():
-            # Peers run the whole denoiser in every step, and what a bundle has no stages of does so too.
+            # Peers run the whole denoiser in every step, and so does LatentRT where a bundle has no stages.
             whole = entry.contender.kind != OURS or "unet_step" not in self._bundle.manifest.components
             if (stage == "step" and whole) or (stage == "plain_step" and not whole):
                 continue
@@ -249,17 +240,17 @@ class Assembly:
             computed_in = COMPUTED_IN.get(in_what, in_what)
             if name in seconds and "unavailable" not in ceilings["matmul"].get(computed_in, {"unavailable": ""}):
                 placed = place(work, seconds[name], ceilings, in_what, stage=name, calls=calls)
-                rows.append(cast(d.Roof, asdict(placed)))
+                rows.append(cast(t.Roof, asdict(placed)))
         return rows
 
     def _computed(self, contender: Contender) -> tuple[str, str]:
-        """The form of the bundle's graphs whose work a contender does, and what it computes in."""
+        """The form of the bundle's graphs whose work a contender does, and the precision that it computes in."""
         options = contender.options
         if contender.kind != OURS:
-            return PORTABLE_FORM, str(options.get("dtype", options.get("precision")))
-        precision = options["precision"]
-        stored = "fp32" if (options["engine"], precision) == ("openvino", "bf16") else precision
-        form, _ = choose_graph(self._bundle.manifest.components["vae_decoder"], options["engine"], stored)
+            return PORTABLE.name, str(options.get("dtype", options.get("precision")))
+        engine, precision = options["engine"], options["precision"]
+        decoder = self._bundle.manifest.components["vae_decoder"]
+        form, _ = choose_graph(decoder, engine, stored_precision(engine, precision))
         return form, precision
 
     def _work(self, form: str) -> dict[str, StageWork]:
@@ -279,110 +270,18 @@ class Assembly:
             )
         return self._counted[form]
 
-    def _pictures(self, contest: Contest) -> dict[str, bytes]:
-        """Small PNG files of what each contender drew."""
+    def _thumbnails(self, contest: Contest) -> dict[str, bytes]:
+        """Small PNG files of the first image of each contender, by name."""
         found = {}
         for entry in contest.entries:
-            if (picture := _picture(entry)) is not None:
-                found[entry.contender.name] = _thumbnail(picture[0])
+            if (images := measured.images(entry)) is not None:
+                found[entry.contender.name] = _thumbnail(images[0])
         return found
 
 
-def _cold(entry: Entry) -> d.Cold | None:
-    cold = entry.cold
-    if cold is None:
-        return None
-    return {
-        "import": cold.importing,
-        "load": cold.load,
-        "compile": cold.compile,
-        "compile_cached": cold.compile_cached,
-        "first_picture": cold.first_picture,
-        "process_to_picture": cold.process_to_picture,
-    }
-
-
-def _groups(entry: Entry) -> dict[str, list[list[float]]]:
-    """Samples of each stage that has any, by round."""
-    found = {stage: [[value] for value in entry.stages[stage]] for stage in STAGES}
-    found |= {"total": [[value] for value in entry.total], "step": [steps for steps in entry.step if steps]}
-    return {stage: groups for stage, groups in found.items() if groups}
-
-
-def _summaries(entry: Entry) -> d.Summaries:
-    return {stage: summarize(groups) for stage, groups in _groups(entry).items()}  # type: ignore[return-value]
-
-
-def _medians(entry: Entry) -> dict[str, float]:
-    return {stage: float(np.median(np.concatenate(groups))) for stage, groups in _groups(entry).items()}
-
-
-def _reference(entries: Sequence[Entry]) -> Entry | None:
-    by_name = {entry.contender.name: entry for entry in entries if entry.opened}
-    return next((by_name[name] for name in REFERENCES if name in by_name), None)
-
-
-def _ratios(entry: Entry, reference: Entry | None) -> d.Ratios:
-    """How many times faster than the reference, from the rounds that both took part in."""
-    if reference is None:
-        return {}
-    own = dict(zip(entry.rounds, zip(entry.total, entry.step, strict=True), strict=True))
-    other = dict(zip(reference.rounds, zip(reference.total, reference.step, strict=True), strict=True))
-    both = [(other[number], own[number]) for number in entry.rounds if number in other]
-    ratios: d.Ratios = {}
-    if both:
-        pairs = [[theirs[0] / mine[0]] for theirs, mine in both]
-        ratios["total"] = {**median_interval(pairs), "pairs": len(pairs)}
-    pairs = [[median(theirs[1]) / median(mine[1])] for theirs, mine in both if theirs[1] and mine[1]]
-    if pairs:
-        ratios["step"] = {**median_interval(pairs), "pairs": len(pairs)}
-    return ratios
-
-
-def _throughput(entry: Entry, images: int) -> list[d.Throughput]:
-    """Pictures a minute by number of pictures of a request; the job's own number from the rounds."""
-    by_images = {images: entry.total, **entry.batches} if entry.batches else {}
-    return [
-        {
-            "images": count,
-            "seconds": list(seconds),
-            "per_minute": median_interval([[60 * count / value] for value in seconds]),
-        }
-        for count, seconds in sorted(by_images.items())
-        if seconds
-    ]
-
-
-def _picture(entry: Entry) -> NDArray[np.uint8] | None:
-    """Pictures ``[images, height, width, 3]`` that a contender drew first."""
-    if entry.picture is None or not entry.picture.is_file():
-        return None
-    pictures: NDArray[np.uint8] = np.load(entry.picture, allow_pickle=False)
-    return pictures
-
-
-def _quality(entry: Entry, reference: Entry | None) -> d.Quality | None:
-    """How close a contender's pictures are to the reference's."""
-    if reference is None:
-        return None
-    mine, theirs = _picture(entry), _picture(reference)
-    if mine is None or theirs is None or mine.shape != theirs.shape:
-        return None
-    pairs = list(zip(theirs, mine, strict=True))
-    return {
-        "psnr": float(np.mean([picture_psnr(*pair) for pair in pairs])),
-        "ssim": float(np.mean([picture_ssim(*pair) for pair in pairs])),
-        "reference": reference.contender.name,
-    }
-
-
-def _thumbnail(picture: NDArray[np.uint8]) -> bytes:
-    from io import BytesIO
-
-    from PIL import Image
-
-    image = Image.fromarray(picture)
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -20,7 +20,8 @@ from latentrt.benchmarks.roofline.ceilings import (
     physical_cores,
     product_graph,
 )
-from latentrt.benchmarks.roofline.counting import Work, count_model, place
+from latentrt.benchmarks.roofline.counting import Work, count_model
+from latentrt.benchmarks.roofline.placing import place
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.engines.openvino import engine as ov

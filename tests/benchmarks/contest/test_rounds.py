@@ -1,10 +1,9 @@
-"""Contenders in turn: samples, what goes wrong with one of them, and how a run ends early."""
+"""The rounds of a contest for a ``job``: samples, failures of single contenders, and runs that end early."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,13 +13,11 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.contest import rounds as module
-from latentrt.benchmarks.contest.child import Child, ContenderError
-from latentrt.benchmarks.contest.contenders import OURS, PEERS, Contender, chosen, known
+from latentrt.benchmarks.contest.contenders import OURS, PEERS, Contender
 from latentrt.benchmarks.contest.job import Job
 from latentrt.benchmarks.contest.rounds import Contest, Settings
-from latentrt.engines.errors import InvalidRequestError
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_contender.py"))]
+pytestmark = pytest.mark.usefixtures("fake_command")
 
 
 def fake(name: str, seconds: float = 0.001, **options: Any) -> Contender:
@@ -32,18 +29,12 @@ def job(tmp_path: Path) -> Job:
     return Job(None, tmp_path, tmp_path, "a red apple", "", 7, 3, "euler", 4.0, 16, 16, 1, 0, "cpu")
 
 
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "own_command", lambda: FAKE)
-    monkeypatch.setattr(module, "_REST", 0)
-
-
 def held(job: Job, folder: Path, contenders: Sequence[Contender], **settings: Any) -> Contest:
     return Contest(job, contenders, Settings(**settings), folder=folder, peers=folder)
 
 
 def test_every_contender_gets_its_samples(job: Job, tmp_path: Path) -> None:
-    """Each round has one picture of each, with its stages; batches are measured beside; the control runs along."""
+    """Each round has one image of each, with its stages; batches are measured beside; the control runs along."""
     contest = held(job, tmp_path, [fake("slow", 0.004), fake("fast")], rounds=3, batches=(2,))
     contest.run()
     slow, fast = contest.entries
@@ -117,7 +108,7 @@ def test_a_budget_shrinks_rounds_and_hides_nobody(job: Job, tmp_path: Path) -> N
     contest = held(job, tmp_path, [fake("a"), fake("b")], rounds=50, budget=0.001)
     contest.run()
     assert [len(entry.total) for entry in contest.entries] == [1, 1]
-    assert contest.missing() == ["1 of 50 rounds were gone"]
+    assert contest.missing() == ["1 of 50 rounds took place"]
 
 
 def test_an_interrupt_keeps_what_was_measured(job: Job, tmp_path: Path) -> None:
@@ -150,23 +141,3 @@ def test_peers_need_the_source(job: Job, tmp_path: Path) -> None:
     contest = held(job, tmp_path, [PEERS[0]], rounds=1)
     contest.run()
     assert "--source" in (contest.entries[0].reason or "")
-
-
-def test_an_answer_that_is_no_json_ends_the_process(tmp_path: Path) -> None:
-    """What it said is quoted."""
-    command = [sys.executable, "-c", "input(); print('what?', flush=True); input()"]
-    with (
-        Child(command, tmp_path / "log", 5) as child,
-        pytest.raises(ContenderError, match=r"answered with something else than JSON: b'what\?"),
-    ):
-        child.ask({"do": "open"})
-
-
-def test_contenders_are_chosen_by_name() -> None:
-    """Names are known, peers stands for all of them, twice is once, and a wrong one is refused with the right ones."""
-    names = [contender.name for contender in chosen(["latentrt-openvino-int8", "peers", "diffusers-fp32"])]
-    assert names[0] == "latentrt-openvino-int8"
-    assert names[1:] == [peer.name for peer in PEERS]
-    assert len(known()) == len({contender.label for contender in known().values()})
-    with pytest.raises(InvalidRequestError, match="unknown contender 'pytorch'"):
-        chosen(["pytorch"])

@@ -28,10 +28,10 @@ def test_every_sample_is_in_the_report(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "take numbers from 1"),
+        (["--rounds", "0"], "the value is 0, expected 1 or more"),
         (["--case", "4,6,9"], "takes four numbers"),
         (["--case", "4,6,nine,1"], "takes four numbers"),
-        (["--case", "4,6,0,1"], "take numbers from 1"),
+        (["--case", "4,6,0,1"], "--case takes numbers from 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

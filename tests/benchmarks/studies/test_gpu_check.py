@@ -1,4 +1,4 @@
-"""The check of a GPU machine: on none, and on a make-believe GPU where things are right, and where they are wrong."""
+"""``gpu_check`` with ``outcome``, ``subject``, ``pipeline_checks`` and ``plan_checks``, with and without faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import onnx
 import pytest
 
 from latentrt.benchmarks.studies import gpu_check
-from latentrt.benchmarks.studies.gpu_check import main, psnr
+from latentrt.benchmarks.studies.gpu import plan_checks, subject
+from latentrt.benchmarks.studies.gpu.outcome import psnr
+from latentrt.benchmarks.studies.gpu_check import main
 from latentrt.engines.trt import session
 
 ENGINE = "tensorrt-rtx"
@@ -25,7 +27,7 @@ def test_nothing_to_do_is_refused(flag: str, capsys: pytest.CaptureFixture[str])
     """Zero steps or rounds are an error of the command line."""
     with pytest.raises(SystemExit, match="2"):
         main(["bundle", flag, "0"])
-    assert "take numbers from 1" in capsys.readouterr().err
+    assert "expected 1 or more" in capsys.readouterr().err
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,10 +77,12 @@ def machine(
 ) -> Iterator[Machine]:
     """The tiny model with plans on a make-believe GPU."""
     made = Machine(fake_gpu, Path(shutil.copytree(tiny_bundles["sd1"], tmp_path / "sd1")))
-    monkeypatch.setattr(gpu_check, "build_plan", made.build)
+    monkeypatch.setattr(plan_checks, "build_plan", made.build)
     with fake_gpu.installed(monkeypatch, made.module, made.cuda, ENGINE):
         for name in ("cuda_devices", "load_cuda", "load_sdk"):
-            monkeypatch.setattr(gpu_check, name, getattr(session, name))
+            for module in (gpu_check, plan_checks, subject):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, getattr(session, name))
         yield made
     gc.collect()
     assert made.cuda.leaks == {}

@@ -1,4 +1,4 @@
-"""MLPerf's load generator, the real one, over pipelines: of plain functions, and the emoji model's.
+"""MLPerf's real load generator through ``driver`` and ``process``, its ``logs``, and the pipeline as ``answerer``.
 
 Loadgen itself is the oracle: its verdict, and the numbers in its logs.
 """
@@ -21,9 +21,10 @@ import numpy as np
 import onnxruntime
 import psutil
 import pytest
-from scipy.stats import binom
 
-from latentrt.benchmarks.mlperf.loadgen import SCENARIOS, LoadgenRun, fewest_queries, main, parse_detail, run_loadgen
+from latentrt.benchmarks.mlperf.loadgen import LoadgenRun, main, run_loadgen
+from latentrt.benchmarks.mlperf.logs import parse_detail
+from latentrt.benchmarks.mlperf.terms import SCENARIOS, fewest_queries
 from latentrt.engines import Array, FakeEngine, TensorSpec
 from latentrt.engines.errors import EngineError, EngineUnavailableError, InvalidRequestError, OutputError
 from latentrt.runtime import Bundle, Pipeline, Run
@@ -229,13 +230,6 @@ def test_a_valid_run_needs_so_many_queries(
     assert ("early_stopping_p90_seconds" in report["result"]) == (scenario == "SingleStream" and not missing)
 
 
-@pytest.mark.parametrize("percentile", [None, 0.9, 0.95])
-def test_the_fewest_queries_of_a_server_run(percentile: float | None) -> None:
-    """Were more late than allowed, so many queries, and no fewer, would all be in time with less than 1 % chance."""
-    queries, late = fewest_queries("Server", percentile), 1 - (percentile or 0.99)
-    assert binom.cdf(0, queries, late) <= 0.01 < binom.cdf(0, queries - 1, late)
-
-
 def test_late_answers_make_a_server_run_invalid(fast: Callable[..., Pipeline], tmp_path: Path) -> None:
     """A target that cannot be met is not met."""
     report = run(fast(), "Server", tmp_path, target_latency_seconds=1e-6)
@@ -330,11 +324,11 @@ def test_a_missing_loadgen_is_one_sentence(
 @pytest.mark.parametrize(
     ("scenario", "changed", "message"),
     [
-        ("MultiStream", {}, "unknown scenario 'MultiStream'; known scenarios: SingleStream, Offline, Server"),
+        ("MultiStream", {}, "scenario is 'MultiStream', expected one of SingleStream, Offline, Server"),
         ("Offline", {"prompts": []}, "there are no prompts"),
         ("Offline", {"min_duration_seconds": math.nan}, "min_duration_seconds is nan, expected a number above 0"),
         ("Offline", {"target_qps": 0.0}, "target_qps is 0.0, expected a number above 0"),
-        ("Offline", {"min_queries": 0}, "min_queries is 0, expected a whole number from 1 on"),
+        ("Offline", {"min_queries": 0}, "min_queries is 0, expected 1 or more"),
         ("Offline", {"batch": True}, "batch is True"),
         ("Offline", {"target_latency_seconds": 1.0}, "Offline has no target latency"),
         ("SingleStream", {"batch": 2}, "SingleStream has one query at a time"),

@@ -75,7 +75,7 @@ def test_schedule_that_it_has_not_got_is_unsupported(change: dict[str, Any], mes
     ("change", "message"),
     [
         ({"sampler": "unipc"}, "has no sampler 'unipc'"),
-        ({"device": "cuda"}, "for processors alone"),
+        ({"device": "cuda"}, "runs on processors only"),
         ({"width": 520}, "multiples of 64"),
         ({"prompt": "a (red) apple"}, r"reads \( \) in a prompt as weights"),
     ],

@@ -1,36 +1,30 @@
-"""``latentrt bench`` from the command line to the report, and how a run that ends early is told."""
+"""``latentrt bench`` from the command line through ``worker`` and ``assemble`` to the report."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from latentrt.benchmarks import cli
-from latentrt.benchmarks.contest import assemble
-from latentrt.benchmarks.contest import rounds as contest
-from latentrt.benchmarks.contest.assemble import Assembly
+from latentrt.benchmarks.assembly import assemble
+from latentrt.benchmarks.assembly.assemble import Assembly
 from latentrt.benchmarks.contest.contenders import OURS, Contender
 from latentrt.benchmarks.report.document import read
 from latentrt.benchmarks.roofline.ceilings import measure_ceilings
-from latentrt.benchmarks.statistics import CONFIDENCE, median_interval, summarize, variation
 from latentrt.engines.errors import OutputError
 from latentrt.runtime.cli import main
 
-FAKE = [sys.executable, str(Path(__file__).with_name("fake_contender.py"))]
-
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Contender]:
+def fakes(monkeypatch: pytest.MonkeyPatch, fake_command: list[str], steady_control: None) -> dict[str, Contender]:
     """Contenders that draw nothing, by the names of real ones; tests change their options."""
     table = {
         name: Contender(name, name.upper(), OURS, options={"engine": "onnxruntime", "precision": "fp32", **options})
@@ -39,10 +33,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Contender]:
             "latentrt-openvino-fp32": {"seconds": 0.001, "shade": 90},
         }.items()
     }
-    monkeypatch.setattr(contest, "own_command", lambda: FAKE)
-    monkeypatch.setattr(contest, "_REST", 0)
-    # What the fakes say they took is the same at any load; so must the control be.
-    monkeypatch.setattr(contest, "Control", lambda: SimpleNamespace(sample=lambda: 0.01))
     monkeypatch.setattr(cli, "chosen", lambda names: [table[name] for name in names])
     return table
 
@@ -143,7 +133,7 @@ def test_a_run_that_ends_early_leaves_a_valid_report(
     assert status == {"SIGINT": 130, "SIGTERM": 143, "full disk": 1}[how]
     report = read(tmp_path / "report.json")
     assert not report["complete"]
-    assert "rounds were gone" in report["missing"][-1]
+    assert "rounds took place" in report["missing"][-1]
     assert 1 <= len(report["contenders"][0]["samples"]["total"]) < 500
     assert report["contenders"][0]["state"] == "partial"
 
@@ -187,7 +177,7 @@ def test_latentrt_itself_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The real worker draws the same picture in fp32 on both engines, and its stages are placed under the roofline."""
+    """The real worker draws the same image in fp32 on both engines, and its stages are placed under the roofline."""
     arguments = bench(tiny_bundles["sd1"], tmp_path, "--rounds", "2", "--json", "--warm-up", "0")
     arguments.remove("--no-ceilings")
     monkeypatch.setattr(
@@ -207,34 +197,3 @@ def test_latentrt_itself_is_measured(
         assert contender["disk_bytes"] > 0
         summary = contender["summary"]
         assert summary["total"]["median"] > 3 * summary["step"]["p50"] > 0
-
-
-def test_intervals_hold_the_true_median() -> None:
-    """Of intervals of normal samples about as many hold the median as they claim; equal samples have none."""
-    generator = np.random.default_rng(1)
-    held = 0
-    for _ in range(200):
-        interval = median_interval([[value] for value in generator.normal(10, 1, 21)])
-        held += interval["low"] <= 10 <= interval["high"]
-    assert abs(held / 200 - CONFIDENCE) < 0.05
-    assert summarize([[2.0, 2.0], [2.0]]) == {
-        **dict.fromkeys(("median", "low", "high", "p50", "p90", "p99"), 2.0),
-        "cv": 0.0,
-        "count": 3,
-    }
-
-
-def test_rounds_are_drawn_whole() -> None:
-    """Samples that are alike within a round say less than as many independent ones."""
-    generator = np.random.default_rng(2)
-    levels = generator.normal(10, 1, 8)
-    alike = [[level] * 25 for level in levels]
-    apart = [[value] for value in np.repeat(levels, 25) + generator.normal(0, 1e-6, 200)]
-
-    def width(rounds: list[list[float]]) -> float:
-        interval = median_interval(rounds)
-        return interval["high"] - interval["low"]
-
-    assert width(alike) > 3 * width(apart)
-    assert variation([3.0]) == 0
-    assert variation([1.0, 3.0]) == pytest.approx(np.std([1, 3], ddof=1) / 2)

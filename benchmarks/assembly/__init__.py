@@ -1,0 +1,1 @@
+"""Reports of contests: samples summarised, stages placed under the roofline, MLPerf's runs added, files written."""
