@@ -28,8 +28,6 @@ def take_image_prompt(
     rest = {name: value for name, value in options.items() if name != "ip_adapter_image"}
     given = options.get("ip_adapter_image")
     if given is None:
-        if rest.get("ip_adapter_scale") is not None:
-            raise InvalidRequestError("ip_adapter_scale is given without ip_adapter_image; give both or neither")
         return rest, None
     if IMAGE_ENCODER not in manifest.components:
         raise InvalidRequestError(

@@ -9,7 +9,8 @@ from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import Manifest
 from ..families import family_of
-from .create import FAMILY_OPTIONS, create_request
+from ..request.options import FAMILY_OPTIONS
+from .create import create_request
 
 STEERING = ("control", "guess_mode", "ip_adapter_image", "ip_adapter_scale")
 """Options of pictures that steer, of which a refiner takes none."""

@@ -1,17 +1,14 @@
 """Requests as JSON: in a file that somebody wrote, and in the PNG that was drawn.
 
-Both have the options of :class:`~latentrt.runtime.request.options.RequestOptions` by name, with the types that are
-written
-there; ``docs/request.schema.json`` is made from the same place. Ranges are checked where every request is checked.
+Both have the options of :data:`~latentrt.runtime.request.options.OPTIONS` by name, with the types that are declared
+there. Bounds are checked where every request is checked, in :mod:`.create`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
-import re
 import sys
 import types
 import typing
@@ -25,12 +22,10 @@ from latentrt.engines.errors import InvalidRequestError
 from ..files import read_bounded, require_same
 from ..images.png import program_name, read_text
 from ..lora.reading import LoraFile
-from ..request.options import OUTPUTS, SAFETY, RequestOptions
+from ..request.kinds import Choice, Kind
+from ..request.options import OPTIONS, Option
 from ..request.request import Request
-from ..samplers import SAMPLERS
-from ..text.chunks import SYNTAXES
 from ..text.textual_inversion import RecordedFile
-from ..vae.decoding import DECODERS
 
 KEYWORD = "latentrt"
 """Keyword of the PNG text chunk that holds a request."""
@@ -39,13 +34,6 @@ FORMAT = 1
 MOST_BYTES = 2**20 - 2**10
 """Longest JSON text; PNG readers take up to a megabyte of text."""
 
-_CHOICES: Mapping[str, Sequence[str]] = {
-    "sampler": tuple(SAMPLERS),
-    "prompt_syntax": SYNTAXES,
-    "decoder": DECODERS,
-    "output": OUTPUTS,
-    "safety": SAFETY,
-}
 _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
 _WORDS: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _NONE = object()
@@ -272,8 +260,8 @@ def _required(each: dataclasses.Field[Any]) -> bool:
 
 
 def _hints() -> dict[str, Any]:
-    """Options of a request with their types."""
-    return {"prompt": str, **typing.get_type_hints(RequestOptions)}
+    """The prompt and the options of a request, with their types."""
+    return {"prompt": str, **{name: option.hint for name, option in OPTIONS.items()}}
 
 
 def _is_union(hint: Any) -> bool:
@@ -305,19 +293,20 @@ def _show(value: Any) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a request file; ``docs/request.schema.json`` is this."""
-    described = _descriptions()
-    properties: dict[str, Any] = {"$schema": {"type": "string"}}
-    for name, hint in _hints().items():
-        properties[name] = {"description": described[name], **_schema_of(name, hint)}
+    """JSON Schema (draft 2020-12) of a request file; ``docs/request.schema.json`` holds it."""
+    properties: dict[str, Any] = {
+        "$schema": {"type": "string"},
+        "prompt": {"description": "Text to draw.", "type": "string"},
+    }
+    for name, option in OPTIONS.items():
+        properties[name] = {"description": _description(option), **_schema_of(option.hint, option.kind)}
     file = {"type": "string", "description": "Path of a safetensors file."}
-    recorded = _schema_of("embeddings", tuple[RecordedFile, ...])
     properties["embeddings"] = {
         "description": "Words that stand for vectors from files: by word the file, or as a PNG records them.",
-        "anyOf": [{"type": "object", "additionalProperties": file}, recorded],
+        "anyOf": [{"type": "object", "additionalProperties": file}, _schema_of(tuple[RecordedFile, ...])],
     }
     properties["loras"] = {
-        "description": described["loras"],
+        "description": "LoRAs to put on, in their order: files in safetensors, alone or each with its scale.",
         "type": "array",
         "items": {
             "anyOf": [
@@ -340,44 +329,49 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _schema_of(name: str, hint: Any) -> dict[str, Any]:
-    found: list[dict[str, Any]] = []
-    for kind in typing.get_args(hint) if _is_union(hint) else (hint,):
-        origin, inner = typing.get_origin(kind), typing.get_args(kind)
-        if kind is str and name in _CHOICES:
-            found.append({"enum": list(_CHOICES[name])})
-        elif kind in _TYPES:
-            found.append({"type": _TYPES[kind]})
-        elif dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
-            own = [each for each in dataclasses.fields(kind) if each.init]
-            found.append(
-                {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {each.name: _schema_of("", hints[each.name]) for each in own},
-                    "required": [each.name for each in own if _required(each)],
-                }
-            )
-        elif _is_array(origin):
-            if origin is tuple and Ellipsis not in inner:
-                items = [_schema_of("", each) for each in inner]
-                found.append({"type": "array", "prefixItems": items, "minItems": len(inner), "maxItems": len(inner)})
-            else:
-                found.append({"type": "array", "items": _schema_of("", inner[0])})
-    if not found:
-        raise TypeError(f"no type of {name} is one that JSON has")
-    return found[0] if len(found) == 1 else {"anyOf": found}
-
-
-def _descriptions() -> dict[str, str]:
-    """What the docstring of :class:`Request` says of each field, without markup."""
-    text = inspect.getdoc(Request) or ""
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text.partition("Attributes:\n")[2], re.MULTILINE)
-    plain = {name: re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", " ".join(said.split())) for name, said in entries}
-    return {name: re.sub(r"\bNone\b", "null", said.replace("``", "")) for name, said in plain.items()}
-
-
 def schema_text() -> str:
     """The content of ``docs/request.schema.json``."""
     return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _description(option: Option) -> str:
+    """What the schema says of an option, in sentences."""
+    return f"{option.summary[0].upper()}{option.summary[1:]}. {option.details}".strip()
+
+
+def _schema_of(hint: Any, kind: Kind | None = None) -> dict[str, Any]:
+    """The schema of a Python type, of which types that JSON does not have are left out.
+
+    Args:
+        hint: The type.
+        kind: What the option accepts whose type it is.
+    """
+    found: list[dict[str, Any]] = []
+    for each in typing.get_args(hint) if _is_union(hint) else (hint,):
+        origin, inner = typing.get_origin(each), typing.get_args(each)
+        if each is str and isinstance(kind, Choice):
+            found.append({"enum": list(kind.words)})
+        elif each in _TYPES:
+            found.append({"type": _TYPES[each]})
+        elif dataclasses.is_dataclass(each) and isinstance(each, type):
+            found.append(_schema_of_record(each))
+        elif _is_array(origin) and origin is tuple and Ellipsis not in inner:
+            items = [_schema_of(item) for item in inner]
+            found.append({"type": "array", "prefixItems": items, "minItems": len(inner), "maxItems": len(inner)})
+        elif _is_array(origin):
+            found.append({"type": "array", "items": _schema_of(inner[0])})
+    if not found:
+        raise TypeError(f"{hint} is no type that JSON has")
+    return found[0] if len(found) == 1 else {"anyOf": found}
+
+
+def _schema_of_record(record_type: type) -> dict[str, Any]:
+    """The schema of a dataclass: an object with its fields."""
+    hints = typing.get_type_hints(record_type, vars(sys.modules[record_type.__module__]))
+    own = [each for each in dataclasses.fields(record_type) if each.init]
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {each.name: _schema_of(hints[each.name]) for each in own},
+        "required": [each.name for each in own if _required(each)],
+    }

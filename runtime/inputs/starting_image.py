@@ -21,7 +21,7 @@ from ..bundle.manifest import VAE_ENCODER, Manifest
 from ..families import Family, family_of
 from ..images.masks import InputImages, Paste, Pictures, region_of
 from ..images.reading import ReadPicture, read_picture
-from ..request.options import RESIZES
+from ..request.options import RESIZES, require_needed
 
 if TYPE_CHECKING:
     from ..request.request import Request
@@ -31,8 +31,6 @@ IMAGE_TO_IMAGE, INPAINTING = "image-to-image", "inpainting"
 """What a bundle with a VAE's encoder is for besides its family's tasks."""
 
 
-_OF_MASKS = ("mask_blur", "mask_padding", "keep_outside")
-_OF_PICTURES = ("mask", "strength", "resize", *_OF_MASKS)
 _PAINTED = 128  # of 255: as diffusers, which takes half or more for white
 
 
@@ -61,8 +59,7 @@ def take_pictures(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[
     if family.inpaints and any(options.get(name) is None for name in ("image", "mask")):
         raise InvalidRequestError("this model was made for inpainting: give image and mask")
     if options.get("image") is None:
-        if options.get("mask") is not None:
-            raise InvalidRequestError("mask is given without image, the picture that it belongs to")
+        require_needed({"mask": options.get("mask") is not None or None})
         return rest, None
     for name in ("latents", "denoising_start", "denoising_end"):
         if options.get(name) is not None:
@@ -100,31 +97,21 @@ def _nearest(dividend: int, divisor: int) -> int:
     return max((2 * dividend + divisor) // (2 * divisor), 1)
 
 
-def task_values(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """A request's values for these tasks, with defaults filled in.
+def fill_in_image_options(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Checked values of a request's options, with the defaults of those that concern its starting image and its noise.
 
     Args:
-        values: By option, each checked on its own; ``None`` where it is not given.
+        values: By option; ``None`` where it is not given.
         family: The bundle's.
-
-    Raises:
-        InvalidRequestError: naming the first that does not go with the others.
     """
     found = dict(values)
-    if found["image"] is None:
-        if given := [name for name in _OF_PICTURES if found[name] is not None]:
-            raise InvalidRequestError(f"{given[0]} is given without image, the picture to begin with")
-    else:
-        if found["mask"] is None and (given := [name for name in _OF_MASKS if found[name] is not None]):
-            raise InvalidRequestError(f"{given[0]} is given without mask, which says what is painted")
+    if found["image"] is not None:
         found["resize"] = found["resize"] or RESIZES[0]
         if found["strength"] is None:
             found["strength"] = family.strength if found["mask"] is None else 1.0
         if found["mask"] is not None:
             found["mask_blur"] = found["mask_blur"] or 0.0
             found["keep_outside"] = bool(found["keep_outside"]) or found["mask_padding"] is not None
-    if found["variation_strength"] is None and found["variation_seed"] is not None:
-        raise InvalidRequestError("variation_seed is given without variation_strength, 0 to 1")
     if found["variation_strength"] and found["variation_seed"] is None:
         found["variation_seed"] = secrets.randbits(32)
     return found
