@@ -33,7 +33,6 @@ class Limits:
     size_multiple: int
 
 
-@dataclass(frozen=True)
 class Kind(ABC):
     """A kind of values."""
 
@@ -63,7 +62,6 @@ class Kind(ABC):
         return value
 
 
-@dataclass(frozen=True)
 class Text(Kind):
     """Any string."""
 
@@ -157,7 +155,6 @@ class Number(Kind):
         return number
 
 
-@dataclass(frozen=True)
 class Fraction(Kind):
     """A part of a whole: more than nothing, and less than all."""
 
@@ -175,7 +172,6 @@ class Fraction(Kind):
         return float(value)
 
 
-@dataclass(frozen=True)
 class Flag(Kind):
     """True or false."""
 
@@ -212,7 +208,6 @@ class Choice(Kind):
         return check_choice(name, value, self.words)
 
 
-@dataclass(frozen=True)
 class Decoder(Choice):
     """A decoder that the bundle has."""
 
@@ -221,7 +216,6 @@ class Decoder(Choice):
         return check_decoder(limits.manifest, value)
 
 
-@dataclass(frozen=True)
 class Safety(Choice):
     """What happens to unsafe images; the first word needs no safety checker in the bundle."""
 
@@ -306,7 +300,6 @@ class Levels(Kind):
         return " ".join(f"{each:g}" for each in value)
 
 
-@dataclass(frozen=True)
 class InputImage(Kind):
     """An image that a caller gives; a request keeps a record of it."""
 
@@ -325,7 +318,6 @@ class InputImage(Kind):
         return f"{value.path or 'given'} {value.sha256[:12]}"
 
 
-@dataclass(frozen=True)
 class Controls(Kind):
     """ControlNets with their images, which were checked when the images were read."""
 
@@ -336,7 +328,6 @@ class Controls(Kind):
         return tuple(value)
 
 
-@dataclass(frozen=True)
 class Tiles(Kind):
     """Tiles for the autoencoder, or the side of one in pixels, or whether there are any."""
 

@@ -10,7 +10,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
 from latentrt.engines.errors import InvalidRequestError
@@ -21,6 +20,7 @@ from ..text.chunks import SYNTAXES
 from ..vae.decoding import DECODERS
 from ..vae.tiling import Tiling
 from .control import Control
+from .declaration import Option as Option
 from .kinds import (
     Choice,
     Controls,
@@ -28,9 +28,7 @@ from .kinds import (
     Flag,
     Fraction,
     InputImage,
-    Kind,
     Levels,
-    Limits,
     Number,
     Pair,
     Safety,
@@ -65,93 +63,6 @@ _SEED = Whole(0, 2**64 - 1)
 _SCORE = Number(0, 10)
 _SIZE = Pair(1, 65_536, between="x", example="a width and a height as 1024x768")
 _PLACE = Pair(0, 65_536, between=",", example="pixels from the left and from the top as 0,64")
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a request.
-
-    Attributes:
-        help: What it is, as a phrase without a full stop: for the command line, the schema and the manual.
-        kind: What it accepts, with its bounds.
-        details: Sentences that the schema and the manual add.
-        default: The value without it. ``None`` is decided by the bundle or by the other options.
-        otherwise: What the value is without it, in words, where ``default`` does not say.
-        from_bundle: Whether the bundle's manifest has the default.
-        neutral: The value that asks for nothing, where that is not ``default``.
-        by_family: Whether some families of models lack it.
-        two_predictions: Whether it acts on guidance from two predictions, which some models do not have.
-        needs: Another option without which this one means nothing.
-        metavar: What the command line calls its value.
-        flag: Whether ``latentrt generate`` has it under its own name.
-        label: Its entry in a PNG's text: ``None`` makes one of the name, and an empty one leaves it out.
-        name: Its name; filled in from the declaration.
-        hint: Its type; filled in from the declaration.
-    """
-
-    help: str
-    kind: Kind
-    details: str = ""
-    default: Any = None
-    otherwise: str = ""
-    from_bundle: bool = False
-    neutral: Any = None
-    by_family: bool = False
-    two_predictions: bool = False
-    needs: str | None = None
-    metavar: str | None = None
-    flag: bool = True
-    label: str | None = None
-    name: str = ""
-    hint: Any = None
-
-    @property
-    def optional(self) -> bool:
-        """Whether ``None`` stands for the default."""
-        return types.NoneType in typing.get_args(self.hint)
-
-    @property
-    def title(self) -> str:
-        """Its entry in a PNG's text; empty if it has none there."""
-        return self.name.replace("_", " ").capitalize() if self.label is None else self.label
-
-    @property
-    def shown_default(self) -> str:
-        """What the value is without it, for people."""
-        if self.otherwise or self.default is None:
-            return self.otherwise or ("the bundle's" if self.from_bundle else "")
-        if isinstance(self.default, bool):
-            return str(self.default).lower()
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default) or "empty"
-
-    @property
-    def summary(self) -> str:
-        """What it is, with its bounds and its default; words to choose from are left out unless there are many."""
-        listed = isinstance(self.kind, Choice) and not self.kind.many
-        default = f"default: {self.shown_default}" if self.shown_default else ""
-        notes = "; ".join(filter(None, ("" if listed else self.kind.bounds, default)))
-        return f"{self.help} ({notes})" if notes else self.help
-
-    def used(self, value: Any) -> bool:
-        """Whether a checked value asks for something that would not happen anyway."""
-        return value not in (None, "", self.default if self.neutral is None else self.neutral)
-
-    def value(self, options: Mapping[str, Any], limits: Limits) -> Any:
-        """Its checked value for a request.
-
-        Args:
-            options: What a caller gives, with or without this option.
-            limits: What the bounds depend on.
-
-        Raises:
-            InvalidRequestError: if the value is wrong.
-        """
-        given = options.get(self.name, self.default)
-        if given is None and self.from_bundle:
-            given = getattr(limits.manifest.defaults, self.name)
-        if given is None and self.optional:
-            return self.default
-        return self.kind.check(self.name, given, limits)
 
 
 class RequestOptions(TypedDict, total=False):
@@ -241,11 +152,7 @@ class RequestOptions(TypedDict, total=False):
     guidance_end: Annotated[
         float,
         Option(
-            "fraction of the run at which guidance ends",
-            Number(0, 1),
-            default=1.0,
-            two_predictions=True,
-            metavar="F",
+            "fraction of the run at which guidance ends", Number(0, 1), default=1.0, two_predictions=True, metavar="F"
         ),
     ]
     guidance_rescale: Annotated[
@@ -262,10 +169,7 @@ class RequestOptions(TypedDict, total=False):
     eta: Annotated[
         float | None,
         Option(
-            "amount of fresh noise, for the samplers ddim and tcd",
-            Number(0, 1),
-            otherwise="the sampler's",
-            metavar="E",
+            "amount of fresh noise, for the samplers ddim and tcd", Number(0, 1), otherwise="the sampler's", metavar="E"
         ),
     ]
     timesteps: Annotated[
