@@ -116,7 +116,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, write the picture, and say what was done."""
+    """Draw, write the file, and print a report."""
     check_target(arguments.output)
     if arguments.refiner is None and arguments.hand_over is not None:
         raise InvalidRequestError("--hand-over is for two models; give the second as --refiner BUNDLE")
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What one model drew: the picture, or one of two models' share in it."""
+    """The result of one model: the images, or its share in them where two models draw."""
 
     result: Result
     model: str
@@ -193,15 +193,15 @@ class _Part:
 
 
 def _print_flagged(flagged: Sequence[bool], *, black: bool) -> None:
-    """Say which pictures are unsafe, counted from 1 in the order of the sheet."""
+    """Print which images are unsafe, counted from 1 in the order of the sheet."""
     numbers = [str(number) for number, each in enumerate(flagged, 1) if each]
     if numbers:
-        which = "the picture" if len(flagged) == 1 else f"{', '.join(numbers)} of {len(flagged)} pictures"
+        which = "the image" if len(flagged) == 1 else f"{', '.join(numbers)} of {len(flagged)} images"
         print(f"note: the safety checker flagged {which}, {'now black' if black else 'left as drawn'}")
 
 
 def _asked(arguments: argparse.Namespace) -> RequestFile:
-    """What is asked for by the command line, and by the file that it names where the command line is silent."""
+    """The request of the command line, completed by the file that it names."""
     read = RequestFile({})
     if arguments.request is not None:
         read = read_request(arguments.request)
@@ -210,14 +210,14 @@ def _asked(arguments: argparse.Namespace) -> RequestFile:
     given = options_of(arguments)
     if arguments.prompt is not None:
         given["prompt"] = arguments.prompt
-    # One says how many steps there are, and the file would say it in another way.
+    # Any of these decides the number of steps, so one on the command line stands in place of all in the file.
     instead = _SCHEDULE if given.keys() & _SCHEDULE else frozenset()
     options = {**{name: value for name, value in read.options.items() if name not in instead}, **given}
     if "prompt" not in options:
         raise InvalidRequestError("no prompt is given; expected one behind BUNDLE, or --request or --from with a file")
     if options.get("output") == "latent" or options.get("denoising_end") is not None:
         raise InvalidRequestError(
-            "the request is for latents, and generate draws pictures; leave out what ends it early"
+            "the request ends in latents, and generate writes images; leave out output and denoising_end"
         )
     if read.hand_over is not None and arguments.refiner is None:
         raise InvalidRequestError(
@@ -230,7 +230,7 @@ def _asked(arguments: argparse.Namespace) -> RequestFile:
 
 
 def _recorded(parts: Sequence[_Part], asked: RequestFile, share: float | None) -> dict[str, str]:
-    """The text of the PNG with the whole request; of two models', what was asked of both together."""
+    """The text of the PNG with the whole request; where two models drew, with the options of both."""
     first, last = parts[0].result.request, parts[-1].result.request
     request: dict[str, Any] = {}
     if share is not None:

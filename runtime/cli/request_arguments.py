@@ -47,7 +47,7 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _help(option: Option) -> str:
-    """What an option is, with its bounds and its default where they say something on a command line."""
+    """The help text of an option; bounds and default are left out where they say nothing on a command line."""
     if isinstance(option.kind, Controls):
         return f"{option.help} (may be repeated)"
     return option.help if isinstance(option.kind, Flag) else option.summary
@@ -65,7 +65,7 @@ def _form(option: Option) -> dict[str, Any]:
 
 
 def _reader(kind: Kind) -> Callable[[str], Any]:
-    """What makes a value of a kind from a word of the command line."""
+    """The function that makes a value of a kind from a word of the command line."""
     if isinstance(kind, Whole | Side):
         return int
     if isinstance(kind, Number):

@@ -28,7 +28,7 @@ def create_request(manifest: Manifest, prompt: str, **options: Unpack[RequestOpt
 
     Args:
         manifest: The bundle's.
-        prompt: What to draw.
+        prompt: Text to draw.
         options: See :data:`latentrt.runtime.request.options.OPTIONS`.
 
     Raises:

@@ -26,7 +26,7 @@ def families_with(option: Option) -> str:
 
 
 def _values(option: Option) -> str:
-    """What an option accepts: words to choose from, or the kind of value and its bounds."""
+    """Accepted values: words to choose from, or the kind of value and its bounds."""
     if isinstance(option.kind, Choice):
         return ", ".join(f"`{word}`" for word in option.kind.words)
     return ", ".join(filter(None, (option.kind.noun, option.kind.bounds)))

@@ -10,7 +10,7 @@ from ..request.request import Request
 
 
 def generation_parameters(request: Request, model: str) -> GenerationParameters:
-    """What the ``parameters`` text of a PNG says of a request.
+    """Make the ``parameters`` text of a PNG from a request.
 
     Args:
         request: The request.

@@ -38,20 +38,20 @@ _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", fl
 _WORDS: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _NONE = object()
 _RECORDED = {"path", "sha256"}
-_OF_PIPELINE = ("embeddings", "loras")  # what a request records and a pipeline is loaded with
+_OF_PIPELINE = ("embeddings", "loras")  # a request records them, and a pipeline is loaded with them
 _LORA = ("path", "scale", "sha256")
 
 
 @dataclass(frozen=True)
 class RequestFile:
-    """What a file asks for.
+    """The content of a request file.
 
     Attributes:
-        options: Keywords of :meth:`latentrt.runtime.Pipeline.__call__`, ``prompt`` among them if it was there.
+        options: Keywords of :meth:`latentrt.runtime.Pipeline.__call__`, with ``prompt`` if the file has it.
         embeddings: Files by word, for :meth:`latentrt.runtime.Pipeline.load`.
-        loras: For the same.
-        hand_over: Where a refiner went on, if one did.
-        model: Name of the model, if it was recorded.
+        loras: LoRAs, for :meth:`latentrt.runtime.Pipeline.load`.
+        hand_over: Fraction of the run at which a refiner went on; ``None`` without one.
+        model: Name of the model; ``None`` if it was not recorded.
     """
 
     options: Mapping[str, Any]
@@ -75,7 +75,7 @@ def read_png(path: str | os.PathLike[str]) -> RequestFile:
     """Read the request that a PNG was drawn with.
 
     Raises:
-        InvalidRequestError: if it holds none, or as :func:`read_request`.
+        InvalidRequestError: if the file holds no request, and as :func:`read_request`.
     """
     label = f"the request in {os.fspath(path)!r}"
     text = read_text(path, KEYWORD)
@@ -103,8 +103,8 @@ def record(
     Args:
         request: The request.
         model: Name of the model.
-        hand_over: Where a refiner went on, if one did.
-        changes: What was asked for otherwise than the request has it.
+        hand_over: Fraction of the run at which a refiner went on; ``None`` without one.
+        changes: Options to record with other values than the request's.
     """
     known = {"format": FORMAT, "program": program_name(), "model": model}
     known |= {} if hand_over is None else {"hand_over": hand_over}
@@ -113,7 +113,7 @@ def record(
 
 
 def document(request: Request) -> dict[str, Any]:
-    """All of a request that differs from what it would be anyway, as JSON has it."""
+    """Values of a request that differ from the defaults of :class:`Request`, as JSON has them."""
     defaults = {each.name: each.default for each in dataclasses.fields(Request)}
     values = {name: getattr(request, name) for name in (*_hints(), *_OF_PIPELINE)}
     given = {name: value for name, value in values.items() if value is not None and value != defaults[name]}
@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parsed(data: bytes, label: str) -> dict[str, Any]:
-    """A JSON object, without names that come twice, and without NaN."""
+    """A JSON object; names that come twice and NaN are refused."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -155,7 +155,7 @@ def _parsed(data: bytes, label: str) -> dict[str, Any]:
 
 
 def _request(content: Mapping[str, Any], label: str) -> RequestFile:
-    """Options with the types that a request has for them, of files that are there."""
+    """Options with their declared types; files that are named are there, and unchanged."""
     hints, options = _hints(), {}
     embeddings: dict[str, str] = {}
     loras: list[LoraFile] = []
@@ -237,7 +237,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def _built(name: str, value: Mapping[str, Any], kind: type) -> Any:
-    """A dataclass of a JSON object; of one that records a file, the file's name, if that is still the same."""
+    """A dataclass made of a JSON object; a record of a file becomes the file's name, if the file is unchanged."""
     hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
     hints = {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.init}
     if unknown := value.keys() - hints.keys():
@@ -273,7 +273,7 @@ def _is_array(origin: Any) -> bool:
 
 
 def _expected(hint: Any) -> list[str]:
-    """What a message calls types, those that JSON does not have left out."""
+    """Names of types in messages; types that JSON does not have are left out."""
     found = []
     for kind in typing.get_args(hint) if _is_union(hint) else (hint,):
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -335,7 +335,7 @@ def schema_text() -> str:
 
 
 def _description(option: Option) -> str:
-    """What the schema says of an option, in sentences."""
+    """An option in sentences, for the schema."""
     return f"{option.summary[0].upper()}{option.summary[1:]}. {option.details}".strip()
 
 
@@ -344,7 +344,7 @@ def _schema_of(hint: Any, kind: Kind | None = None) -> dict[str, Any]:
 
     Args:
         hint: The type.
-        kind: What the option accepts whose type it is.
+        kind: The kind of the option whose type it is.
     """
     found: list[dict[str, Any]] = []
     for each in typing.get_args(hint) if _is_union(hint) else (hint,):

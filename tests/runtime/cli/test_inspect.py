@@ -36,7 +36,7 @@ def test_inspect_shows_components_and_defaults(tiny_bundles: dict[str, Path], ca
     out = capsys.readouterr().out
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert f"{manifest['source']['name']}: " in out
-    assert "latents: 4 channels, 1/2 of the picture's size, scaling 0.18215; default 32x32, pndm, " in out
+    assert "latents: 4 channels, 1/2 of the image's size, scaling 0.18215; default 32x32, pndm, " in out
     for name, component in manifest["components"].items():
         (form,) = component["graphs"]
         assert any(line.split()[:3] == [name, form, "fp32"] for line in out.splitlines())
