@@ -33,7 +33,7 @@ _SCHEDULE = frozenset({"steps", "timesteps", "sigmas"})
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to draw")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to draw")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="OUT.png", help="file to write; several images become one sheet"
     )

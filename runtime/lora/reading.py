@@ -99,9 +99,8 @@ def lora_files(given: Any) -> list[LoraFile]:
             found.append(each)
             continue
         file, scale = each if isinstance(each, (tuple, list)) and len(each) == 2 else (each, 1.0)
-        if not isinstance(file, (str, os.PathLike)) or not (
-            is_number(scale) or isinstance(scale, float)
-        ):  # LoraFile refuses NaN
+        is_scale = is_number(scale) or isinstance(scale, float)  # NaN too, which LoraFile refuses
+        if not isinstance(file, (str, os.PathLike)) or not is_scale:
             raise InvalidRequestError(f"loras has {show(each)}, expected a file, or (file, scale)")
         if scale != 0:
             found.append(LoraFile(Path(file), float(scale)))
