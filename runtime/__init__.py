@@ -31,6 +31,8 @@ from latentrt.engines.errors import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .bundle.reader import Bundle
     from .denoising.run import Run
     from .inputs.refine import hand_over_options
@@ -89,7 +91,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name's module when the name is first used: ``latentrt --help`` waits for none of them."""
+    """Import a name's module when the name is first used: ``latentrt --help`` waits for none of them.
+
+    ``__version__`` is that of the installed package.
+    """
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("latentrt")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

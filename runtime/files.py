@@ -1,4 +1,4 @@
-"""Files that a request names: regular, bounded, and the same as they were."""
+"""Files that a request names: regular, of bounded size, and unchanged."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import InvalidRequestError
 
 MOST_BYTES = 2**30
-"""Largest file that is hashed."""
+"""Largest file that is hashed, in bytes."""
 
 
 def read_bounded(path: str | os.PathLike[str], label: str, most: int) -> bytes:
-    """A file's content.
+    """Read a file of bounded size.
 
     Args:
         path: The file.
-        label: What messages call it.
+        label: Its name in messages.
         most: Largest file in bytes.
 
     Raises:
@@ -44,15 +44,20 @@ def read_bounded(path: str | os.PathLike[str], label: str, most: int) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file, but wait for nobody to write into a pipe."""
+    """Open a file; a pipe is opened at once, without waiting for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def require_same(path: str, sha256: str, label: str) -> None:
-    """Refuse a file that is not what it was.
+    """Refuse a file that has changed.
+
+    Args:
+        path: The file.
+        sha256: SHA-256 that it had, in hexadecimal digits of either case.
+        label: Its name in messages.
 
     Raises:
-        InvalidRequestError: if its hash is another, or it cannot be read.
+        InvalidRequestError: if its hash differs, or it cannot be read.
     """
     if hashlib.sha256(read_bounded(path, label, MOST_BYTES)).hexdigest() != sha256.lower():
         raise InvalidRequestError(f"{label} is not the file that was used, its SHA-256 differs; give the file itself")
@@ -63,13 +68,13 @@ _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file holds it.
+    """A tensor of a safetensors file.
 
     Attributes:
         name: Its name.
-        kind: Its element type, as the format calls it.
-        shape: Its lengths.
-        data: Its bytes.
+        kind: Its element type, by the format's name for it, such as ``F16``.
+        shape: Its dimensions.
+        data: Its elements in row-major order, little-endian.
     """
 
     name: str
@@ -78,7 +83,7 @@ class StoredTensor:
     data: bytes
 
     def floats(self) -> NDArray[np.float32] | None:
-        """Its values, what fp32 cannot hold as infinity; ``None`` if its type is not F64, F32, F16 or BF16."""
+        """Its values as float32, those out of range as infinity; ``None`` unless the type is F64, F32, F16 or BF16."""
         if self.kind == "BF16":  # the upper half of fp32
             values = (np.frombuffer(self.data, "<u2").astype(np.uint32) << 16).view(np.float32)
         elif self.kind in _TYPES:
@@ -90,10 +95,13 @@ class StoredTensor:
 
 
 def stored_tensors(content: bytes) -> list[StoredTensor]:
-    """Tensors of a whole file; names, types and places are checked by the safetensors library.
+    """Tensors of a safetensors file; the safetensors library checks names, types and places.
+
+    Args:
+        content: The whole file.
 
     Raises:
-        ValueError: saying in one line what is wrong with the file.
+        ValueError: naming the fault of the file in one line.
     """
     import safetensors  # here, since most pipelines need no such file
 

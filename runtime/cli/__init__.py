@@ -14,8 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from latentrt.engines.errors import InvalidRequestError, LatentRTError
 
@@ -24,7 +23,7 @@ DONE, FAILED, MISUSED = 0, 1, 2
 
 
 class Command(Protocol):
-    """What the module of a command has."""
+    """The module of a command."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the command's arguments."""
@@ -46,7 +45,7 @@ COMMANDS = {
     "build-engine": Entry(
         "latentrt.exporter.cli.build", "export a model and compile its engines into a bundle", "export"
     ),
-    "generate": Entry("latentrt.runtime.cli.generate", "draw pictures with a bundle"),
+    "generate": Entry("latentrt.runtime.cli.generate", "draw images with a bundle"),
     "inspect": Entry("latentrt.runtime.cli.inspect", "show what a bundle holds"),
     "verify": Entry("latentrt.exporter.cli.verify", "compare a bundle with the model it was built from", "export"),
     "bench": Entry("latentrt.benchmarks.cli", "measure time, memory and quality, beside other runtimes", "bench"),
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _give_up_unwritten() -> None:
-    """Drop output that cannot be written; Python would try once more at exit, and complain."""
+    """Drop output that cannot be written: Python would try once more at exit, and report it."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -101,12 +100,22 @@ class _Parser(argparse.ArgumentParser):
         raise InvalidRequestError(f"{message}; see: {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    """Prints the installed version, which is looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .. import __version__
+
+        print(f"latentrt {__version__}")
+        parser.exit()
+
+
 def _dispatch(arguments: list[str]) -> int:
     parser = _Parser(
         prog="latentrt", description="Build and run optimised engines of latent-diffusion models.", allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    parser.add_argument("--version", action="version", version=f"latentrt {version('latentrt')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # Only the chosen command's module is loaded; the others are a name and a line of help.
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)

@@ -11,7 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one JSON document on standard output, in ASCII, which every terminal and pipe can carry."""
+    """Print a value as one JSON document on standard output, in ASCII, which every terminal and pipe takes."""
     print(json.dumps(value, indent=2))
 
 
@@ -62,7 +62,7 @@ class BuildConsole:
             print(f"  {text} ...", end="\r", file=sys.stderr, flush=True)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """``done`` of ``total`` parts are finished."""
+        """``done`` of ``total`` parts of a phase are finished."""
         if self._quiet:
             return
         if self._bar is None:

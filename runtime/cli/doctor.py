@@ -23,15 +23,15 @@ _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one ability.
+    """The state of one ability of this machine.
 
     Attributes:
         name: Engine, or ``"export"``.
         state: ``"present"``, ``"missing"`` (something must be installed) or ``"unusable"`` (it cannot run here).
         version: Version of its SDK, empty where there is none.
-        runs: Whether it can draw pictures here.
+        runs: Whether it can draw images here.
         builds: Whether it can build engines here.
-        detail: What it runs on; or what is missing and how to get it; or why it cannot run.
+        detail: The device that it runs on; or the missing package and how to get it; or the reason why it cannot run.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look at everything that a build or a run may need."""
+    """Print whatever a build or a run may need, and its state here."""
     findings = [*(_engine(name) for name in SUPPORTED), _export()]
     auto = _auto(findings)
     machine = {
@@ -85,7 +85,7 @@ def _engine(name: str) -> Finding:
 
 
 def _auto(findings: Sequence[Finding]) -> dict[str, Any]:
-    """What ``"auto"`` would take: engines that need plans in the bundle, and the first that needs none."""
+    """The choices of ``"auto"``: engines that need plans in the bundle, and the first that needs none."""
     running = [name for name in AUTO if any(f.name == name and f.runs for f in findings)]
     plain = [name for name in running if name not in SDK_MODULES]
     return {"with_plans": [name for name in running if name in SDK_MODULES], "otherwise": plain[0] if plain else None}

@@ -25,8 +25,8 @@ from .console import print_json, size, table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
-    parser.add_argument("--verify-hash", action="store_true", help="hash every file")
-    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--verify-hash", action="store_true", help="hash every file of the bundle first")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     defaults, latent = manifest.defaults, manifest.latent
     print(f"{manifest.source.name}: {manifest.family}, {manifest.prediction_type}, licence {manifest.source.licence}")
     print(
-        f"latents: {latent.channels} channels, 1/{latent.vae_scale_factor} of the picture's size, "
+        f"latents: {latent.channels} channels, 1/{latent.vae_scale_factor} of the image's size, "
         f"scaling {latent.scaling:.5g}; "
         f"default {defaults.width}x{defaults.height}, {defaults.sampler}, {defaults.steps} steps, "
         f"guidance {defaults.guidance:g}"
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     if controlnets := abilities["controlnets"]:
         print(f"ControlNets: {' '.join(controlnets)}")
     if abilities["ip_adapter"]:
-        print("IP-Adapter: pictures may be part of prompts")
+        print("IP-Adapter: images may be part of prompts")
     if abilities["safety_checker"]:
-        print("safety checker: requests may have pictures checked, and those that are flagged marked or made black")
+        print("safety checker: unsafe images can be marked, or made black")
     print(f"samplers: {' '.join(abilities['samplers'])}")
     print(f"engines: {', '.join(' '.join((name, *found)) for name, found in abilities['engines'].items())}")
     if abilities["loops"] == ["plain"]:
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
     print("\n" + table(("component", "form", "precision", "size", "against source", "inputs"), graphs))
-    if pictures := _pictures(manifest):
-        print("\n" + table(("pictures of", "precision", "against fp32", "worst", "SSIM"), pictures))
+    if images := _image_quality(manifest):
+        print("\n" + table(("images of", "precision", "against fp32", "worst", "SSIM"), images))
     if stages:
         loop_header = ("the loop", "form", "nodes", "weights", "size", "hands over", "size a row")
         rows = [
@@ -107,8 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
-    """How close the pictures of each engine of reduced precision were when the bundle was built."""
+def _image_quality(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Rows that say how close the images of each engine of reduced precision were when the bundle was built."""
     rows: list[tuple[str, ...]] = []
     for key, psnr in sorted(manifest.quality.items()):
         kind, _, rest = key.partition("/")
@@ -117,8 +117,8 @@ def _pictures(manifest: Manifest) -> list[tuple[str, ...]]:
             worst, ssim = (
                 manifest.quality.get(f"pictures/{engine}/{precision}/{name}") for name in ("worst_db", "ssim")
             )
-            told = ("" if worst is None else f"{worst:.1f} dB", "" if ssim is None else f"{ssim:.3f}")
-            rows.append((engine, precision, f"{psnr:.1f} dB", *told))
+            others = ("" if worst is None else f"{worst:.1f} dB", "" if ssim is None else f"{ssim:.3f}")
+            rows.append((engine, precision, f"{psnr:.1f} dB", *others))
     return rows
 
 
@@ -129,7 +129,7 @@ _OF_THEIR_OWN = (
 
 
 def _abilities(abilities: Mapping[str, Any]) -> Iterator[str]:
-    """What a bundle can do, in words."""
+    """The abilities of a bundle, in words."""
     yield f"guidance {abilities['guidance']}"
     if options := abilities["options"]:
         yield f"options {' '.join(options)}"
@@ -156,7 +156,7 @@ def _inputs(manifest: Manifest, component: str, form: str, denoiser: Sequence[st
 
 @dataclass(frozen=True)
 class _Stage:
-    """A graph of the denoising loop: of what size it is, and what it hands over to the step."""
+    """A graph of the denoising loop: its size, and the tensors that it hands over to the step."""
 
     component: str
     form: str

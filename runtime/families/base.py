@@ -83,7 +83,7 @@ class Family(ABC):
     """How much a picture that is given is changed unless a request says so, as in diffusers."""
     options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
-    :data:`latentrt.runtime.inputs.create.FAMILY_OPTIONS`."""
+    :data:`latentrt.runtime.request.options.FAMILY_OPTIONS`."""
     settings: ClassVar[Mapping[str, type]] = {}
     """What its manifests must say under ``settings``, with types, besides ``guidance``."""
 

@@ -1,4 +1,4 @@
-"""Images: PNG files with their parameters, reading what callers give, masks, pixels for CLIP."""
+"""Images: PNG files with their parameters, images that callers give, masks, pixels for CLIP."""
 
 from .png import GenerationParameters as GenerationParameters
 from .png import read_parameters as read_parameters

@@ -1,4 +1,4 @@
-"""Masks: the region to paint, and putting the result back into the image."""
+"""Masks: the region to paint, and the way back of the result into the image."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from latentrt.engines.errors import InvalidRequestError
 from .reading import ReadPicture
 
 Region = tuple[int, int, int, int]
-"""Left, top, right and bottom, in pixels."""
+"""Left, top, right and bottom in pixels; right and bottom are excluded."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a caller gives, as it was read."""
+    """The starting image of a request, and its mask, as they were read."""
 
     image: ReadPicture
     mask: ReadPicture | None = None
@@ -26,12 +26,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Paste:
-    """Where and how what was drawn goes into the picture that was given.
+    """The way of drawn images into the starting image.
 
     Attributes:
-        original: uint8 ``[h, w, 3]``.
-        mask: uint8 ``[h, w]``: where it is 0, the original stays bit for bit.
-        region: What was drawn of it; ``None`` is all.
+        original: The starting image, uint8 ``[h, w, 3]``.
+        mask: Weight of the drawn image, uint8 ``[h, w]``; where it is 0, the original stays bit for bit.
+        region: The part of the original that was drawn; ``None`` is all of it.
     """
 
     original: NDArray[np.uint8] = field(repr=False)
@@ -39,7 +39,7 @@ class Paste:
     region: Region | None = None
 
     def onto(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Pictures ``[k, height, width, 3]``, each put into the original: ``[k, h, w, 3]``."""
+        """Put each of some images, uint8 ``[k, height, width, 3]``, into the original: uint8 ``[k, h, w, 3]``."""
         original, mask = Image.fromarray(self.original), Image.fromarray(self.mask)
         pasted = []
         for drawn in map(Image.fromarray, images):
@@ -54,12 +54,12 @@ class Paste:
 
 @dataclass(frozen=True)
 class InputImages:
-    """The pictures of a request at the size that is drawn.
+    """The starting image of a request and its mask, at the size that is drawn.
 
     Attributes:
         image: uint8 ``[height, width, 3]``.
-        mask: bool ``[height, width]``, where it is painted; ``None`` is everywhere.
-        paste: What happens to pictures in the end.
+        mask: bool ``[height, width]``, true where the image is painted; ``None`` is everywhere.
+        paste: How drawn images go back into the original; ``None`` leaves them alone.
     """
 
     image: NDArray[np.uint8] = field(repr=False)
@@ -68,16 +68,16 @@ class InputImages:
 
 
 def region_of(mask: NDArray[np.uint8], width: int, height: int, padding: int) -> Region:
-    """The part of a picture to draw where only what is around the mask is wanted.
+    """The part of an image to draw where only the surroundings of the mask are wanted.
+
+    The region covers the mask with the padding. It is widened equally on both sides to the shape that is drawn, and
+    moved inwards at an edge, as diffusers' ``VaeImageProcessor.get_crop_region`` does.
 
     Args:
-        mask: uint8 ``[h, w]``.
-        width: Of what is drawn, whose shape the region gets, as far as the picture reaches.
-        height: Likewise.
-        padding: Pixels around what is painted, at least.
-
-    Returns:
-        What the mask covers with the padding, made wider or higher on both sides alike, and moved inwards at an edge.
+        mask: uint8 ``[h, w]``; all that is not 0 is painted.
+        width: Width in pixels that is drawn.
+        height: Height in pixels that is drawn.
+        padding: Least number of pixels around the painted part.
 
     Raises:
         InvalidRequestError: if the mask is black.
@@ -98,7 +98,7 @@ def region_of(mask: NDArray[np.uint8], width: int, height: int, padding: int) ->
 
 
 def _widened(first: int, last: int, length: int, most: int) -> tuple[int, int]:
-    """A span made as long as asked for, or as ``most`` allows."""
+    """A span widened to a length, within 0 and ``most``."""
     if length >= most:
         return 0, most
     first -= max(length - (last - first), 0) // 2

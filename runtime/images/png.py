@@ -47,33 +47,33 @@ SAMPLER_LABELS: Mapping[str, str] = {
     "tcd": "TCD",
     "unipc": "UniPC",
 }
-"""What the web UI calls our samplers; a sampler that is not listed is written under its own name."""
+"""Names of samplers in the web UI; a sampler that is not listed is written under its own name."""
 
 
 def program_name() -> str:
-    """Program and version, as files are signed."""
+    """Program and version, for the text of files."""
     try:
         return f"latentrt {version('latentrt')}"
     except PackageNotFoundError:
-        # Applications frozen into one file carry no metadata, which is no reason to lose a picture.
+        # Applications frozen into one file carry no metadata, which is no reason to lose an image.
         return "latentrt"
 
 
 @dataclass(frozen=True)
 class GenerationParameters:
-    """How a picture was made.
+    """How an image was made.
 
     Attributes:
-        prompt: What was asked for.
-        negative_prompt: What was to be avoided; left out of the text if empty.
-        steps: Number of denoising steps.
-        sampler: Our name of the sampler, such as ``"dpmpp-2m"``.
-        guidance: Classifier-free guidance scale.
-        seed: Seed of this picture's noise.
+        prompt: The prompt.
+        negative_prompt: The negative prompt; left out of the text if empty.
+        steps: Number of sampler steps.
+        sampler: Name of the sampler, such as ``"dpmpp-2m"``; the text has the web UI's name.
+        guidance: Scale of classifier-free guidance.
+        seed: Seed of the image's noise.
         width: Width in pixels.
         height: Height in pixels.
         model: Name of the model.
-        clip_skip: Layers of the text encoder that were left out, 0 for none; the web UI counts from 1.
+        clip_skip: Layers of the text encoder that were left out, 0 for none; the text counts from 1, as web UIs do.
         extra: Further entries by label, such as ``{"Engine": "onnxruntime"}``; a label is letters, digits, spaces,
             ``-`` and ``/``.
         program: Program and version.
@@ -122,8 +122,8 @@ def write_png(
 ) -> None:
     """Write a PNG file whole or not at all.
 
-    The picture goes to a temporary file beside the target, to the disk, and only then under its name; an older file
-    of that name stays until that moment. A symbolic link is followed.
+    The image is written to a temporary file beside the target, brought to the disk, and only then renamed; an older
+    file of that name stays until that moment. A symbolic link is followed.
 
     Args:
         path: The file to write; its directory must exist.
@@ -166,7 +166,7 @@ def read_text(path: str | os.PathLike[str], keyword: str) -> str | None:
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            # Text usually precedes the pixels; only if it does not, is the rest of the file worth decoding.
+            # Text usually precedes the pixels; the rest of the file is decoded only where it does not.
             text = image.info.get(keyword)
             if text is None and isinstance(image, PngImagePlugin.PngImageFile):
                 text = image.text.get(keyword)
@@ -179,19 +179,19 @@ def read_text(path: str | os.PathLike[str], keyword: str) -> str | None:
 
 
 def sheet(images: NDArray[np.uint8], columns: int, gap: int = 0) -> NDArray[np.uint8]:
-    """Lay pictures out on one, row by row, on white.
+    """Lay images out on one, row by row, on white.
 
     Args:
         images: uint8 ``[number, height, width, 3]``, at least one.
-        columns: Pictures in a row, at least 1.
-        gap: Pixels between pictures, at least 0.
+        columns: Images in a row, at least 1.
+        gap: Pixels between images, at least 0.
 
     Returns:
         uint8 ``[rows * height + (rows - 1) * gap, columns * width + (columns - 1) * gap, 3]``; a single, unfilled row
-        is as wide as its pictures.
+        is as wide as its images.
 
     Raises:
-        InvalidRequestError: if an argument is none of these.
+        InvalidRequestError: if an argument is out of range, or ``images`` is no such array.
     """
     _check_pixels(images, "images", 4)
     if columns < 1 or gap < 0:
@@ -206,13 +206,13 @@ def sheet(images: NDArray[np.uint8], columns: int, gap: int = 0) -> NDArray[np.u
     return np.ascontiguousarray(whole[: whole.shape[0] - gap, : whole.shape[1] - gap])
 
 
-def _check_pixels(pixels: NDArray[Any], what: str, dimensions: int) -> None:
+def _check_pixels(pixels: NDArray[Any], name: str, dimensions: int) -> None:
     """Raise InvalidRequestError unless ``pixels`` is a non-empty uint8 array ``[..., height, width, 3]``."""
     expected = "uint8 [height, width, 3]" if dimensions == 3 else "uint8 [number, height, width, 3]"
     if not isinstance(pixels, np.ndarray):
-        raise InvalidRequestError(f"{what} is {type(pixels).__name__}, expected an array {expected}")
+        raise InvalidRequestError(f"{name} is {type(pixels).__name__}, expected an array {expected}")
     if pixels.dtype != np.uint8 or pixels.ndim != dimensions or pixels.shape[-1] != 3 or not pixels.size:
-        raise InvalidRequestError(f"{what} is {pixels.dtype} {list(pixels.shape)}, expected {expected}, not empty")
+        raise InvalidRequestError(f"{name} is {pixels.dtype} {list(pixels.shape)}, expected {expected}, not empty")
 
 
 def _quoted(text: str) -> str:
@@ -221,13 +221,13 @@ def _quoted(text: str) -> str:
 
 
 def check_target(path: Path) -> Path:
-    """See whether a file could be put at ``path``, before work is spent on its content.
+    """Refuse a place where no file can be put, before work is spent on the content.
 
     Returns:
         The file's real place, links followed.
 
     Raises:
-        OutputError: if something that is no file is there, or its directory does not exist.
+        OutputError: if something else than a file is there, or the directory does not exist.
     """
     try:
         target = path.resolve()
@@ -253,7 +253,7 @@ def _replace(path: Path, data: bytes) -> None:
     """Make ``data`` the content of ``path`` in one step.
 
     Raises:
-        OutputError: if that fails; nothing is left behind, and an older file is as it was.
+        OutputError: if the file cannot be written; nothing is left behind, and an older file is unchanged.
     """
     temporary: Path | None = None
     try:

@@ -1,4 +1,4 @@
-"""Pictures that a caller gives: read from whatever form they come in, turned upright, and bounded before decoding."""
+"""Images that a caller gives: read from any form, turned upright, and bounded before decoding."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ Mode = Literal["RGB", "L"]
 """Colours, or the one channel of a mask."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-"""Files that are read; of several frames, the first."""
+"""Formats of files that are read; of several frames, the first is taken."""
 MAX_SIDE = 16384
 """Largest width or height in pixels."""
 MAX_PIXELS = 2**26
-"""Most pixels of one picture, and of several that are given together."""
+"""Most pixels of one image, and of several that are given together."""
 MAX_BYTES = 2**28
-"""Largest file."""
+"""Largest file, in bytes."""
 
 _SIXTEEN = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 @dataclass(frozen=True)
 class PictureRecord:
-    """What is kept of a picture that a request was made with.
+    """The record of an image that a request was made with.
 
     Attributes:
-        sha256: Of the file; or, of what was no file, of its shape and pixels.
-        path: The file's name as it was given, if it was one.
+        sha256: SHA-256 of the file; for an image that was no file, of its shape and pixels.
+        path: The file's name, as the caller gave it; ``None`` if there was no file.
     """
 
     sha256: str
@@ -48,12 +48,12 @@ class PictureRecord:
 
 @dataclass(frozen=True)
 class ReadPicture:
-    """A picture as it is worked with.
+    """An image that was read.
 
     Attributes:
         pixels: uint8 ``[height, width, 3]`` in colours, ``[height, width]`` of a mask.
-        digest: SHA-256 of the file; or, of what was no file, of its shape and pixels.
-        path: The file's name as it was given, if it was one.
+        digest: SHA-256 of the file; for an image that was no file, of its shape and pixels.
+        path: The file's name, as the caller gave it; ``None`` if there was no file.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False)
@@ -62,36 +62,36 @@ class ReadPicture:
 
     @property
     def width(self) -> int:
-        """In pixels."""
+        """Width in pixels."""
         return int(self.pixels.shape[1])
 
     @property
     def height(self) -> int:
-        """In pixels."""
+        """Height in pixels."""
         return int(self.pixels.shape[0])
 
     @property
     def record(self) -> PictureRecord:
-        """What a request keeps of it."""
+        """The record that a request keeps of the image."""
         return PictureRecord(self.digest, self.path)
 
 
 def read_picture(given: object, name: str, mode: Mode = "RGB") -> ReadPicture:
-    """Read a picture in any form.
+    """Read an image in any form.
 
-    What EXIF says of rotation is done; palettes, CMYK and 16 bits become 8 bits of RGB; colour profiles are ignored. In
-    ``"RGB"`` what is transparent is laid over white. In ``"L"`` a picture in colours becomes its luminance
-    (ITU-R 601-2), and what is transparent black; but if all that can be seen in it has one colour, its opacity is the
-    mask, as somebody has drawn it on an empty layer.
+    It is turned upright as its EXIF says. Palettes, CMYK and 16 bits become 8 bits of RGB; colour profiles are ignored.
+    In ``"RGB"`` transparent parts are laid over white. In ``"L"`` an image in colours becomes its luminance
+    (ITU-R 601-2), and transparent parts become black; but where all that can be seen has one colour, the opacity is the
+    mask, since somebody has drawn it on an empty layer.
 
     Args:
         given: A :data:`Picture`. An array is ``[height, width]`` or ``[height, width, 1, 3 or 4]``: uint8, bool, or
             float from 0 to 1.
-        name: What messages call it.
+        name: Its name in messages.
         mode: ``"RGB"``, or ``"L"`` for masks.
 
     Raises:
-        InvalidRequestError: if it is no picture, broken, or too large; its size is known before pixels are decoded.
+        InvalidRequestError: if it is no image, broken, or too large; the size is checked before pixels are decoded.
     """
     if isinstance(given, np.ndarray):
         pixels = _converted(Image.fromarray(_bytes_of(given, name)), mode, name)
@@ -104,7 +104,7 @@ def read_picture(given: object, name: str, mode: Mode = "RGB") -> ReadPicture:
     if isinstance(given, str | os.PathLike):
         path = os.fspath(given)
         if not isinstance(path, str):
-            raise InvalidRequestError(f"{name} is the file {path!r}, expected its name as text")
+            raise InvalidRequestError(f"{name} is the file {path!r}, expected its name as a string")
         given = _content(path, name)
     if not isinstance(given, bytes):
         raise InvalidRequestError(
@@ -117,11 +117,11 @@ def read_picture(given: object, name: str, mode: Mode = "RGB") -> ReadPicture:
 
 
 def read_pictures(given: object, name: str, mode: Mode = "RGB") -> tuple[ReadPicture, ...]:
-    """Read one picture or several of one size.
+    """Read one image or several of one size.
 
     Args:
-        given: What :func:`read_picture` takes, a list of that, or an array ``[k, height, width, 3]``.
-        name: What messages call it.
+        given: An image as for :func:`read_picture`, a list of those, or an array ``[k, height, width, 3]``.
+        name: Its name in messages.
         mode: ``"RGB"``, or ``"L"`` for masks.
 
     Raises:
@@ -132,14 +132,14 @@ def read_pictures(given: object, name: str, mode: Mode = "RGB") -> tuple[ReadPic
         return (read_picture(given, name, mode),)
     entries: Sequence[Any] = given  # type: ignore[assignment]
     if not len(entries):
-        raise InvalidRequestError(f"{name} is empty, expected at least one picture")
+        raise InvalidRequestError(f"{name} is empty, expected at least one image")
     found: list[ReadPicture] = []
     for number, entry in enumerate(entries):
         picture = read_picture(entry, f"{name}[{number}]", mode)
         if found and picture.pixels.shape != found[0].pixels.shape:
             raise InvalidRequestError(
                 f"{name}[{number}] is {picture.width}x{picture.height} and {name}[0] "
-                f"{found[0].width}x{found[0].height}, expected pictures of one size"
+                f"{found[0].width}x{found[0].height}, expected images of one size"
             )
         if (pixels := (number + 1) * picture.width * picture.height) > MAX_PIXELS:
             raise InvalidRequestError(f"{name} has {pixels:,} pixels or more, expected at most {MAX_PIXELS:,} together")
@@ -151,7 +151,7 @@ def _content(path: str, name: str) -> bytes:
     try:
         # Before it is opened: a pipe would wait for somebody to write into it, a device may never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InvalidRequestError(f"{name} is {path!r}, which is no file; give the name of a picture")
+            raise InvalidRequestError(f"{name} is {path!r}, which is no file; give the name of an image")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except InvalidRequestError:
@@ -231,7 +231,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _flattened(image: Image.Image, mode: Mode) -> Image.Image:
-    """A picture without its transparency."""
+    """An image without its transparency."""
     if mode == "L":
         colours, opacity = np.array(image)[..., :3], np.array(image)[..., 3]
         seen = colours[opacity > 0]

@@ -33,10 +33,10 @@ def take_controls(
         manifest: The bundle's.
 
     Returns:
-        The options with records in the place of pictures, and the pictures, uint8 ``[h, w, 3]``, each of its own size.
+        The options with records in the place of images, and the images, uint8 ``[h, w, 3]``, each of its own size.
 
     Raises:
-        InvalidRequestError: if a value is wrong, a picture cannot be read, or the bundle has no such ControlNet.
+        InvalidRequestError: if a value is wrong, an image cannot be read, or the bundle has no such ControlNet.
     """
     rest = {name: value for name, value in options.items() if name != "control"}
     given = options.get("control")
@@ -51,12 +51,10 @@ def take_controls(
     for control in checked:
         if sum(each.name == control.name for each in checked) > 1:
             raise InvalidRequestError(f"control names {control.name!r} twice; give each ControlNet once")
-    pictures = [read_picture(each.image, f"control[{number}].image") for number, each in enumerate(checked)]
+    images = [read_picture(each.image, f"control[{number}].image") for number, each in enumerate(checked)]
     if checked:
-        rest["control"] = tuple(
-            replace(each, image=picture.record) for each, picture in zip(checked, pictures, strict=True)
-        )
-    return rest, tuple(picture.pixels for picture in pictures)
+        rest["control"] = tuple(replace(each, image=image.record) for each, image in zip(checked, images, strict=True))
+    return rest, tuple(image.pixels for image in images)
 
 
 def _checked(entry: object, where: str, manifest: Manifest) -> Control:
@@ -65,7 +63,7 @@ def _checked(entry: object, where: str, manifest: Manifest) -> Control:
         if unknown := [key for key in entry if key not in known]:
             raise InvalidRequestError(f"{where} has the unknown entry {unknown[0]!r}, expected {', '.join(known)}")
         if "image" not in entry:
-            raise InvalidRequestError(f"{where} has no image; give the picture that steers")
+            raise InvalidRequestError(f"{where} has no image; give the image to steer by")
         entry = Control(**entry)
     if not isinstance(entry, Control):
         raise InvalidRequestError(f"{where} is a {type(entry).__name__}, expected a Control")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import Latent
 
 
 def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Take the latents out of a request's options; they decide the size, and how many pictures there are at least.
+    """Take the latents out of a request's options; they decide the size, and the least number of images.
 
     Args:
         options: With or without ``latents``, ``[k, channels, h, w]``.
@@ -22,10 +23,10 @@ def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, 
 
     Returns:
         The other options, with ``width``, ``height`` and ``images``, and the latents, float32
-        ``[images, channels, h, w]``: repeated as a whole where more pictures are asked for than there are.
+        ``[images, channels, h, w]``: repeated as a whole where more images are asked for.
 
     Raises:
-        InvalidRequestError: if they are no latents of this model, or not of the size and number that is asked for.
+        InvalidRequestError: if they are no latents of this model, or their size or number is not the one asked for.
     """
     rest = {name: value for name, value in options.items() if name != "latents"}
     given = options.get("latents")
@@ -57,7 +58,7 @@ def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, 
         rest[name] = pixels
     images = rest.get("images")
     images = count if images is None else images
-    if type(images) is not int or images % count:
+    if not is_integer(images) or images % count:
         raise InvalidRequestError(f"images is {images!r}, but {count} latents are given; ask for a multiple of that")
     rest["images"] = images
     return rest, np.tile(latents, (max(images // count, 1), 1, 1, 1))

@@ -1,4 +1,4 @@
-"""One picture by two models: the base takes it to a point of the run, and its refiner goes on from there."""
+"""One image by two models: the base takes it to a point of the run, and its refiner goes on from there."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import Manifest
 from ..families import family_of
-from .create import FAMILY_OPTIONS, create_request
+from ..request.options import FAMILY_OPTIONS
+from .create import create_request
 
 STEERING = ("control", "guess_mode", "ip_adapter_image", "ip_adapter_scale")
-"""Options of pictures that steer, of which a refiner takes none."""
+"""Options that steer the base alone: a refiner takes no ControlNets and no IP-Adapter."""
 
 HAND_OVER = 0.8
-"""Where a refiner goes on unless told otherwise: it was trained on the last fifth of the noise levels."""
+"""Default fraction of the run at which a refiner goes on: it was trained on the last fifth of the noise levels."""
 
 
 def hand_over_options(
     base: Manifest, refiner: Manifest, prompt: str, options: Mapping[str, Any], hand_over: float = HAND_OVER
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the two requests that draw one picture, both checked before anything is computed.
+    """Make options of the two requests that draw one image, both checked before anything is computed.
 
-    Both have the same sampler and steps. The refiner's default guidance is its own; noise that its sampler draws is
-    that of the next seed, so that it is not once more the noise that the picture began with. Options that only one of
-    the two families has are that family's; pictures steer the base alone, and ``safety`` is the refiner's, which draws.
+    Both have the same sampler and steps. The refiner's default guidance is its own. Its sampler draws noise from the
+    next seed, since the seed's own is the noise that the image began with. Options that only one of the two families
+    has are that family's; ControlNets and an IP-Adapter steer the base alone, and ``safety`` is the refiner's, which
+    draws.
 
     Args:
         base: Manifest of the base model.
         refiner: Manifest of the refiner.
-        prompt: What to draw.
-        options: Of the request, as for :meth:`latentrt.runtime.Pipeline.__call__`.
+        prompt: Text to draw.
+        options: The request's, as for :meth:`latentrt.runtime.Pipeline.__call__`.
         hand_over: Fraction of the trained timesteps that are the base's, above 0 and below 1.
 
     Returns:
-        Options for the base, and for the refiner, which takes the ``latents`` of the base's result as well.
+        Options for the base, and for the refiner, which also takes the ``latents`` of the base's result.
 
     Raises:
         InvalidRequestError: if either model cannot do what is asked, or the refiner cannot go on from the base.

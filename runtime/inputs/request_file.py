@@ -1,17 +1,14 @@
 """Requests as JSON: in a file that somebody wrote, and in the PNG that was drawn.
 
-Both have the options of :class:`~latentrt.runtime.request.options.RequestOptions` by name, with the types that are
-written
-there; ``docs/request.schema.json`` is made from the same place. Ranges are checked where every request is checked.
+Both have the options of :data:`~latentrt.runtime.request.options.OPTIONS` by name, with the types that are declared
+there. Bounds are checked where every request is checked, in :mod:`.create`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
-import re
 import sys
 import types
 import typing
@@ -25,12 +22,10 @@ from latentrt.engines.errors import InvalidRequestError
 from ..files import read_bounded, require_same
 from ..images.png import program_name, read_text
 from ..lora.reading import LoraFile
-from ..request.options import OUTPUTS, SAFETY, RequestOptions
+from ..request.kinds import Choice, Kind
+from ..request.options import OPTIONS, Option
 from ..request.request import Request
-from ..samplers import SAMPLERS
-from ..text.chunks import SYNTAXES
 from ..text.textual_inversion import RecordedFile
-from ..vae.decoding import DECODERS
 
 KEYWORD = "latentrt"
 """Keyword of the PNG text chunk that holds a request."""
@@ -39,31 +34,24 @@ FORMAT = 1
 MOST_BYTES = 2**20 - 2**10
 """Longest JSON text; PNG readers take up to a megabyte of text."""
 
-_CHOICES: Mapping[str, Sequence[str]] = {
-    "sampler": tuple(SAMPLERS),
-    "prompt_syntax": SYNTAXES,
-    "decoder": DECODERS,
-    "output": OUTPUTS,
-    "safety": SAFETY,
-}
 _TYPES: Mapping[type, str] = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
 _WORDS: Mapping[type, str] = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _NONE = object()
 _RECORDED = {"path", "sha256"}
-_OF_PIPELINE = ("embeddings", "loras")  # what a request records and a pipeline is loaded with
+_OF_PIPELINE = ("embeddings", "loras")  # a request records them, and a pipeline is loaded with them
 _LORA = ("path", "scale", "sha256")
 
 
 @dataclass(frozen=True)
 class RequestFile:
-    """What a file asks for.
+    """The content of a request file.
 
     Attributes:
-        options: Keywords of :meth:`latentrt.runtime.Pipeline.__call__`, ``prompt`` among them if it was there.
+        options: Keywords of :meth:`latentrt.runtime.Pipeline.__call__`, with ``prompt`` if the file has it.
         embeddings: Files by word, for :meth:`latentrt.runtime.Pipeline.load`.
-        loras: For the same.
-        hand_over: Where a refiner went on, if one did.
-        model: Name of the model, if it was recorded.
+        loras: LoRAs, for :meth:`latentrt.runtime.Pipeline.load`.
+        hand_over: Fraction of the run at which a refiner went on; ``None`` without one.
+        model: Name of the model; ``None`` if it was not recorded.
     """
 
     options: Mapping[str, Any]
@@ -87,7 +75,7 @@ def read_png(path: str | os.PathLike[str]) -> RequestFile:
     """Read the request that a PNG was drawn with.
 
     Raises:
-        InvalidRequestError: if it holds none, or as :func:`read_request`.
+        InvalidRequestError: if the file holds no request, and as :func:`read_request`.
     """
     label = f"the request in {os.fspath(path)!r}"
     text = read_text(path, KEYWORD)
@@ -115,8 +103,8 @@ def record(
     Args:
         request: The request.
         model: Name of the model.
-        hand_over: Where a refiner went on, if one did.
-        changes: What was asked for otherwise than the request has it.
+        hand_over: Fraction of the run at which a refiner went on; ``None`` without one.
+        changes: Options to record with other values than the request's.
     """
     known = {"format": FORMAT, "program": program_name(), "model": model}
     known |= {} if hand_over is None else {"hand_over": hand_over}
@@ -125,7 +113,7 @@ def record(
 
 
 def document(request: Request) -> dict[str, Any]:
-    """All of a request that differs from what it would be anyway, as JSON has it."""
+    """Values of a request that differ from the defaults of :class:`Request`, as JSON has them."""
     defaults = {each.name: each.default for each in dataclasses.fields(Request)}
     values = {name: getattr(request, name) for name in (*_hints(), *_OF_PIPELINE)}
     given = {name: value for name, value in values.items() if value is not None and value != defaults[name]}
@@ -141,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parsed(data: bytes, label: str) -> dict[str, Any]:
-    """A JSON object, without names that come twice, and without NaN."""
+    """A JSON object; names that come twice and NaN are refused."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -167,7 +155,7 @@ def _parsed(data: bytes, label: str) -> dict[str, Any]:
 
 
 def _request(content: Mapping[str, Any], label: str) -> RequestFile:
-    """Options with the types that a request has for them, of files that are there."""
+    """Options with their declared types; files that are named are there, and unchanged."""
     hints, options = _hints(), {}
     embeddings: dict[str, str] = {}
     loras: list[LoraFile] = []
@@ -249,7 +237,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def _built(name: str, value: Mapping[str, Any], kind: type) -> Any:
-    """A dataclass of a JSON object; of one that records a file, the file's name, if that is still the same."""
+    """A dataclass made of a JSON object; a record of a file becomes the file's name, if the file is unchanged."""
     hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
     hints = {each.name: hints[each.name] for each in dataclasses.fields(kind) if each.init}
     if unknown := value.keys() - hints.keys():
@@ -272,8 +260,8 @@ def _required(each: dataclasses.Field[Any]) -> bool:
 
 
 def _hints() -> dict[str, Any]:
-    """Options of a request with their types."""
-    return {"prompt": str, **typing.get_type_hints(RequestOptions)}
+    """The prompt and the options of a request, with their types."""
+    return {"prompt": str, **{name: option.hint for name, option in OPTIONS.items()}}
 
 
 def _is_union(hint: Any) -> bool:
@@ -285,7 +273,7 @@ def _is_array(origin: Any) -> bool:
 
 
 def _expected(hint: Any) -> list[str]:
-    """What a message calls types, those that JSON does not have left out."""
+    """Names of types in messages; types that JSON does not have are left out."""
     found = []
     for kind in typing.get_args(hint) if _is_union(hint) else (hint,):
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
@@ -305,19 +293,20 @@ def _show(value: Any) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a request file; ``docs/request.schema.json`` is this."""
-    described = _descriptions()
-    properties: dict[str, Any] = {"$schema": {"type": "string"}}
-    for name, hint in _hints().items():
-        properties[name] = {"description": described[name], **_schema_of(name, hint)}
+    """JSON Schema (draft 2020-12) of a request file; ``docs/request.schema.json`` holds it."""
+    properties: dict[str, Any] = {
+        "$schema": {"type": "string"},
+        "prompt": {"description": "Text to draw.", "type": "string"},
+    }
+    for name, option in OPTIONS.items():
+        properties[name] = {"description": _description(option), **_schema_of(option.hint, option.kind)}
     file = {"type": "string", "description": "Path of a safetensors file."}
-    recorded = _schema_of("embeddings", tuple[RecordedFile, ...])
     properties["embeddings"] = {
         "description": "Words that stand for vectors from files: by word the file, or as a PNG records them.",
-        "anyOf": [{"type": "object", "additionalProperties": file}, recorded],
+        "anyOf": [{"type": "object", "additionalProperties": file}, _schema_of(tuple[RecordedFile, ...])],
     }
     properties["loras"] = {
-        "description": described["loras"],
+        "description": "LoRAs to put on, in their order: files in safetensors, alone or each with its scale.",
         "type": "array",
         "items": {
             "anyOf": [
@@ -340,44 +329,49 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _schema_of(name: str, hint: Any) -> dict[str, Any]:
-    found: list[dict[str, Any]] = []
-    for kind in typing.get_args(hint) if _is_union(hint) else (hint,):
-        origin, inner = typing.get_origin(kind), typing.get_args(kind)
-        if kind is str and name in _CHOICES:
-            found.append({"enum": list(_CHOICES[name])})
-        elif kind in _TYPES:
-            found.append({"type": _TYPES[kind]})
-        elif dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
-            own = [each for each in dataclasses.fields(kind) if each.init]
-            found.append(
-                {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {each.name: _schema_of("", hints[each.name]) for each in own},
-                    "required": [each.name for each in own if _required(each)],
-                }
-            )
-        elif _is_array(origin):
-            if origin is tuple and Ellipsis not in inner:
-                items = [_schema_of("", each) for each in inner]
-                found.append({"type": "array", "prefixItems": items, "minItems": len(inner), "maxItems": len(inner)})
-            else:
-                found.append({"type": "array", "items": _schema_of("", inner[0])})
-    if not found:
-        raise TypeError(f"no type of {name} is one that JSON has")
-    return found[0] if len(found) == 1 else {"anyOf": found}
-
-
-def _descriptions() -> dict[str, str]:
-    """What the docstring of :class:`Request` says of each field, without markup."""
-    text = inspect.getdoc(Request) or ""
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text.partition("Attributes:\n")[2], re.MULTILINE)
-    plain = {name: re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", " ".join(said.split())) for name, said in entries}
-    return {name: re.sub(r"\bNone\b", "null", said.replace("``", "")) for name, said in plain.items()}
-
-
 def schema_text() -> str:
     """The content of ``docs/request.schema.json``."""
     return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _description(option: Option) -> str:
+    """An option in sentences, for the schema."""
+    return f"{option.summary[0].upper()}{option.summary[1:]}. {option.details}".strip()
+
+
+def _schema_of(hint: Any, kind: Kind | None = None) -> dict[str, Any]:
+    """The schema of a Python type, of which types that JSON does not have are left out.
+
+    Args:
+        hint: The type.
+        kind: The kind of the option whose type it is.
+    """
+    found: list[dict[str, Any]] = []
+    for each in typing.get_args(hint) if _is_union(hint) else (hint,):
+        origin, inner = typing.get_origin(each), typing.get_args(each)
+        if each is str and isinstance(kind, Choice):
+            found.append({"enum": list(kind.words)})
+        elif each in _TYPES:
+            found.append({"type": _TYPES[each]})
+        elif dataclasses.is_dataclass(each) and isinstance(each, type):
+            found.append(_schema_of_record(each))
+        elif _is_array(origin) and origin is tuple and Ellipsis not in inner:
+            items = [_schema_of(item) for item in inner]
+            found.append({"type": "array", "prefixItems": items, "minItems": len(inner), "maxItems": len(inner)})
+        elif _is_array(origin):
+            found.append({"type": "array", "items": _schema_of(inner[0])})
+    if not found:
+        raise TypeError(f"{hint} is no type that JSON has")
+    return found[0] if len(found) == 1 else {"anyOf": found}
+
+
+def _schema_of_record(record_type: type) -> dict[str, Any]:
+    """The schema of a dataclass: an object with its fields."""
+    hints = typing.get_type_hints(record_type, vars(sys.modules[record_type.__module__]))
+    own = [each for each in dataclasses.fields(record_type) if each.init]
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {each.name: _schema_of(hints[each.name]) for each in own},
+        "required": [each.name for each in own if _required(each)],
+    }

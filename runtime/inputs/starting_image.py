@@ -1,43 +1,39 @@
-"""Image to image and inpainting: what a request draws from besides texts, and what it leaves as it was.
+"""Image to image and inpainting: the image that a request begins with, and the part of it that stays.
 
-A picture is encoded and given as much noise as the sampler's plan has at the row that the strength lets it begin at;
-inpainting with models that were made for text to image brings what is outside of the mask back after every step, as in
-RePaint (Lugmayr et al. 2022, arXiv 2201.09865, equation 8), and as diffusers' pipelines of both tasks do it.
+The image is encoded, and gets as much noise as the sampler's plan has at the row where the strength lets the run begin.
+Models that were made for text to image inpaint as in RePaint (Lugmayr et al. 2022, arXiv 2201.09865, equation 8): after
+every step the part outside of the mask is put back. diffusers' pipelines of both tasks do the same.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
+from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import VAE_ENCODER, Manifest
 from ..families import Family, family_of
 from ..images.masks import InputImages, Paste, Pictures, region_of
 from ..images.reading import ReadPicture, read_picture
-from ..request.options import RESIZES
-
-if TYPE_CHECKING:
-    from ..request.request import Request
-
+from ..request.options import RESIZES, require_needed
+from ..request.request import Request
 
 IMAGE_TO_IMAGE, INPAINTING = "image-to-image", "inpainting"
-"""What a bundle with a VAE's encoder is for besides its family's tasks."""
+"""Tasks of a bundle with a VAE's encoder, besides those of its family."""
 
 
-_OF_MASKS = ("mask_blur", "mask_padding", "keep_outside")
-_OF_PICTURES = ("mask", "strength", "resize", *_OF_MASKS)
-_PAINTED = 128  # of 255: as diffusers, which takes half or more for white
+_PAINTED = 128  # of 255: diffusers takes half or more for white
 
 
 def tasks_of(family: Family) -> list[str]:
-    """What a bundle's models can be asked to do."""
+    """Tasks that a bundle's models can do."""
     encoder = VAE_ENCODER in family.manifest.components
     if family.inpaints:
         return [INPAINTING] if encoder else []
@@ -45,24 +41,23 @@ def tasks_of(family: Family) -> list[str]:
 
 
 def take_pictures(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[str, Any], Pictures | None]:
-    """Read the pictures among a request's options; the size of what is drawn follows that of the picture.
+    """Read the starting image and the mask among a request's options; the image decides the size that is drawn.
 
     Args:
         options: With or without ``image`` and ``mask``, see :func:`~latentrt.runtime.images.reading.read_picture`.
         manifest: The bundle's.
 
     Returns:
-        The other options, with a record of each picture, ``width`` and ``height``, and the pictures.
+        The options with records in the place of both, ``width`` and ``height``, and the images; ``None`` without any.
 
     Raises:
-        InvalidRequestError: if one cannot be read, they differ in size, or the bundle cannot encode them.
+        InvalidRequestError: if an image cannot be read, the two differ in size, or the bundle cannot encode them.
     """
     rest, family = dict(options), family_of(manifest)
     if family.inpaints and any(options.get(name) is None for name in ("image", "mask")):
         raise InvalidRequestError("this model was made for inpainting: give image and mask")
     if options.get("image") is None:
-        if options.get("mask") is not None:
-            raise InvalidRequestError("mask is given without image, the picture that it belongs to")
+        require_needed({"mask": options.get("mask") is not None or None})
         return rest, None
     for name in ("latents", "denoising_start", "denoising_end"):
         if options.get(name) is not None:
@@ -78,17 +73,17 @@ def take_pictures(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[
             f"mask is {mask.width}x{mask.height}, and image {image.width}x{image.height}; give a mask of that size"
         )
     rest |= {"image": image.record, "mask": None if mask is None else mask.record}
-    if options.get("mask_padding") is None:  # with it, a part of the picture is drawn at the model's own size
+    if options.get("mask_padding") is None:  # with it, a part of the image is drawn at the model's own size
         rest |= _size(image, options.get("width"), options.get("height"), family.size_multiple)
     return rest, Pictures(image, mask)
 
 
 def _size(image: ReadPicture, width: Any, height: Any, unit: int) -> dict[str, Any]:
-    """Width and height: the picture's own; or, where one is given, so that it keeps its shape."""
-    if type(width) is int and height is None:
-        height = _nearest(image.height * width, image.width * unit) * unit
-    elif type(height) is int and width is None:
-        width = _nearest(image.width * height, image.height * unit) * unit
+    """Width and height: the image's own; where one is given, the other follows, so that the shape stays."""
+    if is_integer(width) and height is None:
+        height = _nearest(image.height * int(width), image.width * unit) * unit
+    elif is_integer(height) and width is None:
+        width = _nearest(image.width * int(height), image.height * unit) * unit
     return {
         "width": max(image.width // unit, 1) * unit if width is None else width,
         "height": max(image.height // unit, 1) * unit if height is None else height,
@@ -100,41 +95,35 @@ def _nearest(dividend: int, divisor: int) -> int:
     return max((2 * dividend + divisor) // (2 * divisor), 1)
 
 
-def task_values(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """A request's values for these tasks, with defaults filled in.
+def fill_in_image_options(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Checked values of a request's options, with the defaults of those that concern its starting image and its noise.
 
     Args:
-        values: By option, each checked on its own; ``None`` where it is not given.
+        values: By option; ``None`` where it is not given.
         family: The bundle's.
-
-    Raises:
-        InvalidRequestError: naming the first that does not go with the others.
     """
     found = dict(values)
-    if found["image"] is None:
-        if given := [name for name in _OF_PICTURES if found[name] is not None]:
-            raise InvalidRequestError(f"{given[0]} is given without image, the picture to begin with")
-    else:
-        if found["mask"] is None and (given := [name for name in _OF_MASKS if found[name] is not None]):
-            raise InvalidRequestError(f"{given[0]} is given without mask, which says what is painted")
+    if found["image"] is not None:
         found["resize"] = found["resize"] or RESIZES[0]
         if found["strength"] is None:
             found["strength"] = family.strength if found["mask"] is None else 1.0
         if found["mask"] is not None:
             found["mask_blur"] = found["mask_blur"] or 0.0
             found["keep_outside"] = bool(found["keep_outside"]) or found["mask_padding"] is not None
-    if found["variation_strength"] is None and found["variation_seed"] is not None:
-        raise InvalidRequestError("variation_seed is given without variation_strength, 0 to 1")
     if found["variation_strength"] and found["variation_seed"] is None:
         found["variation_seed"] = secrets.randbits(32)
     return found
 
 
 def prepare(request: Request, pictures: Pictures) -> InputImages:
-    """Pictures at the size of a request: blurred, cut out and resized as it says.
+    """Bring the starting image and the mask to the size of a request: blurred, cut out and resized as it says.
+
+    Args:
+        request: The request.
+        pictures: The image and the mask at their own size.
 
     Raises:
-        InvalidRequestError: if a mask has nothing to paint.
+        InvalidRequestError: if the mask has nothing to paint.
     """
     image = Image.fromarray(pictures.image.pixels)
     if pictures.mask is None:
@@ -160,7 +149,7 @@ def prepare(request: Request, pictures: Pictures) -> InputImages:
 def _resized(image: Image.Image, request: Request) -> NDArray[np.uint8]:
     size = request.width, request.height
     if image.size != size:
-        # What was cut out around a mask has the right shape already, as far as whole pixels allow.
+        # A region around a mask has the right shape already, as far as whole pixels allow.
         if request.resize == "crop" and request.mask_padding is None:
             image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
         else:

@@ -1,8 +1,8 @@
-"""What the tensors of LoRA files are called: the layouts of PEFT, of diffusers before it, and of kohya's scripts.
+"""Names of tensors in LoRA files: the layouts of PEFT, of diffusers before it, and of kohya's scripts.
 
-A file names layers of a model. In kohya's layout dots have become underscores, so layers are looked up by their paths
-without either. Files for SDXL often have the names of the original U-Net's blocks, and those for SD3 and FLUX the names
-of the original transformers' layers.
+A file names layers of a model. kohya's layout writes underscores for dots, so layers are looked up by their paths with
+underscores alone. Files for SDXL often have the names of the original U-Net's blocks, and those for SD3 and FLUX the
+names of the original transformers' layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from .transformers import Place, original_place
 
 DOWN, UP, ALPHA = "down", "up", "alpha"
-"""What a tensor is: the first factor, the second, or the number that divided by the rank scales their product."""
+"""Roles of a tensor: the first factor, the second, and alpha, which scales their product as alpha over rank."""
 
 _ENDINGS = {
     ".lora_A.weight": DOWN,
@@ -58,12 +58,12 @@ _OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out"
 
 
 def other_kind(name: str) -> str | None:
-    """What a tensor of another kind of adapter than LoRA belongs to; ``None`` if it is of no known one."""
+    """The kind of adapter, other than plain LoRA, that a tensor belongs to; ``None`` if its name tells of none."""
     return next((kind for mark, kind in _OTHERS.items() if mark in name), None)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A tensor's layer, as the file calls it, and what it is of it; ``None`` if it is no tensor of a LoRA."""
+    """A tensor's layer, by its name in the file, and the tensor's role; ``None`` if it is no tensor of a LoRA."""
     for ending, role in _ENDINGS.items():
         if name.endswith(ending) and len(name) > len(ending):
             return name.removesuffix(ending).removesuffix(".lora"), role
@@ -74,9 +74,12 @@ def split_part(layer: str, parts: Iterable[str], denoiser: str) -> tuple[str, st
     """The part of the model that a layer belongs to, and the rest of its name, flat.
 
     Args:
-        layer: As the file calls it.
-        parts: Parts of the model, such as ``text_encoder`` and ``unet``.
-        denoiser: The one that a name without a part is of.
+        layer: The layer's name in the file.
+        parts: Names of the model's parts, such as ``text_encoder`` and ``unet``.
+        denoiser: The part that a name without a part's belongs to.
+
+    Returns:
+        The part's name, and the layer's flat name within it.
     """
     layer, parts = layer.removeprefix("base_model.model."), set(parts)
     prefixes = dict.fromkeys(("lora_unet_", "lora_transformer_", "diffusion_model."), denoiser)
@@ -92,7 +95,7 @@ def split_part(layer: str, parts: Iterable[str], denoiser: str) -> tuple[str, st
 
 
 def flat(path: str) -> str:
-    """A layer's path as kohya's layout has it."""
+    """A layer's path in kohya's layout: underscores for dots."""
     return path.replace(".processor.", ".").removesuffix(".processor").replace(".", "_")
 
 
@@ -100,7 +103,7 @@ class Layers:
     """The layers of a part that a file may name.
 
     Args:
-        paths: Of the layers with a matrix or a convolution, within the part.
+        paths: Paths of the layers with a matrix or a convolution, within the part.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -109,7 +112,7 @@ class Layers:
         self._blocks = _original_blocks(self._known)
 
     def find(self, name: str) -> Place | None:
-        """The layer of a flat name, or the layers that it was divided into; ``None`` if there is none."""
+        """The layer of a flat name, or the layers that it is divided into here; ``None`` if there is none."""
         for each in (name, *self._original(name)):
             bare = each.removeprefix("text_model_")
             candidates = [bare, f"{bare}_0"]  # a projection back was a layer, and is now the first of two
@@ -120,7 +123,7 @@ class Layers:
         return original_place(name, self._known)
 
     def _original(self, name: str) -> list[str]:
-        """What diffusers calls a layer of the original U-Net."""
+        """Names in diffusers of a layer of the original U-Net."""
         for block, own in self._blocks.items():
             if name == block:
                 return [own]
@@ -131,7 +134,7 @@ class Layers:
 
 
 def _original_blocks(paths: Iterable[str]) -> dict[str, str]:
-    """Flat names of the blocks of the original U-Net (CompVis and Stability AI), and diffusers' ones."""
+    """Flat names of blocks in diffusers, by their names in the original U-Net (CompVis and Stability AI)."""
     down, up = _levels(paths := list(paths), "down_blocks"), _levels(paths, "up_blocks")
     if not down:
         return {}

@@ -1,4 +1,4 @@
-"""LoRA files, read and checked against the model that they are for; nothing of it needs torch.
+"""LoRA files: read without torch, and checked against the model that they are for.
 
 Hu et al. 2021 (arXiv 2106.09685): a layer's weight W becomes W + scale * alpha / rank * B A, with A (``down``) of shape
 ``[rank, in]`` and B (``up``) of shape ``[out, rank]``. For a convolution A has the kernel, and B is one by one.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import numbers
 import os
-import reprlib
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from latentrt.engines.checks import is_number, show
 from latentrt.engines.errors import InvalidRequestError, SourceError
 
 from ..engine_calls import Floats
@@ -33,22 +32,25 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...] | None]
 MAX_FILE = 4 << 30
 """Largest file that is read, in bytes; LoRAs of the largest models have a few hundred MB."""
 
-_MAX_HEADER = 100 << 20  # as the safetensors library has it
+_MAX_HEADER = 100 << 20  # bytes; the safetensors library has the same limit
 _MOST_TENSORS = 100_000
 _MOST_FILES = 100
 _LARGEST_SCALE = 100.0
 _PART = 1 << 14  # numbers of a weight that are computed at a time, at least
-_PRODUCT = 1 << 18  # multiplications that OpenBLAS does not share out to threads, which would wait for each other
+_PRODUCT = 1 << 18  # multiplications up to which OpenBLAS starts no threads, which would wait for each other
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, and how much of it.
+    """A LoRA that a caller gives.
 
     Attributes:
-        path: A safetensors file.
-        scale: How much of it.
+        path: Its safetensors file.
+        scale: Factor on what it adds, other than 0.
+
+    Raises:
+        InvalidRequestError: if the scale is 0, too large, or no finite number.
     """
 
     path: Path
@@ -63,7 +65,11 @@ class LoraFile:
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:
-        """``FILE`` or ``FILE:SCALE``."""
+        """Read ``FILE`` or ``FILE:SCALE``; a last part that is no number belongs to the file's name.
+
+        Raises:
+            InvalidRequestError: if the scale is 0 or too large.
+        """
         file, colon, scale = text.rpartition(":")
         try:
             return cls(Path(file), float(scale)) if colon and file else cls(Path(text))
@@ -74,11 +80,11 @@ class LoraFile:
 
 
 Loras: TypeAlias = Sequence["LoraFile | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]"]
-"""LoRAs as a caller gives them: files, alone or each with its scale."""
+"""LoRAs in the form of a caller: files, alone or each with its scale."""
 
 
 def lora_files(given: Any) -> list[LoraFile]:
-    """LoRAs that a caller gave; those with the scale 0 are left out.
+    """Read what a caller gives for LoRAs; those with the scale 0 are left out.
 
     Raises:
         InvalidRequestError: if it is no list of files and scales.
@@ -93,8 +99,9 @@ def lora_files(given: Any) -> list[LoraFile]:
             found.append(each)
             continue
         file, scale = each if isinstance(each, (tuple, list)) and len(each) == 2 else (each, 1.0)
-        if not isinstance(file, (str, os.PathLike)) or isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-            raise InvalidRequestError(f"loras has {reprlib.repr(each)}, expected a file, or (file, scale)")
+        is_scale = is_number(scale) or isinstance(scale, float)  # NaN too, which LoraFile refuses
+        if not isinstance(file, (str, os.PathLike)) or not is_scale:
+            raise InvalidRequestError(f"loras has {show(each)}, expected a file, or (file, scale)")
         if scale != 0:
             found.append(LoraFile(Path(file), float(scale)))
     return found
@@ -102,12 +109,12 @@ def lora_files(given: Any) -> list[LoraFile]:
 
 @dataclass(frozen=True)
 class AppliedLora:
-    """A LoRA that a picture was drawn with.
+    """The record of a LoRA that images were drawn with.
 
     Attributes:
-        path: The file, as it was given.
-        sha256: Of its content, 64 lower-case hexadecimal digits.
-        scale: How much of it.
+        path: The file's name, as the caller gave it.
+        sha256: SHA-256 of the content, 64 lower-case hexadecimal digits.
+        scale: Factor on what it adds.
     """
 
     path: str
@@ -117,12 +124,12 @@ class AppliedLora:
 
 @dataclass(frozen=True)
 class Factors:
-    """What is added to one layer.
+    """The two factors of what a LoRA adds to one layer.
 
     Attributes:
-        down: ``[rank, in]``, or ``[rank, in, h, w]`` for a convolution.
-        up: ``[out, rank]``, or with two dimensions of one.
-        scale: Factor on their product, without the file's own scale.
+        down: float32 ``[rank, in]``, or ``[rank, in, h, w]`` for a convolution.
+        up: float32 ``[out, rank]``, or ``[out, rank, 1, 1]``.
+        scale: Factor on their product, alpha over rank, without the scale that the caller gives.
     """
 
     down: Floats
@@ -130,10 +137,18 @@ class Factors:
     scale: float
 
     def add_to(self, weight: Floats, scale: float, *, transposed: bool = False) -> bool:
-        """Add their product times a scale to a contiguous weight, in place. Returns whether all of it is finite.
+        """Add their product times a scale to a weight, in place.
 
-        It is done in parts that stay in the processor's caches: fresh memory for the whole product takes longer than
-        computing it.
+        The work is done in parts that stay in the processor's caches: fresh memory for the whole product takes longer
+        than computing it.
+
+        Args:
+            weight: float32, contiguous, in the layer's own shape.
+            scale: The scale that the caller gives.
+            transposed: Whether the weight is a matrix ``[in, out]``.
+
+        Returns:
+            Whether all of the weight is finite afterwards.
         """
         up, down = self.up.reshape(len(self.up), -1), self.down.reshape(len(self.down), -1)
         scaled = up * np.float32(self.scale * scale)
@@ -152,8 +167,8 @@ class Lora:
     """A LoRA that fits a model.
 
     Attributes:
-        applied: The file and its scale.
-        factors: By part of the model, then by the path of a layer in it.
+        applied: The record of the file, and its scale.
+        factors: The factors by part of the model, then by the path of a layer in it.
     """
 
     applied: AppliedLora
@@ -161,7 +176,7 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file's name without its directory."""
         return Path(self.applied.path).name
 
     def add_to(self, part: str, path: str, weight: Floats, *, transposed: bool = False) -> None:
@@ -170,11 +185,11 @@ class Lora:
         Args:
             part: Part of the model.
             path: A layer that the LoRA changes.
-            weight: fp32, contiguous, in the layer's own shape.
-            transposed: Whether it is a matrix that is the other way round.
+            weight: float32, contiguous, in the layer's own shape.
+            transposed: Whether the weight is a matrix ``[in, out]``.
 
         Raises:
-            SourceError: if it is not finite afterwards.
+            SourceError: if the weight is not finite afterwards.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             finite = self.factors[part][path].add_to(weight, self.applied.scale, transposed=transposed)
@@ -187,10 +202,10 @@ class Target:
     """The model that a LoRA is to change.
 
     Attributes:
-        name: What messages call it.
-        denoiser: The part that a name without a part is of.
-        parts: Parts that it has.
-        shapes: Gives the layers of a part.
+        name: Its name in messages.
+        denoiser: The part that layers without a part's name belong to.
+        parts: Names of its parts.
+        shapes: Gives the shapes of a part's layers.
     """
 
     name: str
@@ -201,6 +216,10 @@ class Target:
 
 def read_lora(target: Target, file: LoraFile) -> Lora:
     """Read a LoRA, and check it against the model.
+
+    Args:
+        target: The model.
+        file: The file, and its scale.
 
     Raises:
         SourceError: if the file is missing, damaged, no LoRA, or one for another model.
@@ -230,7 +249,7 @@ def read_lora(target: Target, file: LoraFile) -> Lora:
 
 
 def _content(path: Path) -> bytes:
-    """All bytes of a file that may be a LoRA."""
+    """All bytes of a file whose name and header may be those of a LoRA."""
     if not path.is_file():
         raise SourceError(f"the LoRA {str(path)!r} {'is no file' if path.exists() else 'does not exist'}")
     if path.suffix != ".safetensors":
@@ -252,7 +271,7 @@ def _content(path: Path) -> bytes:
 
 
 def _tensors(content: bytes, name: str) -> tuple[Mapping[str, str], Iterator[tuple[str, Floats | None]]]:
-    """What the header of a file says besides, and its tensors as fp32: ``None`` for one of other numbers."""
+    """The metadata of a file, and its tensors as float32; ``None`` for one of no floating-point type."""
     try:
         found = stored_tensors(content)
         header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
@@ -324,7 +343,7 @@ def _check_shapes(
 
 
 def _hint(tensors: Mapping[str, Mapping[str, Floats]]) -> str:
-    """What a file was made for, by the names of its layers or the width of the texts that they attend to."""
+    """The model that a file was made for, by its layers' names or the width of the text states they attend to."""
     for layer, roles in tensors.items():
         if model := model_of(layer):
             return f"; its layers have the names of {model}'s"
@@ -341,10 +360,10 @@ def _hint(tensors: Mapping[str, Mapping[str, Floats]]) -> str:
 
 @dataclass(frozen=True)
 class _Alphas:
-    """Alphas that PEFT's metadata give, in place of tensors.
+    """Alphas that PEFT's metadata give in place of tensors.
 
     Attributes:
-        values: What diffusers writes into a file's header, by name.
+        values: Entries of ``lora_adapter_metadata``, which diffusers writes into a file's header, by name.
     """
 
     values: Mapping[str, Any]
@@ -369,9 +388,9 @@ class _Alphas:
                 raise SourceError(f"{name}: the alpha of {part}.{path} has {alpha.size} numbers, expected one")
             return float(alpha.item()) / rank
         value = next(self._patterns(part, path), self.values.get(f"{part}.lora_alpha", rank))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise SourceError(f"{name}: the alpha of {part}.{path} is {value!r}, expected a number")
-        return value / (math.sqrt(rank) if self.values.get(f"{part}.use_rslora") else rank)
+        return float(value) / (math.sqrt(rank) if self.values.get(f"{part}.use_rslora") else rank)
 
     def _patterns(self, part: str, path: str) -> Iterator[Any]:
         """Alphas of layers by the ends of their paths."""

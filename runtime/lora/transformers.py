@@ -1,7 +1,7 @@
-"""Layers of SD3's and FLUX's transformers under their original names, as in LoRA files of other tools than diffusers.
+"""Layers of SD3's and FLUX's transformers under their original names, which LoRA files of other tools have.
 
 The original code (Stability AI, Black Forest Labs) has one layer where diffusers has several, such as queries, keys and
-values: they share its first factor, and divide the rows of the second among themselves.
+values. These share the first factor of the one, and divide the rows of its second factor among themselves.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Place:
-    """Where the factors of a file's layer belong.
+    """The layers that the factors of a file's layer belong to.
 
     Attributes:
-        paths: The layers of the model whose weights, one below the other, are the weight of the file's layer.
-        swapped: Whether the halves of its rows have changed places: shift before scale there, and behind it here.
+        paths: Layers of the model whose weights, one below the other, are the weight of the file's layer.
+        swapped: Whether the two halves of the rows change places: the original has shift before scale, diffusers scale
+            before shift.
     """
 
     paths: tuple[str, ...]
     swapped: bool = False
 
     def divide(self, up: NDArray[np.float32], rows: Sequence[int]) -> list[NDArray[np.float32]]:
-        """The second factor of each layer.
+        """Divide the second factor among the layers.
 
         Args:
-            up: ``[sum of rows, rank]``, or with two dimensions of one.
-            rows: Of each layer's weight.
+            up: float32 ``[sum of rows, rank]``, or ``[sum of rows, rank, 1, 1]``.
+            rows: Number of rows of each layer's weight.
         """
         return np.split(np.roll(up, len(up) // 2, axis=0) if self.swapped else up, np.cumsum(rows[:-1]))
 
@@ -107,11 +108,11 @@ _NAME = re.compile(r"(double_blocks|joint_blocks|single_blocks)_(\d+)_(.+)")
 
 
 def original_place(name: str, paths: Collection[str]) -> Place | None:
-    """Where a layer of the original code is in diffusers' transformer; ``None`` if it is none of these.
+    """The place in diffusers' transformer of a layer of the original code; ``None`` if there is no such layer.
 
     Args:
-        name: Of the layer, with underscores for dots.
-        paths: Layers of the model.
+        name: The layer's name, with underscores for dots.
+        paths: Paths of the model's layers.
     """
     found = _NAME.fullmatch(name)
     if found is None:
@@ -119,7 +120,7 @@ def original_place(name: str, paths: Collection[str]) -> Place | None:
     else:
         kind, number, layer = found.groups()
         block = f"{_BLOCKS[kind]}.{number}"
-        # SD3's last block has no use for the texts' states behind attention, and modulates them as the last layer does.
+        # SD3's last block does not use the text states behind attention, and modulates them as the last layer does.
         last = layer == "context_block_adaLN_modulation_1" and f"{block}.attn.to_add_out" not in paths
         place = Place(tuple(f"{block}.{each}" for each in _LAYERS[kind].get(layer, ("",))), last)
     return place if all(path in paths for path in place.paths) else None

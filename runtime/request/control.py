@@ -1,4 +1,4 @@
-"""What a request says of ControlNets: which, with which picture, how much, and in which part of the run."""
+"""ControlNets of a request: which ones steer, by which images, how much, and in which part of the run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _NETS = re.compile(rf"{CONTROLNET}({CONTROL_NAME})", re.ASCII)
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of a request.
+    """A ControlNet that steers a request.
 
     Attributes:
-        image: What steers, such as edges or depths: a picture, resized to that of the request; in a request that was
-            checked, what is kept of it.
+        image: Image to steer by, such as edges or depths, resized to the request's size. A checked request keeps the
+            record of it.
         name: Which ControlNet of the bundle; ``None`` is its only one.
-        scale: How much, 0 to 10.
-        start: Fraction of the run from which on it steers.
-        end: Fraction of the run up to which it steers.
+        scale: How much it steers, 0 to 10.
+        start: Fraction of the run at which it begins to steer.
+        end: Fraction of the run at which it ceases to steer.
     """
 
     image: Picture | PictureRecord
@@ -34,22 +34,28 @@ class Control:
     start: float = 0.0
     end: float = 1.0
 
-    def told(self) -> str:
-        """For people and for the text of a picture, in the order in which the web UI's extension has it."""
-        picture = self.image.path or self.image.sha256 if isinstance(self.image, PictureRecord) else "a picture"
+    def described(self) -> str:
+        """For people and for the text of a PNG, in the order of the web UI's extension."""
+        image = self.image.path or self.image.sha256 if isinstance(self.image, PictureRecord) else "an image"
         parts = {"Model": self.name, "Weight": self.scale, "Guidance Start": self.start, "Guidance End": self.end}
-        return ", ".join(f"{label}: {value}" for label, value in {**parts, "Image": picture}.items())
+        return ", ".join(f"{label}: {value}" for label, value in {**parts, "Image": image}.items())
 
 
 def controlnets_of(manifest: Manifest) -> tuple[str, ...]:
-    """Names of a bundle's ControlNets."""
+    """Names of a bundle's ControlNets, in the order of its components."""
     return tuple(match[1] for name in manifest.components if (match := _NETS.fullmatch(name)))
 
 
 def control_image(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float32]:
-    """A picture as a ControlNet takes it: float32 ``[1, 3, height, width]`` from 0 to 1, resized by Lanczos' filter.
+    """An image as a ControlNet takes it: resized by Lanczos' filter, as in diffusers.
 
-    So does diffusers; a picture of the right size stays as it is.
+    Args:
+        pixels: uint8 ``[h, w, 3]``; an image of the right size is not resized.
+        width: The request's, in pixels.
+        height: The request's, in pixels.
+
+    Returns:
+        float32 ``[1, 3, height, width]`` from 0 to 1.
     """
     image = Image.fromarray(pixels)
     if image.size != (width, height):
@@ -58,5 +64,5 @@ def control_image(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray
 
 
 def twin_of(denoiser: str, *, fused: bool) -> str:
-    """The component that takes residuals in, for one way to run the loop."""
+    """The denoiser's twin that takes a ControlNet's residuals: whole, or its step where the loop is fused."""
     return f"{controlled(denoiser)}_step" if fused else controlled(denoiser)

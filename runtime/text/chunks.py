@@ -1,44 +1,42 @@
-"""From a prompt to chunks of tokens with weights, and from the states of chunks to those of a text.
+"""From a prompt to chunks of tokens with weights, and from the states of the chunks to those of the prompt.
 
-CLIP's text encoders read 77 tokens: two special ones and 75 of a prompt. A longer prompt is cut into chunks of 75, each
-is encoded as if it were a prompt, and the denoiser attends to the states of all, side by side. A weight multiplies the
-states of its token; then each chunk's states are scaled so that their mean is what it was. Both are rules of
-AUTOMATIC1111's web interface ("Infinite prompt length" and "Attention/emphasis" in its manual). The syntax itself is
-that of :mod:`latentrt.runtime.text.prompt_syntax`.
+CLIP's text encoders read 77 tokens: two special ones and 75 of a prompt. A longer prompt is cut into chunks of 75. Each
+chunk is encoded as a prompt of its own, and the denoiser attends to the states of all, side by side. A weight
+multiplies the states of its token; then each chunk's states are scaled to the mean that they had. Both are rules of
+AUTOMATIC1111's web interface ("Infinite prompt length" and "Attention/emphasis" in its manual). The module
+:mod:`latentrt.runtime.text.prompt_syntax` reads the syntax itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from latentrt.engines.errors import InvalidRequestError
 
 from ..engine_calls import Floats
 from .prompt_syntax import Span, parse
 
 SYNTAXES = ("plain", "long", "weighted")
-"""How a prompt may be read: as it is, and cut off after one chunk; as it is, in chunks; or with weights, in chunks."""
+"""Ways to read a prompt: literally, cut off after one chunk; literally, in chunks; or with weights, in chunks."""
 MOST_CHUNKS = 8
-"""Most chunks of a prompt; what exceeds them is cut off."""
+"""Most chunks of a prompt; tokens beyond them are cut off."""
 
 _SMALL = 1e-6
 
 
 class ChunkTokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that chunks need."""
 
     max_length: int
 
     def encode(self, text: str, max_length: int | None = None) -> NDArray[np.int64]:
-        """Ids of a whole chunk, special ones and padding included."""
+        """Token ids of a whole chunk, int64 ``[max_length]``, special ones and padding included."""
 
     def words(self, text: str) -> list[int]:
-        """Ids without special ones."""
+        """Token ids without the special ones, however many."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Chunks:
 
     Attributes:
         tokens: Token ids, int64 ``[chunks, length]``.
-        weights: What their states are multiplied by, float32 likewise; ``None`` where all are 1.
+        weights: Factors on the tokens' states, float32 ``[chunks, length]``; ``None`` where all are 1.
         truncated: Tokens that did not fit and were cut off.
     """
 
@@ -65,9 +63,9 @@ def cut(prompt: str, syntax: str, tokenizer: ChunkTokenizer) -> Chunks:
         tokenizer: A CLIP tokenizer.
 
     Raises:
-        InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+        InvalidRequestError: if the prompt is no string, has lone surrogates, or is too long.
     """
-    # The tokenizer refuses what is no prompt; the parser must not see it before.
+    # The tokenizer comes first, since it refuses what the parser must not see.
     whole = tokenizer.words(prompt)
     sections = parse(prompt) if syntax == "weighted" else [[Span(prompt)]]
     room, left = tokenizer.max_length - 2, MOST_CHUNKS * (tokenizer.max_length - 2)
@@ -93,7 +91,7 @@ def cut(prompt: str, syntax: str, tokenizer: ChunkTokenizer) -> Chunks:
 
 
 def _framed(found: Sequence[tuple[list[int], list[float]]], truncated: int, tokenizer: ChunkTokenizer) -> Chunks:
-    """Special tokens and padding around each chunk; they weigh 1."""
+    """Put special tokens and padding, which weigh 1, around each chunk."""
     empty = tokenizer.encode("")
     tokens, weights = np.tile(empty, (len(found), 1)), np.ones((len(found), len(empty)), np.float32)
     for row, (ids, own) in enumerate(found):
@@ -104,7 +102,7 @@ def _framed(found: Sequence[tuple[list[int], list[float]]], truncated: int, toke
 
 
 def joined(states: Floats, weights: Floats | None = None) -> Floats:
-    """States of a text from those of its chunks.
+    """Join the states of a prompt's chunks.
 
     Args:
         states: float32 ``[chunks, length, width]``.
@@ -119,7 +117,7 @@ def joined(states: Floats, weights: Floats | None = None) -> Floats:
 
 
 def _weighed(states: Floats, weights: Floats) -> Floats:
-    """A chunk's states times their weights, with the mean that they had."""
+    """A chunk's states times their weights, scaled back to the mean that they had."""
     if (weights == 1).all():
         return states
     weighed = states * weights[:, None]
@@ -129,17 +127,3 @@ def _weighed(states: Floats, weights: Floats) -> Floats:
         return weighed
     scaled: Floats = weighed * np.float32(before / after)
     return scaled
-
-
-def check_syntax(name: str, value: Any) -> str:
-    """A value of the option ``prompt_syntax``; ``None`` is ``"plain"``.
-
-    Raises:
-        InvalidRequestError: if it is none of :data:`SYNTAXES`.
-    """
-    if value is None:
-        return SYNTAXES[0]
-    if not isinstance(value, str) or value not in SYNTAXES:
-        known = f"{', '.join(SYNTAXES[:-1])} or {SYNTAXES[-1]}"
-        raise InvalidRequestError(f"{name} is {repr(value)[:80]}, expected {known}")
-    return value

@@ -1,9 +1,9 @@
 """Prompts as people write them: ``(word)``, ``(words:1.2)``, ``[words]``, nested, escaped by ``\\``, with ``BREAK``.
 
 The syntax is that of AUTOMATIC1111's web interface ("Attention/emphasis" in its manual): a pair of round brackets
-weighs what is in it 1.1 times as much, a pair of square ones 1.1 times less, and a number before the closing round
-bracket is the factor itself. Factors of nested brackets multiply. A backslash makes a bracket (or backslash) a mere
-character. ``BREAK``, in capitals and a word of its own, begins a new chunk of tokens.
+multiplies the weight of its content by 1.1, a pair of square ones divides it by 1.1, and a number before the closing
+round bracket is the factor itself. Factors of nested brackets multiply. A backslash makes a bracket (or backslash) a
+mere character. ``BREAK``, in capitals and a word of its own, begins a new chunk of tokens.
 
 Nothing is an error: a closing bracket without an opening one, and a number that is none, are taken literally; a bracket
 that is never closed reaches to the end. Time is linear in the length, however deep the brackets are.
@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 EMPHASIS = 1.1
-"""What a pair of brackets without a number multiplies by, or divides."""
+"""Factor of a pair of round brackets without a number, and divisor of a pair of square ones."""
 MAX_WEIGHT = 1e3
-"""Weights beyond that, either way, are taken as that: nested brackets would leave what fp32 can hold."""
+"""Largest weight, positive or negative; nested brackets would otherwise leave the range of fp32."""
 
 _ROUND, _SQUARE = "(", "["
 _TOKEN = re.compile(
@@ -37,8 +37,8 @@ class Span:
     """A piece of a prompt.
 
     Attributes:
-        text: What to tokenise, with escapes undone.
-        weight: What its tokens' states are multiplied by; 1 leaves them as they are.
+        text: Text to tokenise, with escapes undone.
+        weight: Factor on its tokens' states; 1 changes nothing.
     """
 
     text: str
@@ -54,7 +54,7 @@ class _Bracket:
 
 
 def parse(prompt: str) -> list[list[Span]]:
-    """Take a prompt apart.
+    """Cut a prompt into pieces of one weight each.
 
     Args:
         prompt: Any text.
@@ -78,7 +78,7 @@ def parse(prompt: str) -> list[list[Span]]:
         if number is not None and opened and opened[-1].kind == _ROUND:
             close(opened.pop(), float(number))
         elif number is not None:
-            # No round bracket that it could belong to. The last character may still close nothing, so it is text too.
+            # No round bracket is open that the number could belong to, so all of it is text, its bracket too.
             texts.append(token)
         elif token in (_ROUND, _SQUARE):
             opened.append(_Bracket(token, len(texts)))
@@ -96,10 +96,10 @@ def parse(prompt: str) -> list[list[Span]]:
 
 
 def _weights(count: int, factors: dict[int, list[float]], ends: dict[int, list[float]]) -> Iterator[float]:
-    """The product of the factors that count at each piece.
+    """The weight of each piece: the product of the factors that are open there.
 
-    Brackets are nested, so those that end at a place are the last that began: products are kept on a stack, and nothing
-    is ever divided.
+    Brackets are nested, so those that end at a place are the last that began. Products are therefore kept on a stack,
+    and nothing is ever divided.
     """
     products = [1.0]
     for place in range(count):
@@ -111,7 +111,7 @@ def _weights(count: int, factors: dict[int, list[float]], ends: dict[int, list[f
 
 
 def _sections(texts: Sequence[str | None], weights: Iterator[float]) -> list[list[Span]]:
-    """Pieces of equal weight joined, and parted at breaks, around which blanks mean nothing."""
+    """Sections between breaks, with neighbours of equal weight joined; blanks around a break are dropped."""
     sections: list[list[tuple[list[str], float]]] = [[]]
     for text, weight in zip(texts, weights, strict=True):
         if text is None:
@@ -127,7 +127,7 @@ def _sections(texts: Sequence[str | None], weights: Iterator[float]) -> list[lis
 
 
 def _stripped(section: Sequence[Span]) -> list[Span]:
-    """Without blanks at either end."""
+    """A section without blanks at either end, and without pieces that are empty then."""
     found = list(section)
     if found:
         found[0] = Span(found[0].text.lstrip(), found[0].weight)

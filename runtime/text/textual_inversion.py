@@ -2,7 +2,7 @@
 
 Gal et al. 2022, arXiv 2208.01618. Files are safetensors in the layouts that are in use: diffusers'
 ``{"<token>": vectors}``, ``emb_params`` of AUTOMATIC1111's web UI, and those with vectors for two text encoders,
-``clip_l`` and ``clip_g``. One word may stand for several vectors, which take as many places of a prompt.
+``clip_l`` and ``clip_g``. One word may stand for several vectors, and then takes as many places of a prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..engine_calls import Floats
 from ..files import StoredTensor, read_bounded, stored_tensors
 
 EXTRA_EMBEDDINGS = "extra_embeddings"
-"""Input of a text encoder with the vectors that ids below zero stand for: -1 the first, -2 the second."""
+"""Input of a text encoder with additional vectors; id -1 stands for the first, -2 for the second, and so on."""
 MOST_BYTES = 64 * 2**20
 """Largest file that is read; a hundred vectors of the widest encoder have under 1 MB."""
 MOST_VECTORS = 75
@@ -46,9 +46,9 @@ class RecordedFile:
     """A file that a request was drawn with.
 
     Attributes:
-        name: What the request calls it.
-        path: As it was given.
-        sha256: Of its content.
+        name: The word of the prompt that stands for it.
+        path: The file's name, as the caller gave it.
+        sha256: SHA-256 of the content, 64 hexadecimal digits.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Embedding:
     """A word with vectors of its own.
 
     Attributes:
-        record: The word, and the file.
-        vectors: By text encoder, float32 ``[vectors, width]``.
+        record: The word and its file.
+        vectors: The vectors by text encoder, float32 ``[vectors, width]``.
     """
 
     record: RecordedFile
@@ -73,13 +73,13 @@ class Embeddings:
     """The words of a pipeline. Immutable, so one serves all threads.
 
     Args:
-        words: Each once.
+        words: The words, each once.
     """
 
     def __init__(self, words: Sequence[Embedding] = ()) -> None:
         self.records = tuple(word.record for word in words)
         self.ids: dict[str, dict[str, tuple[int, ...]]] = {}
-        """By text encoder, by word, the ids that stand for its vectors."""
+        """Ids that stand for a word's vectors, by text encoder and then by word."""
         tables: dict[str, list[Floats]] = {}
         for word in words:
             for encoder, vectors in word.vectors.items():
@@ -91,12 +91,15 @@ class Embeddings:
         self._tables = {encoder: np.stack(rows) for encoder, rows in tables.items()}
 
     def feeds(self, encoder: str, ids: NDArray[np.int64], spec: TensorSpec) -> dict[str, NDArray[Any]]:
-        """Inputs of a text encoder that takes vectors: those that its ids name, or a row of zeros.
+        """Inputs of a text encoder that takes vectors: those that the ids name, or a row of zeros.
 
         Args:
-            encoder: Its component.
-            ids: int64 ``[1, length]``.
-            spec: Of the input for vectors.
+            encoder: The encoder's component.
+            ids: Token ids, int64 ``[1, length]``, with ids below zero for vectors.
+            spec: The input for vectors.
+
+        Returns:
+            ``input_ids``, int64 ``[1, length]``, renumbered, and the vectors, float32 ``[vectors, width]``.
         """
         added = ids < 0
         if not added.any():
@@ -108,14 +111,14 @@ class Embeddings:
 
 
 def read_embeddings(given: Mapping[str, str | os.PathLike[str]], widths: Mapping[str, int]) -> Embeddings:
-    """Read files.
+    """Read the vectors of words from files.
 
     Args:
-        given: By word its file.
-        widths: Of the vectors that each text encoder takes; encoders that take none are left out.
+        given: The file of each word.
+        widths: Width of the vectors that a text encoder takes, by encoder; those that take none are left out.
 
     Raises:
-        InvalidRequestError: saying which file is wrong, and how.
+        InvalidRequestError: naming the file that is wrong, and the reason.
     """
     if not isinstance(given, Mapping):
         raise InvalidRequestError(f"embeddings is a {type(given).__name__}, expected a mapping from words to files")
@@ -141,9 +144,9 @@ def _read(word: str, path: str | os.PathLike[str], widths: Mapping[str, int]) ->
 
 
 def _content(path: str | os.PathLike[str], label: str) -> bytes:
-    """A file's bytes, if they are no pickle."""
+    """A file's bytes; a pickle is refused."""
     data = read_bounded(path, label, MOST_BYTES)
-    if data[:2] == b"PK" or data[:1] == b"\x80":  # what torch.save writes: a zip archive, or bare pickle
+    if data[:2] == b"PK" or data[:1] == b"\x80":  # torch.save writes a zip archive, or bare pickle
         raise InvalidRequestError(
             f"{label} is a pickle, which can run code when it is loaded; convert it to safetensors first"
         )
@@ -176,7 +179,7 @@ def _vectors(tensor: StoredTensor, label: str) -> Floats:
 
 
 def _assigned(tensors: Mapping[str, Floats], widths: Mapping[str, int], label: str) -> dict[str, Floats]:
-    """Which text encoder gets which vectors: by the tensor's name, or else by their width."""
+    """Assign vectors to text encoders: by the tensor's name, or else by their width."""
     if tensors and all(name in _ENCODERS for name in tensors):
         found = {_ENCODERS[name]: vectors for name, vectors in tensors.items() if _ENCODERS[name] in widths}
         for encoder, vectors in found.items():

@@ -1,4 +1,4 @@
-"""Tokenizers from a ``tokenizer.json``: text to the ids that a text encoder takes.
+"""Tokenizers from a ``tokenizer.json``: from text to the ids that a text encoder takes.
 
 Ids equal those of transformers' ``CLIPTokenizer`` and ``T5Tokenizer``, called with ``padding="max_length"`` and
 ``truncation=True``. CLIP's is byte-level BPE with an end-of-word suffix (Radford et al., "Learning Transferable Visual
@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 from latentrt.engines.errors import BundleError, InvalidRequestError, LatentRTError
 
 MAX_PROMPT_BYTES = 1_000_000
-"""Longest prompt in UTF-8; everything after the first ``max_length`` tokens is cut off anyway, but costs time first."""
+"""Longest prompt in bytes of UTF-8: all but the first ``max_length`` tokens are cut off, but cost time first."""
 MAX_FILE_BYTES = 64 * 2**20
 """Largest ``tokenizer.json`` that is read; CLIP's and T5's own are under 4 MB."""
 
@@ -32,7 +32,7 @@ _PROBE = "a photo of 2 cat's 😀!"
 
 
 class PromptTokenizer(Protocol):
-    """A prompt to the token ids that a text encoder takes."""
+    """Makes the token ids that a text encoder takes from a prompt."""
 
     max_length: int
 
@@ -40,7 +40,7 @@ class PromptTokenizer(Protocol):
         """Token ids ``[max_length]``, cut off or padded to that length; ``None`` is the tokenizer's own.
 
         Raises:
-            InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+            InvalidRequestError: if the prompt is no string, has lone surrogates, or is too long.
         """
 
     def count(self, text: str) -> int:
@@ -51,32 +51,37 @@ class PromptTokenizer(Protocol):
         """
 
     def words(self, text: str) -> list[int]:
-        """Ids without special ones, however many.
+        """Token ids without the special ones, however many.
 
         Raises:
             InvalidRequestError: as :meth:`encode`.
         """
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> PromptTokenizer:
-        """A tokenizer that also knows other words, by the ids that they become.
+        """A tokenizer that also knows other words.
+
+        Args:
+            words: The ids that each word becomes.
 
         Raises:
-            InvalidRequestError: if it knows one already.
+            InvalidRequestError: if it knows one of them already.
         """
 
 
 class FileTokenizer(ABC):
-    """Text to token ids; immutable once loaded, so one serves all threads. Make one with :meth:`load`.
+    """A tokenizer of the ``tokenizers`` library; immutable once loaded, so one serves all threads.
+
+    Make one with :meth:`load`.
 
     Args:
-        tokenizer: Without truncation and padding of its own; nothing may change it afterwards.
-        max_length: Length of every encoded prompt that is not told another, special tokens included.
-        pad_token_id: Id that fills what a prompt leaves free.
+        tokenizer: The library's, without truncation and padding; nothing may change it afterwards.
+        max_length: Default length of an encoded prompt, special tokens included.
+        pad_token_id: Id that fills the places that a prompt leaves free.
         end_token_id: Id of the end-of-text token.
     """
 
     model: ClassVar[str]
-    """Whose it is, for messages."""
+    """Name of the text encoder's model, for messages."""
     frame: ClassVar[int]
     """Special tokens around every prompt; the last is the end-of-text token."""
 
@@ -94,7 +99,7 @@ class FileTokenizer(ABC):
 
         Args:
             path: The file, for the message.
-            model: What it says under ``model``; empty if it says nothing.
+            model: The file's entry ``model``; empty if it has none.
 
         Raises:
             BundleError: if it is not of this kind.
@@ -105,8 +110,8 @@ class FileTokenizer(ABC):
         """Read ``tokenizer.json``; truncation and padding written in it are replaced by the arguments.
 
         Args:
-            directory: Where the file lies.
-            max_length: Number of ids that an encoded prompt has, room for the special tokens at least.
+            directory: Directory of the file.
+            max_length: Number of ids of an encoded prompt; the special tokens must fit.
             pad_token_id: Id to pad with; by default the end-of-text token.
 
         Raises:
@@ -143,7 +148,7 @@ class FileTokenizer(ABC):
         """A tokenizer that also knows other words, wherever they stand in a prompt, in small or capital letters.
 
         Args:
-            words: By word the ids that it becomes.
+            words: The ids that each word becomes.
 
         Raises:
             InvalidRequestError: if it knows a word already.
@@ -172,18 +177,18 @@ class FileTokenizer(ABC):
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, max_length: int | None = None) -> NDArray[np.int64]:
-        """Token ids of one prompt: words between the special tokens, and padding.
+        """Token ids of one prompt: its words between the special tokens, and padding.
 
         Args:
-            text: At most :data:`MAX_PROMPT_BYTES` in UTF-8. What exceeds ``max_length`` tokens is cut off, all but the
-                end-of-text token.
+            text: The prompt, at most :data:`MAX_PROMPT_BYTES` in UTF-8. Tokens beyond ``max_length`` are cut off, all
+                but the end-of-text token.
             max_length: Number of ids; ``None`` is the tokenizer's own.
 
         Returns:
             int64 ``[max_length]``.
 
         Raises:
-            InvalidRequestError: if the prompt is not text, has lone surrogates, or is too long.
+            InvalidRequestError: if the prompt is no string, has lone surrogates, or is too long.
             BundleError: if the special tokens alone are longer than ``max_length``.
         """
         length = self.max_length if max_length is None else max_length
@@ -198,7 +203,7 @@ class FileTokenizer(ABC):
         """Token ids of several prompts.
 
         Args:
-            texts: Any number of prompts, in a list or tuple.
+            texts: The prompts, any number, in a list or tuple.
 
         Returns:
             int64 ``[len(texts), max_length]``.
@@ -220,7 +225,7 @@ class FileTokenizer(ABC):
         return len(self._ids(text))
 
     def words(self, text: str) -> list[int]:
-        """Ids of a prompt without the special ones around it, however many.
+        """Token ids of a prompt without the special ones around it, however many.
 
         Raises:
             InvalidRequestError: as :meth:`encode`.
@@ -252,8 +257,10 @@ class FileTokenizer(ABC):
 
 
 class ClipTokenizer(FileTokenizer):
-    """CLIP's: start, words, end, padding. SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL
-    with id 0."""
+    """CLIP's tokenizer: start, words, end, padding.
+
+    SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL with id 0.
+    """
 
     model = "CLIP"
     frame = 2
@@ -265,7 +272,7 @@ class ClipTokenizer(FileTokenizer):
 
     @classmethod
     def check_model(cls, path: Path, model: Mapping[str, Any]) -> None:
-        """BPE with CLIP's end-of-word suffix: others load without complaint, and give ids that mean nothing."""
+        """Refuse all but BPE with CLIP's end-of-word suffix: others would load, and give ids that mean nothing."""
         kind, suffix = model.get("type"), model.get("end_of_word_suffix")
         if (kind, suffix) != ("BPE", "</w>"):
             raise BundleError(
@@ -274,7 +281,7 @@ class ClipTokenizer(FileTokenizer):
 
 
 class T5Tokenizer(FileTokenizer):
-    """T5's: words, end, padding."""
+    """T5's tokenizer: words, end, padding."""
 
     model = "T5"
     frame = 1
@@ -286,7 +293,7 @@ class T5Tokenizer(FileTokenizer):
 
     @classmethod
     def check_model(cls, path: Path, model: Mapping[str, Any]) -> None:
-        """A unigram model that knows what to do with what it does not know."""
+        """Refuse all but a unigram model with an id for unknown pieces."""
         kind, unknown = model.get("type"), model.get("unk_id")
         if kind != "Unigram" or unknown is None:
             raise BundleError(
@@ -299,16 +306,16 @@ TOKENIZERS: Mapping[str, Callable[[Path, int, int], PromptTokenizer]] = {
     "clip": ClipTokenizer.load,
     "t5": T5Tokenizer.load,
 }
-"""By kind what loads a tokenizer, from a directory, the length of its rows and the id that pads them."""
+"""Loaders of tokenizers by kind; arguments are a directory, the length of a prompt, and the id that pads it."""
 
 
 def load_tokenizer(directory: Path, kind: str, max_length: int, pad_token_id: int) -> PromptTokenizer:
     """Read the ``tokenizer.json`` of a bundle.
 
     Args:
-        directory: Where it lies.
+        directory: Directory of the file.
         kind: A key of :data:`TOKENIZERS`.
-        max_length: Number of ids that an encoded prompt has.
+        max_length: Number of ids of an encoded prompt.
         pad_token_id: Id to pad with.
 
     Raises:
@@ -339,7 +346,7 @@ def _read(path: Path) -> str:
 
 
 def _model(path: Path, text: str) -> Mapping[str, Any]:
-    """What the file says of its model; empty if nothing.
+    """The file's entry ``model``; empty if it has none.
 
     Raises:
         BundleError: if the file is no JSON.

@@ -1,7 +1,7 @@
-"""The autoencoder over large pictures: one overlapping tile after the other, faded linearly into each other.
+"""The autoencoder over large images: one overlapping tile after the other, faded linearly into each other.
 
-An autoencoder normalises over all that it sees, and attends to all of it in its middle. So a tile comes out a little
-different from the same place of the whole picture, and where tiles meet the difference changes: the fading hides that.
+An autoencoder normalises over all of its input, and attends to all of it in its middle. So a tile differs a little from
+the same place of the whole image, and the difference changes where tiles meet: the fading hides that.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from latentrt.engines.checks import check_choice, is_integer, show
 from latentrt.engines.errors import EngineError, InvalidRequestError
 
 from ..engine_calls import Floats
 
 Half = Callable[[Floats], Floats]
-"""Half of an autoencoder: ``[batch, channels, h, w]`` to the same place in pixels or in latents."""
+"""Half of an autoencoder: latents ``[batch, channels, h, w]`` to pixels, or pixels to latents."""
 
 EDGES = ("shift", "cut")
-"""What becomes of a last tile that would reach over the edge, see :class:`Tiling`."""
+"""Ways to treat a last tile that would reach over the edge, see :class:`Tiling`."""
 
 LEAST_TILE = 8
-"""Least side of a tile in latents; in less, an autoencoder sees nothing but the tile's own edges."""
+"""Least side of a tile in latents; smaller tiles would consist of nothing but edges."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture is cut into tiles. Lengths are pixels, and multiples of the latent factor.
+    """How an image is cut into tiles. Lengths are pixels, and multiples of the latent factor.
 
     Attributes:
-        size: Side of a tile. A picture that is no larger in either direction is not cut at all.
-        overlap: What neighbours have in common, where one fades into the other, at most half of ``size``; ``None`` is a
-            quarter of it.
-        edges: ``"shift"`` moves the last tile inwards until it ends with the picture. All tiles then have one shape,
-            which is what an engine that was compiled for one needs. ``"cut"`` makes the last one smaller, down to a
+        size: Side of a tile. An image that is no larger in either direction is not cut at all.
+        overlap: Width of the part that neighbours share, where one fades into the other, at most half of ``size``;
+            ``None`` is a quarter of it.
+        edges: ``"shift"`` moves the last tile inwards until it ends with the image. All tiles then have one shape, as
+            an engine that was compiled for one needs. ``"cut"`` makes the last one smaller, down to a
             sliver of the overlap's width, as diffusers does (``AutoencoderKL.enable_tiling``).
     """
 
@@ -43,7 +44,7 @@ class Tiling:
     edges: str = "shift"
 
     def fitted(self, factor: int) -> Tiling:
-        """The same, checked, and with an overlap that was left open filled in.
+        """The same tiling, checked, with the default overlap filled in.
 
         Args:
             factor: Pixels of a latent along one side.
@@ -51,38 +52,36 @@ class Tiling:
         Raises:
             InvalidRequestError: naming the first value that does not fit.
         """
-        if self.edges not in EDGES:
-            raise InvalidRequestError(f"edges of tiles are {self.edges!r}, expected one of {', '.join(EDGES)}")
+        check_choice("vae_tiling.edges", self.edges, EDGES)
         size = _length("size", self.size, factor, LEAST_TILE * factor, None)
         quarter = size // 4 // factor * factor
         overlap = quarter if self.overlap is None else _length("overlap", self.overlap, factor, 0, size // 2)
         return replace(self, size=size, overlap=overlap)
 
     def splits(self, width: int, height: int) -> bool:
-        """Whether a picture of so many pixels is cut at all."""
+        """Whether an image of this size in pixels is cut at all."""
         return max(width, height) > self.size
 
 
 def _length(name: str, value: object, factor: int, least: int, most: int | None) -> int:
-    expected = f"a multiple of {factor} from {least}" + ("" if most is None else f" to {most}, half of their size")
-    if not isinstance(value, int) or isinstance(value, bool) or value % factor or value < least:
-        raise InvalidRequestError(f"the {name} of tiles is {value!r} pixels, expected {expected}")
-    if most is not None and value > most:
-        raise InvalidRequestError(f"the {name} of tiles is {value} pixels, expected {expected}")
-    return value
+    """A length of tiles in pixels, as a Python ``int``."""
+    if not is_integer(value) or value % factor or value < least or (most is not None and value > most):
+        expected = f"a multiple of {factor} from {least}" + ("" if most is None else f" to {most}, half of their size")
+        raise InvalidRequestError(f"the {name} of tiles is {show(value)} pixels, expected {expected}")
+    return int(value)
 
 
 def decode_tiles(decode: Half, latents: Floats, tiling: Tiling, factor: int) -> Iterator[Floats]:
-    """Decode from top to bottom; no more than a row of tiles is in memory at a time.
+    """Decode from top to bottom; at most one row of tiles is in memory at a time.
 
     Args:
         decode: The decoder: latents ``[batch, channels, h, w]`` to ``[batch, 3, h * factor, w * factor]``.
-        latents: All latents.
+        latents: All latents, float32 ``[batch, channels, h, w]``.
         tiling: How to cut, see :meth:`Tiling.fitted`.
         factor: Pixels of a latent along one side.
 
     Yields:
-        Finished lines of the picture, float32 ``[batch, 3, lines, w * factor]``.
+        Finished lines of the image, float32 ``[batch, 3, lines, w * factor]``.
 
     Raises:
         InvalidRequestError: if the tiling does not fit the factor.
@@ -96,20 +95,20 @@ def encode_tiles(encode: Half, pixels: Floats, tiling: Tiling, factor: int) -> F
 
     Args:
         encode: The encoder: pixels ``[batch, 3, h, w]`` to ``[batch, channels, h / factor, w / factor]``.
-        pixels: All pixels; sides are multiples of ``factor``.
+        pixels: All pixels, float32 ``[batch, 3, h, w]``; sides are multiples of ``factor``.
         tiling: How to cut, see :meth:`Tiling.fitted`.
         factor: Pixels of a latent along one side.
 
     Returns:
-        What the encoder gives, of the whole picture.
+        The encoder's output for the whole image, float32 ``[batch, channels, h / factor, w / factor]``.
 
     Raises:
-        InvalidRequestError: if picture or tiling do not fit the factor.
+        InvalidRequestError: if the image or the tiling does not fit the factor.
         EngineError: if the encoder gives another size than that.
     """
     height, width = pixels.shape[2:]
     if height % factor or width % factor:
-        raise InvalidRequestError(f"the picture is {width}x{height}, expected multiples of {factor}")
+        raise InvalidRequestError(f"the image is {width}x{height}, expected multiples of {factor}")
     return np.concatenate(list(_tiles(encode, pixels, tiling.fitted(factor), factor, (factor, 1))), axis=2)
 
 
@@ -118,10 +117,10 @@ def _tiles(half: Half, values: Floats, tiling: Tiling, factor: int, scales: tupl
 
     Args:
         half: Decoder or encoder.
-        values: What it takes.
+        values: Its whole input.
         tiling: How to cut.
-        factor: Pixels of a latent.
-        scales: How much longer than a latent an element is that goes in, and one that comes out.
+        factor: Pixels of a latent along one side.
+        scales: Elements of the input, and of the output, along one side of a latent.
     """
     taken, given = scales
     size, overlap = tiling.size // factor, (tiling.overlap or 0) // factor
@@ -140,8 +139,8 @@ def _tiles(half: Half, values: Floats, tiling: Tiling, factor: int, scales: tupl
                 raise EngineError(
                     f"a tile came out as {found.shape[3]}x{found.shape[2]}, expected {expected[1]}x{expected[0]}"
                 )
-            # First over the tile above and then over the one before, each as it has become: diffusers' order, which
-            # decides the weights where four tiles meet.
+            # First over the tile above, then over the one before, each already faded: diffusers' order, which decides
+            # the weights where four tiles meet.
             found = _faded(above[column], found, axis=2)
             found = _faded(before, found, axis=3)
             above[column] = found[:, :, finished:].copy()  # no view, which would keep the tile
@@ -151,7 +150,7 @@ def _tiles(half: Half, values: Floats, tiling: Tiling, factor: int, scales: tupl
 
 
 def _starts(length: int, size: int, overlap: int, edges: str) -> list[int]:
-    """Where tiles begin along one side, in latents."""
+    """Beginnings of the tiles along one side, in latents."""
     starts = list(range(0, length, size - overlap))
     if edges == "cut":
         return starts

@@ -222,7 +222,7 @@ def test_a_long_prompt_draws_with_a_note(bundle: Path, tmp_path: Path, capsys: C
         (["--seed", "-1"], "seed is -1, expected 0 to 18446744073709551615"),
         (["--seed", "9" * 30], "seed is 999999999999999999999999999999, expected 0 to"),
         (["--images", "0"], "images is 0, expected 1 to 4096"),
-        (["--strength", "0.5"], "strength is given without image, the picture to begin with"),
+        (["--strength", "0.5"], "strength is given without image, the image to begin with"),
         (["--image", "missing.png"], "cannot read image from 'missing.png': No such file or directory"),
         (["--clip-skip", "2"], "clip_skip is 2, expected 0 to 1"),
         (["--threads", "-1"], "threads is -1, expected 0 (automatic) to 1024"),

@@ -22,7 +22,8 @@ from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import doctor, main
 from latentrt.runtime.components import engine_probe
 from latentrt.runtime.components.engine_probe import SUPPORTED, Availability
-from latentrt.runtime.inputs.create import FAMILY_OPTIONS, create_request
+from latentrt.runtime.inputs.create import create_request
+from latentrt.runtime.request.options import FAMILY_OPTIONS
 from latentrt.runtime.samplers import SAMPLERS
 
 Captured = pytest.CaptureFixture[str]
@@ -35,7 +36,7 @@ def test_inspect_shows_components_and_defaults(tiny_bundles: dict[str, Path], ca
     out = capsys.readouterr().out
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert f"{manifest['source']['name']}: " in out
-    assert "latents: 4 channels, 1/2 of the picture's size, scaling 0.18215; default 32x32, pndm, " in out
+    assert "latents: 4 channels, 1/2 of the image's size, scaling 0.18215; default 32x32, pndm, " in out
     for name, component in manifest["components"].items():
         (form,) = component["graphs"]
         assert any(line.split()[:3] == [name, form, "fp32"] for line in out.splitlines())
@@ -88,7 +89,7 @@ def test_a_bundle_does_what_inspect_names_and_refuses_the_rest(tiny_bundles: dic
         else:
             with pytest.raises(InvalidRequestError, match=r"\w"):
                 request.compile_plan(bundle.manifest.scheduler)
-    for name in FAMILY_OPTIONS.keys() - {"prompt_syntax"}:
+    for name in set(FAMILY_OPTIONS) - {"negative_prompt", "clip_skip", "prompt_syntax"}:
         assert name not in told["options"]
     with pytest.raises(InvalidRequestError, match="models of the family stable-diffusion have no prompt_2"):
         create_request(bundle.manifest, "a red apple", prompt_2="a rocket")

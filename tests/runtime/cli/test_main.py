@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from latentrt import runtime
 from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError, OutputError
 from latentrt.runtime import cli
 from latentrt.runtime.cli import COMMANDS, main
@@ -41,6 +42,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{name} {entry.help}" in out
 
 
+def test_the_package_runs_as_a_module() -> None:
+    """``python -m latentrt.runtime`` is the same command, under its own name."""
+    code = [sys.executable, "-m", "latentrt.runtime"]
+    helped = subprocess.run([*code, "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert helped.stdout == run("--help").stdout
+    failed = subprocess.run([*code, "nonsense"], capture_output=True, text=True, timeout=120, check=False)
+    assert failed.returncode == 2
+
+
 def test_help_loads_nothing_heavy() -> None:
     """Neither an SDK nor even numpy is imported for --help."""
     assert loaded_after("from latentrt.runtime.cli import main; main(['--help'])").isdisjoint(HEAVY)
@@ -65,9 +76,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """--version is the installed version."""
+    """--version is the installed version, which the package has as well."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"latentrt {version('latentrt')}\n"
+    assert runtime.__version__ == version("latentrt")
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_mask_in_black_and_white_with_transparency_is_black_there() -> None:
         (b"no such file".decode(), "cannot read image from 'no such file': No such file or directory"),
         ("nul\0", "cannot read image from"),
         (".", "image is '.', which is no file"),
-        (os.devnull, "which is no file; give the name of a picture"),
+        (os.devnull, "which is no file; give the name of an image"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_one_sentence(given: Any, message: str) -> None:

@@ -21,6 +21,7 @@ from latentrt.runtime.denoising.controlnets import ControlNets
 from latentrt.runtime.denoising.fused import FusedLoop
 from latentrt.runtime.images.clip_vision import clip_pixels
 from latentrt.runtime.inputs.controls import take_controls
+from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.inputs.image_prompt import take_image_prompt
 from latentrt.runtime.request.control import control_image
 
@@ -184,7 +185,7 @@ def test_a_picture_in_the_prompt_needs_an_adapter(tiny_bundles: dict[str, Path])
     with pytest.raises(InvalidRequestError, match="--ip-adapter FILE --image-encoder DIR"):
         take_image_prompt({"ip_adapter_image": PICTURE}, manifest)
     with pytest.raises(InvalidRequestError, match="without ip_adapter_image"):
-        take_image_prompt({"ip_adapter_scale": 1.0}, manifest)
+        create_request(manifest, "a", ip_adapter_scale=1.0)
 
 
 @pytest.mark.heavy

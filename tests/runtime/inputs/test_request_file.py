@@ -165,7 +165,7 @@ def test_a_request_file_is_drawn(tiny: Any, tmp_path: Path, capsys: Captured) ->
         ({"steps": 2}, "no prompt is given; expected one behind BUNDLE, or --request or --from"),
         ({"prompt": "a", "steps": 0}, "steps is 0, expected 1 to 10000"),
         ({"prompt": "a", "prompt_2": "b"}, "have no prompt_2"),
-        ({"prompt": "a", "output": "latent"}, "the request is for latents"),
+        ({"prompt": "a", "output": "latent"}, "the request ends in latents"),
     ):
         written(path, content)
         assert main(["generate", str(tiny.bundle("sd1")), "--request", str(path), "--output", str(output)]) == 2

@@ -93,8 +93,8 @@ PICTURE, MASK = picture(), drawn_mask()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask": MASK}, "mask is given without image, the picture that it belongs to"),
-        ({"strength": 0.5}, "strength is given without image, the picture to begin with"),
+        ({"mask": MASK}, "mask is given without image, the image to begin with"),
+        ({"strength": 0.5}, "strength is given without image, the image to begin with"),
         ({"mask_blur": 2}, "mask_blur is given without image"),
         ({"image": PICTURE, "mask_blur": 2}, "mask_blur is given without mask"),
         ({"image": PICTURE, "keep_outside": True}, "keep_outside is given without mask"),

@@ -203,7 +203,7 @@ def test_a_component_that_is_no_safety_checker() -> None:
     """A graph of another kind under its name is one clear sentence, not a verdict."""
     pictures = np.zeros((1, 8, 8, 3), np.uint8)
     scores = [TensorSpec(name, "float32", ("any",)) for name in (CONCEPT_SCORES, SPECIAL_SCORES)]
-    for side, message in ((8, "gives no row of scores"), ("side", "takes no pictures of a fixed size")):
+    for side, message in ((8, "gives no row of scores"), ("side", "takes no images of a fixed size")):
         pixels = TensorSpec("pixel_values", "float32", ("batch", 3, side, side))
         row = np.ones(17, np.float32)
         engine = FakeEngine([pixels], scores, lambda feeds, row=row: {each.name: row for each in scores}).open()
@@ -225,7 +225,7 @@ def test_the_command_line_tells_what_was_flagged(
     pictures = np.stack([drawn[32 * (n // 4) :, 32 * (n % 4) :][:32, :32] for n in range(6)])
     flagged = theirs(pictures)[1]
     numbers = ", ".join(str(number) for number, each in enumerate(flagged, 1) if each)
-    assert f"note: the safety checker flagged {numbers} of 6 pictures, left as drawn\n" in capsys.readouterr().out
+    assert f"note: the safety checker flagged {numbers} of 6 images, left as drawn\n" in capsys.readouterr().out
     assert main(["generate", bundle, f"--from={out}", f"--output={again}", "--engine=onnxruntime", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["request"]["safety"], told["flagged"]) == ("mark", list(flagged))

@@ -142,7 +142,7 @@ def test_the_mean_of_each_chunk_stays() -> None:
 def test_an_unknown_syntax(tiny: Any, value: Any) -> None:
     """It is refused with those that there are."""
     manifest = Bundle.open(tiny.bundle("sd1")).manifest
-    with pytest.raises(InvalidRequestError, match=r"prompt_syntax is .*, expected plain, long or weighted"):
+    with pytest.raises(InvalidRequestError, match=r"prompt_syntax is .*, expected one of plain, long, weighted"):
         create_request(manifest, "a", prompt_syntax=value)
 
 

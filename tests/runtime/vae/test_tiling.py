@@ -156,7 +156,7 @@ def test_what_is_local_is_not_changed_by_tiles(height: int, width: int, size: in
         (Tiling("64"), r"the size of tiles is '64' pixels"),  # type: ignore[arg-type]
         (Tiling(64, 36), r"the overlap of tiles is 36 pixels, expected a multiple of 4 from 0 to 32, half of"),
         (Tiling(64, -4), r"the overlap of tiles is -4 pixels"),
-        (Tiling(64, edges="bent"), r"edges of tiles are 'bent', expected one of shift, cut"),
+        (Tiling(64, edges="bent"), r"vae_tiling.edges is 'bent', expected shift or cut"),
     ],
 )
 def test_wrong_tiles_are_refused(tiling: Tiling, message: str) -> None:
@@ -170,7 +170,7 @@ def test_a_decoder_of_another_scale_is_found() -> None:
     latents = np.zeros((1, 3, 20, 20), np.float32)
     with pytest.raises(EngineError, match="a tile came out as 8x8, expected 32x32"):
         list(decode_tiles(lambda tile: tile, latents, Tiling(32), 4))
-    with pytest.raises(InvalidRequestError, match="the picture is 20x18, expected multiples of 4"):
+    with pytest.raises(InvalidRequestError, match="the image is 20x18, expected multiples of 4"):
         encode_tiles(lambda tile: tile, np.zeros((1, 3, 18, 20), np.float32), Tiling(32), 4)
 
 
