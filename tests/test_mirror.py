@@ -36,11 +36,11 @@ for _path in TESTS:
 def test_a_module_has_its_tests(module: str) -> None:
     """In a file of its name at its place below ``tests/``, or in one of its room whose first line names the module.
 
-    The first line names it in double backticks: by its name alone in a test of its room, by its path (``vae/tiling.py``) elsewhere.
+    Its name stands there in double backticks; a test that lies elsewhere gives the path, such as ``vae/tiling.py``.
     """
     path = Path(module)
     own = ROOT / "tests" / path.parent / f"test_{path.name}"
-    places = [path.parent, *path.parent.parents][:-2] or [path.parent]
+    places = [path.parent, *path.parent.parents][:-1]
     named = any(f"``{path.stem}``" in line for place in places for line in FIRST_LINES.get(place, []))
     by_path = any(f"``{'/'.join(path.parts[1:])}``" in line for lines in FIRST_LINES.values() for line in lines)
     assert own.is_file() or named or by_path
