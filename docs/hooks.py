@@ -5,7 +5,7 @@ A page says ``<!-- generated: KIND NAME -->`` on a line of its own, and the site
 - ``command build-engine``: the options of a command, from its parser
 - ``request options``: the fields of a request, from ``docs/request.schema.json``
 - ``dataclass module:Class``: the fields of a dataclass, from its docstring and its types
-- ``readme bench``: what the README has between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``
+- ``reports all``: the tables of all reports in ``benchmarks/results``
 - ``table NAME``: ``docs/data/NAME.json``, which a test writes
 """
 
@@ -27,6 +27,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from latentrt.benchmarks.report.readme import tables
 from latentrt.runtime.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,20 +195,16 @@ def data_table(name: str) -> str:
     return table(data["columns"], rows)
 
 
-def readme_part(name: str) -> str:
-    """A marked part of the README, for a page in ``docs/`` itself."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if begin not in text or end not in text:
-        raise PluginError(f"README.md has no part between {begin} and {end}")
-    part = text.partition(begin)[2].partition(end)[0].strip()
-    return re.sub(r"\]\((?!\w+:)", "](../", part)
+def bench_tables(name: str) -> str:
+    """The tables of all reports in ``benchmarks/results``, for a page in ``docs/`` itself."""
+    text = tables(ROOT)
+    return re.sub(r"\]\((?!\w+:)", "](../", text)
 
 
 KINDS: dict[str, Callable[[str], str]] = {
     "command": command_options,
     "dataclass": dataclass_fields,
-    "readme": readme_part,
+    "reports": bench_tables,
     "request": request_options,
     "table": data_table,
 }

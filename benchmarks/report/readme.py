@@ -1,4 +1,4 @@
-"""Write the README's tables of speed from the reports in ``benchmarks/results``.
+"""Write the README's table of speed, and the manual's tables, from the reports in ``benchmarks/results``.
 
     python -m latentrt.benchmarks.report.readme [--check]
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latentrt.engines.errors import LatentRTError
@@ -18,10 +18,13 @@ from latentrt.engines.errors import LatentRTError
 from ..program import make_parser
 from . import figures, markdown
 from .document import SCHEMA, ReportError, read, write_text
-from .types import Report
+from .types import ContenderReport, Report
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-"""Markers in the README, before and after the tables."""
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+"""Markers in the README, before and after its table."""
+
+REPOSITORY = "https://github.com/latentrt/latentrt/blob/main/"
+"""Where the repository's files are read online; links of the README are absolute, since package indexes show it too."""
 
 RESULTS = Path("benchmarks", "results")
 """The folder of the reports, relative to the README."""
@@ -47,17 +50,24 @@ def reports(root: Path) -> dict[Path, Report]:
     return found
 
 
-def table(report: Report, path: Path) -> str:
-    """The table of one report, between a line on the request and a line on the machine."""
-    contenders = figures.ordered(report)
+def table(report: Report, path: Path, chosen: Sequence[ContenderReport] | None = None, base: str = "") -> str:
+    """The table of one report, between a line on the request and a line on the machine.
+
+    Args:
+        report: The report.
+        path: Its place, for the link to all figures.
+        chosen: The contenders to show; ``None`` shows all, and says which have no figures.
+        base: What to put before ``path`` in the link.
+    """
+    contenders = figures.ordered(report) if chosen is None else list(chosen)
     reference = figures.reference(report)
     unit = figures.unit_for(map(figures.image, contenders))
     step_unit = figures.unit_for(map(figures.step, contenders))
-    base = f"x {markdown.escape(reference['label'])}" if reference is not None else "x reference"
+    compared = f"x {markdown.escape(reference['label'])}" if reference is not None else "x reference"
     header = [
         "",
         f"{figures.image_title(report)} ({unit.name})",
-        base,
+        compared,
         f"step ({step_unit.name})",
         "peak memory",
         "PSNR (dB)",
@@ -97,29 +107,71 @@ def table(report: Report, path: Path) -> str:
                 *([markdown.extrapolations(report)] if markdown.extrapolations(report) else []),
                 *([f"No figures: {'; '.join(without)}."] if without else []),
                 *(["The run ended early."] if not report["complete"] else []),
-                f"[All figures]({path.as_posix()}).",
+                f"[All figures]({base}{path.as_posix()}).",
             ]
         ),
     ]
     return "\n\n".join(lines)
 
 
+def tables(root: Path) -> str:
+    """The tables of all reports below ``root``, for the manual; links lead to paths from there.
+
+    Raises:
+        ReportError: if a report is not valid.
+    """
+    return "\n\n".join(table(report, path) for path, report in reports(root).items())
+
+
+def leaders(report: Report) -> list[ContenderReport]:
+    """At most five contenders that stand for all: our two fastest, the fastest other runtime, and the reference.
+
+    Of the reference's own library the fastest is there too. All are in the order of their times.
+    """
+    timed = [each for each in figures.ordered(report) if figures.image(each) is not None]
+    reference = figures.reference(report)
+    library = "" if reference is None else _library(reference)
+    ours = [each for each in timed if each["kind"] == "latentrt"][:2]
+    peers = [each for each in timed if each["kind"] != "latentrt"]
+    others = [each for each in peers if _library(each) != library][:1]
+    same = [each for each in peers if _library(each) == library and each is not reference][:1]
+    chosen = [*ours, *others, *same, *([] if reference is None else [reference])]
+    return [each for each in timed if each in chosen]
+
+
+def _library(contender: ContenderReport) -> str:
+    return contender["label"].split()[0].rstrip(",")
+
+
+def largest(found: Mapping[Path, Report]) -> Path:
+    """The report whose fastest image took longest: the model that is most like one that people use."""
+    return max(found, key=lambda path: min(each.median for each in _images(found[path])))
+
+
+def _images(report: Report) -> list[figures.Figure]:
+    return [figure for each in report["contenders"] if (figure := figures.image(each)) is not None]
+
+
 def replaced(text: str, root: Path) -> str:
-    """A README's text with new tables.
+    """A README's text with a new table: five rows of the largest model's report.
 
     Args:
         text: The README.
         root: The repository with the reports.
 
     Raises:
-        ReportError: if the text has not exactly one pair of markers, or a report is not valid.
+        ReportError: if the text has not exactly one pair of markers, or a report is not valid, or none has figures.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"expected one {BEGIN} and, after it, one {END}; write both where the tables should be")
+        raise ReportError(f"expected one {BEGIN} and, after it, one {END}; write both where the table should be")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    tables = [table(report, path) for path, report in reports(root).items()]
-    return before + "\n\n".join([BEGIN, *tables, END]) + after
+    found = {path: report for path, report in reports(root).items() if _images(report)}
+    if not found:
+        raise ReportError(f"no report in {RESULTS} has figures; measure first, with make bench")
+    path = largest(found)
+    made = table(found[path], path, leaders(found[path]), REPOSITORY)
+    return before + "\n\n".join([BEGIN, made, END]) + after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
