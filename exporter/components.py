@@ -1,20 +1,23 @@
-"""The components of a pipeline as functions of tensors, ready to be exported.
+"""The components of a pipeline as functions of tensors, and the interfaces that make them of a model.
 
 Names of inputs and outputs are those of Optimum's exports, so that other tools recognise them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
+from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
+from latentrt.runtime.bundle import manifest as m
 
 
 @contextmanager
@@ -171,3 +174,157 @@ class Component:
     outputs: tuple[str, ...]
     keep_fp32: frozenset[str] = frozenset()
     roles: Roles | None = None
+
+
+class Checkpoint(Protocol):
+    """A checked model as families read it: configurations, and parts with their weights."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        ...
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """``model_index.json``."""
+        ...
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """``config.json`` of each part with weights, by the name of the part."""
+        ...
+
+    def load(self, part: str) -> nn.Module:
+        """Build a part with its weights on the CPU, in evaluation mode.
+
+        Raises:
+            SourceError: if configuration and weights do not fit each other, or a weight is not finite.
+        """
+        ...
+
+
+class AdaptedCheckpoint(Checkpoint, Protocol):
+    """A checkpoint with its adapters, as an adapter sees it that needs a component of the model."""
+
+    def load_component(self, name: str, *, seed: int = 0) -> Component:
+        """Build a component, with what all adapters do to it; example inputs are drawn from the seed.
+
+        Raises:
+            SourceError: if there is no such component, or it cannot be built.
+        """
+        ...
+
+
+class Adapter(ABC):
+    """Weights of another file that go into a model or beside it, checked against the model that they are for.
+
+    An adapter may do any of four things, and does none of them unless its class says so: change weights of the model
+    (:attr:`fuses`), change components of the model (:meth:`extend`), add components of its own (:attr:`components`),
+    or add graphs that are made of the denoiser's (:attr:`twins`).
+    """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Text that stands for the content of all its files and settings.
+
+        A model's fingerprint with the adapter is the SHA-256 of the fingerprint without it, followed by this text. It
+        begins with a NUL character, and differs from what an adapter of another kind could have.
+        """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed while the files were read, a sentence each."""
+        return ()
+
+    @property
+    def records(self) -> tuple[m.Adapter, ...]:
+        """Files that a manifest names as fused into the weights."""
+        return ()
+
+    @property
+    def fuses(self) -> tuple[str, ...]:
+        """Parts of the model whose weights :meth:`fuse` changes; they are loaded in fp32 whatever is exported."""
+        return ()
+
+    def fuse(self, part: str, module: nn.Module) -> None:
+        """Change the weights of a part in place.
+
+        Args:
+            part: One of :attr:`fuses`.
+            module: The part, fp32.
+
+        Raises:
+            SourceError: if a weight is not finite afterwards.
+        """
+        raise SourceError(f"the adapter changes no weights of {part!r}")
+
+    def extend(self, component: Component, generator: torch.Generator) -> Component:
+        """A component of the model's own with what the adapter adds to it; the component itself if that is nothing.
+
+        Args:
+            component: What the family or an earlier adapter made.
+            generator: Example values of new inputs are drawn from it.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+        return component
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that it adds, in the order in which they are exported."""
+        return ()
+
+    def stages(self, name: str) -> tuple[str, ...]:
+        """The stages that one of :attr:`components` is split into, see :mod:`latentrt.exporter.graphs.stages`."""
+        return ()
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Names of further denoisers whose graphs :meth:`derive` makes of the denoiser's.
+
+        The last stage of a twin is called as the twin with ``_step`` behind it; its other stages are the denoiser's.
+        """
+        return ()
+
+    def derive(self, whole: m.Graph, step: m.Graph, directory: Path) -> Mapping[str, m.Graph]:
+        """Make the twins' graphs, which share the denoiser's file of weights.
+
+        Args:
+            whole: The denoiser's exported graph.
+            step: Its last stage.
+            directory: The bundle under construction, which holds both.
+
+        Returns:
+            For each of :attr:`twins` the whole graph and its last stage, by name.
+
+        Raises:
+            ExportError: if the denoiser's graph has no place for what the twin takes.
+        """
+        return {}
+
+    def component(self, model: AdaptedCheckpoint, name: str, generator: torch.Generator) -> Component:
+        """Build one of :attr:`components`, or one of :attr:`twins` to compare its graphs with.
+
+        Args:
+            model: The model, with all its adapters.
+            name: Which one.
+            generator: Example inputs are drawn from it.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+        raise SourceError(f"the adapter has no component {name!r}")
+
+    def ranges(self, plain: Mapping[str, Mapping[str, Range]]) -> Mapping[str, Mapping[str, Range]]:
+        """Ranges of every symbol of its components' graphs, for compiled engines.
+
+        Args:
+            plain: Those of the model's own components, and of the stages of its denoiser.
+
+        Returns:
+            By component, or by stage for what is split. A range that every component shares, such as one of the
+            lengths of prompts, may be left out.
+        """
+        return {}

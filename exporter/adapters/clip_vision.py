@@ -16,7 +16,7 @@ from ..source.weights import assign, empty_module
 
 STEM = "model"
 """Name of its files of weights, without ending."""
-USUAL_SIDE = 224
+DEFAULT_SIDE = 224
 """Pixels a side of the pictures that it takes, where a configuration is silent."""
 
 _LARGEST_SIDE = 1024  # pixels
@@ -35,10 +35,10 @@ def check_vision(name: str, config: Mapping[str, Any]) -> None:
     where = f"{name}/config.json"
     for key, default in (("num_hidden_layers", 12), ("num_attention_heads", 12), ("hidden_size", 768)):
         natural(name, config, key, default)
-    side, patch = natural(name, config, "image_size", USUAL_SIDE), natural(name, config, "patch_size", 32)
+    side, patch = natural(name, config, "image_size", DEFAULT_SIDE), natural(name, config, "patch_size", 32)
     if side > _LARGEST_SIDE or patch > side:
         raise SourceError(
-            f"{where}: pictures have {side} pixels a side and patches {patch}, expected at most {_LARGEST_SIDE} and "
+            f"{where}: images have {side} pixels a side and patches {patch}, expected at most {_LARGEST_SIDE} and "
             "patches that fit"
         )
     if natural(name, config, "num_channels", 3) != 3:

@@ -15,16 +15,14 @@ from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
 from latentrt.runtime.components.compile import compile_openvino
 from latentrt.runtime.components.engine_choice import FixedSize
 from latentrt.runtime.components.engine_probe import check_engine
-from latentrt.runtime.lora.reading import LoraFile
 
-from ..adapters.controlnet import ControlNetFile
-from ..adapters.ip_adapter import IpAdapterFiles
 from ..builder.build import BuildReport, build_bundle
 from ..builder.plans import BuiltEngine
 from ..builder.request import BuildRequest
 from ..graphs.targets import TARGETS
 from ..precision.calibration import PROMPTS, Calibration, read_prompts
 from ..precision.reduce import Quantization
+from .adapters import adapters_of, add_adapters
 from .reading import add_reading, reading
 
 
@@ -63,36 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance that the bundle uses by default; the family's at first",
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="LoRA in safetensors to fuse into the weights; may be repeated",
-    )
-    parser.add_argument(
-        "--tiny-vae",
-        type=Path,
-        metavar="DIR",
-        help="AutoencoderTiny, whose decoder draws previews or, if asked, pictures",
-    )
-    parser.add_argument(
-        "--controlnet",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="ControlNetModel that requests may steer pictures with; may be repeated",
-    )
-    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter, for pictures in prompts")
-    parser.add_argument(
-        "--image-encoder", type=Path, metavar="DIR", help="CLIPVisionModelWithProjection that the IP-Adapter goes with"
-    )
-    parser.add_argument(
-        "--safety-checker",
-        type=Path,
-        metavar="DIR",
-        help="StableDiffusionSafetyChecker, or a model that has one, for requests that want their pictures checked",
-    )
+    add_adapters(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument(
         "--calibration",
@@ -143,11 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=_calibration(arguments),
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
-        tiny_vae=arguments.tiny_vae,
-        ip_adapter=IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder),
-        safety_checker=arguments.safety_checker,
-        controlnets=tuple(map(ControlNetFile.parse, arguments.controlnet)),
-        loras=tuple(map(LoraFile.parse, arguments.lora)),
+        adapters=adapters_of(arguments),
         reading=reading(arguments),
     )
     console = BuildConsole(quiet=arguments.json)

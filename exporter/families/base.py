@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ from latentrt.engines.trt import Range
 from latentrt.runtime.bundle.manifest import STAGES, Latent
 from latentrt.runtime.samplers import Plan, compile_plan
 
-from ..components import Component
-
-if TYPE_CHECKING:
-    from ..source.source import Source
+from ..components import Checkpoint, Component
 
 Config = Mapping[str, Any]
 """A ``config.json``, bounded but otherwise not trusted."""
@@ -95,7 +92,7 @@ class Family(ABC):
         """
         return self
 
-    def usual(self, source: Source) -> tuple[int, float]:
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
         """Steps and guidance scale by default."""
         return self.steps, self.guidance
 
@@ -107,11 +104,11 @@ class Family(ABC):
         """
         return compile_plan(sampler, scheduler, steps)
 
-    def size_multiple(self, source: Source) -> int:
+    def size_multiple(self, checkpoint: Checkpoint) -> int:
         """Pixels that width and height of a picture are multiples of."""
-        return latent_factor(source.configs["vae"])
+        return latent_factor(checkpoint.configs["vae"])
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
         """Lengths of texts that vary, by symbol of the graphs."""
         return {}
 
@@ -135,7 +132,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
         """Build one of :attr:`components`, with example inputs drawn from ``generator``.
 
         Sizes differ from each other and from what the model was trained on, so that no length is mistaken for another.
@@ -144,7 +141,7 @@ class Family(ABC):
             SourceError: if it cannot be built.
         """
 
-    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+    def denoiser_inputs(self, checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
         """Example inputs that the denoiser has in common with a ControlNet.
 
         Raises:
@@ -152,20 +149,20 @@ class Family(ABC):
         """
         raise SourceError(f"ControlNets do not go with models of {self.name}")
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
         """What the runtime must know of this very model, see :attr:`latentrt.runtime.families.Family.settings`."""
         return {"guidance": "classifier-free"}
 
-    def size(self, source: Source) -> tuple[int, int]:
+    def size(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """Width and height in pixels that the model was trained on."""
-        side = source.configs[self.denoiser].get("sample_size") or 64
+        side = checkpoint.configs[self.denoiser].get("sample_size") or 64
         height, width = (side, side) if isinstance(side, int) else side
-        factor = latent_factor(source.configs["vae"])
+        factor = latent_factor(checkpoint.configs["vae"])
         return width * factor, height * factor
 
-    def latent(self, source: Source) -> Latent:
+    def latent(self, checkpoint: Checkpoint) -> Latent:
         """The latent space."""
-        vae = source.configs["vae"]
+        vae = checkpoint.configs["vae"]
         return Latent(
             channels=int(vae.get("latent_channels", 4)),
             vae_scale_factor=latent_factor(vae),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from latentrt.engines.checks import check_integer, is_integer, is_number, show
 from latentrt.engines.errors import SourceError
 from latentrt.runtime.request.options import MAX_SIDE
 
@@ -14,13 +15,39 @@ _MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
 def natural(where: str, config: Config, key: str, default: int) -> int:
     """A whole number above zero from a configuration.
 
+    Args:
+        where: Name of the folder that the configuration is in, for the message.
+        config: The configuration.
+        key: Its entry.
+        default: The number where there is no such entry.
+
     Raises:
         SourceError: if it is anything else.
     """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SourceError(f"{where}/config.json: {key!r} is {value!r}, expected a whole number above zero")
-    return value
+    return check_integer(f"{where}/config.json: {key!r}", config.get(key, default), 1, error=SourceError)
+
+
+def naturals(where: str, config: Config, key: str, default: list[int], longest: int, most: int) -> list[int]:
+    """A list of whole numbers above zero from a configuration, of one entry at least.
+
+    Args:
+        where: Name of the folder that the configuration is in, for the message.
+        config: The configuration.
+        key: Its entry.
+        default: The list where there is no such entry.
+        longest: How many numbers it may have.
+        most: The largest number that is allowed.
+
+    Raises:
+        SourceError: if it is anything else.
+    """
+    values = config.get(key, default)
+    sound = isinstance(values, list) and 1 <= len(values) <= longest
+    if not sound or not all(is_integer(value) and 1 <= value <= most for value in values):
+        raise SourceError(
+            f"{where}/config.json: {key!r} is {show(values)}, expected 1 to {longest} whole numbers up to {most}"
+        )
+    return list(values)
 
 
 def check_blocks(where: str, config: Config) -> None:
@@ -103,7 +130,7 @@ def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
             "vae/config.json has means or deviations of its latents; only a scaling and a shift are supported"
         )
     scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
-    if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
+    if not is_number(scaling) or not is_number(shift) or not 1e-6 <= scaling <= 1e6:
         raise SourceError(
             f"vae/config.json: 'scaling_factor' is {scaling!r} and 'shift_factor' {shift!r}, expected two numbers"
         )
@@ -117,12 +144,8 @@ def check_size(where: str, config: Config, factor: int) -> None:
     """
     side = config.get("sample_size") or 64
     sides = side if isinstance(side, list) and len(side) == 2 else [side]
-    if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s * factor <= MAX_SIDE for s in sides):
+    if not all(is_integer(s) and 1 <= s * factor <= MAX_SIDE for s in sides):
         raise SourceError(
             f"{where}/config.json: 'sample_size' is {side!r}, "
             f"expected one or two whole numbers up to {MAX_SIDE // factor}"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -13,15 +13,12 @@ from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 from latentrt.runtime.request.options import LONGEST_SEQUENCE, MAX_SIDE
 
-from ..components import Component, Roles, TextEncoder
+from ..components import Checkpoint, Component, Roles, TextEncoder
 from .base import Config, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_vae, natural
 from .flow import FlowFamily
 from .parts import CLIP_TEXT, CLIP_TOKENIZERS, VAE, autoencoder, denoiser_axes, embedding_ranges, known, text_encoder
 from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 TRANSFORMER = Part(
     ("FluxTransformer2DModel",),
@@ -173,16 +170,16 @@ class Flux(FlowFamily):
                 "expected true or false"
             )
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
         """Text encoders, transformer, and both halves of the VAE."""
         if name == "text_encoder":
             outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
-            return text_encoder(source, name, TextEncoder, outputs, generator)
+            return text_encoder(checkpoint, name, TextEncoder, outputs, generator)
         if name == "text_encoder_2":
-            return t5_encoder(source, name, generator)
+            return t5_encoder(checkpoint, name, generator)
         if name != "transformer":
-            return autoencoder(source, name, generator)
-        config = source.configs["transformer"]
+            return autoencoder(checkpoint, name, generator)
+        config = checkpoint.configs["transformer"]
         channels, width = int(config.get("in_channels", 64)) // PATCH**2, int(config.get("joint_attention_dim", 4096))
         example = {
             "sample": torch.randn(2, channels, *_EXAMPLE_SIDES, generator=generator),
@@ -194,10 +191,10 @@ class Flux(FlowFamily):
         if config.get("guidance_embeds", False):
             example["guidance_scale"] = torch.rand(2, generator=generator) * 7
             vectors = (*vectors, "guidance_scale")
-        rotation = Rotation(_axes(config), MAX_SIDE // self.size_multiple(source))
+        rotation = Rotation(_axes(config), MAX_SIDE // self.size_multiple(checkpoint))
         return Component(
             name,
-            FluxDenoiser(source.load(name), rotation),
+            FluxDenoiser(checkpoint.load(name), rotation),
             example,
             denoiser_axes(example),
             ("out_sample",),
@@ -205,28 +202,28 @@ class Flux(FlowFamily):
             Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors),
         )
 
-    def usual(self, source: Source) -> tuple[int, float]:
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
         """28 steps of a model that takes guidance in, 4 of one that knows none."""
-        embedded = source.configs["transformer"].get("guidance_embeds", False)
+        embedded = checkpoint.configs["transformer"].get("guidance_embeds", False)
         return (self.steps, self.guidance) if embedded else (4, 1.0)
 
-    def size_multiple(self, source: Source) -> int:
+    def size_multiple(self, checkpoint: Checkpoint) -> int:
         """Pixels of a token."""
-        return PATCH * super().size_multiple(source)
+        return PATCH * super().size_multiple(checkpoint)
 
-    def size(self, source: Source) -> tuple[int, int]:
+    def size(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """The pipeline's; the configuration names none."""
-        side = _SIDE * latent_factor(source.configs["vae"])
+        side = _SIDE * latent_factor(checkpoint.configs["vae"])
         return side, side
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
         """Of T5's tokens, which are all that the transformer attends to, and of added embeddings."""
-        return {**text_ranges(LONGEST_SEQUENCE), **embedding_ranges(source, "text_encoder")}
+        return {**text_ranges(LONGEST_SEQUENCE), **embedding_ranges(checkpoint, "text_encoder")}
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
         """Whether the transformer takes the scale of guidance in."""
-        embedded = source.configs["transformer"].get("guidance_embeds", False)
-        return {**super().settings(source), "guidance": "embedded" if embedded else "none", "patch": PATCH}
+        embedded = checkpoint.configs["transformer"].get("guidance_embeds", False)
+        return {**super().settings(checkpoint), "guidance": "embedded" if embedded else "none", "patch": PATCH}
 
 
 def _axes(config: Config) -> tuple[int, int, int]:

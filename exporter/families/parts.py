@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,11 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from latentrt.engines.trt import Range
 from latentrt.runtime.text.chunks import MOST_CHUNKS
 
-from ..components import Component, Decoder, Encoder
+from ..components import Checkpoint, Component, Decoder, Encoder
 from .base import Config, Part, latent_factor
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""
@@ -68,7 +65,7 @@ VAE = Part(
     lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
     vae_names,
 )
-LCM_USUAL = (4, 8.5)
+LCM_DEFAULTS = (4, 8.5)
 """Steps and guidance scale of latent consistency models, as in diffusers."""
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
@@ -86,9 +83,9 @@ def known(config: Config, factory: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
 
 
-def autoencoder(source: Source, name: str, generator: torch.Generator) -> Component:
+def autoencoder(checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
     """``vae_decoder`` or ``vae_encoder``."""
-    model, vae = source.load("vae"), source.configs["vae"]
+    model, vae = checkpoint.load("vae"), checkpoint.configs["vae"]
     if name == "vae_decoder":
         latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
         return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": LATENT_AXES}, ("sample",))
@@ -98,14 +95,14 @@ def autoencoder(source: Source, name: str, generator: torch.Generator) -> Compon
 
 
 def text_encoder(
-    source: Source,
+    checkpoint: Checkpoint,
     name: str,
     wrapper: Callable[[nn.Module], nn.Module],
     outputs: Sequence[str],
     generator: torch.Generator,
 ) -> Component:
     """A CLIP text encoder behind ``wrapper``."""
-    config = source.configs[name]
+    config = checkpoint.configs[name]
     length, width = _clip_length(config), int(config.get("hidden_size", 512))
     ids = torch.randint(int(config.get("vocab_size", 49408)), (2, length), generator=generator)
     first = length // 2
@@ -113,7 +110,7 @@ def text_encoder(
     vectors = torch.randn(_EXAMPLE_EMBEDDINGS, width, generator=generator)
     return Component(
         name,
-        wrapper(source.load(name)),
+        wrapper(checkpoint.load(name)),
         {"input_ids": ids, "extra_embeddings": vectors},
         {"input_ids": {0: "batch"}, "extra_embeddings": {0: EMBEDDINGS}},
         tuple(outputs),
@@ -125,36 +122,36 @@ def _clip_length(config: Config) -> int:
     return int(config.get("max_position_embeddings", 77))
 
 
-def clip_ranges(source: Source, name: str) -> Mapping[str, Range]:
+def clip_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
     """Ranges of lengths where nothing but CLIP encodes texts: of states in chunks, and of added vectors.
 
     Args:
-        source: The model.
+        checkpoint: The model.
         name: One of its CLIP text encoders.
     """
-    length = _clip_length(source.configs[name])
-    return {TEXT_LENGTH: Range(length, length, MOST_CHUNKS * length), **embedding_ranges(source, name)}
+    length = _clip_length(checkpoint.configs[name])
+    return {TEXT_LENGTH: Range(length, length, MOST_CHUNKS * length), **embedding_ranges(checkpoint, name)}
 
 
-def embedding_ranges(source: Source, name: str) -> Mapping[str, Range]:
+def embedding_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
     """Range of the number of vectors that a CLIP text encoder takes in addition: as many as there are tokens."""
-    return {EMBEDDINGS: Range(1, 1, _clip_length(source.configs[name]))}
+    return {EMBEDDINGS: Range(1, 1, _clip_length(checkpoint.configs[name]))}
 
 
-def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def unet_inputs(checkpoint: Checkpoint, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Example inputs that every U-Net has.
 
     Args:
-        source: Whose U-Net.
+        checkpoint: Whose U-Net.
         length: Tokens of a text.
         generator: They are drawn from it.
     """
-    unet = source.configs["unet"]
+    unet = checkpoint.configs["unet"]
     # Not divisible by what the U-Net halves: then it passes the size of each skip connection to the upsampling that
     # meets it, and the graph serves every size rather than multiples of that factor alone.
     side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
     width = int(unet.get("cross_attention_dim", 1280))
-    latents = int(source.configs["vae"].get("latent_channels", 4))
+    latents = int(checkpoint.configs["vae"].get("latent_channels", 4))
     masks = int(unet.get("in_channels", 4)) - latents  # the mask, and what is outside of it
     inpaint = {"inpaint": torch.randn(2, masks, side, side + 2, generator=generator)} if masks else {}
     return {
@@ -165,15 +162,15 @@ def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict
     }
 
 
-def guidance_input(source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+def guidance_input(checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
     """Example of the embedded guidance scale, for a U-Net that takes it; a U-Net's last input."""
-    width = source.configs["unet"].get("time_cond_proj_dim")
+    width = checkpoint.configs["unet"].get("time_cond_proj_dim")
     return {} if width is None else {"timestep_cond": torch.rand(2, int(width), generator=generator) * 2 - 1}
 
 
-def guidance_kind(source: Source) -> str:
+def guidance_kind(checkpoint: Checkpoint) -> str:
     """One of :data:`latentrt.runtime.families.base.GUIDANCE`."""
-    return "classifier-free" if source.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
+    return "classifier-free" if checkpoint.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
 
 
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:

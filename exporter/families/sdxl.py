@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 
-from ..components import Component, Roles, embeddings_added
+from ..components import Checkpoint, Component, Roles, embeddings_added
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
-    LCM_USUAL,
+    LCM_DEFAULTS,
     UNET,
     VAE,
     autoencoder,
@@ -31,9 +31,6 @@ from .parts import (
     text_encoder,
     unet_inputs,
 )
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 CLIP_TEXT_PROJECTED = Part(
     ("CLIPTextModelWithProjection",),
@@ -180,42 +177,42 @@ class StableDiffusionXl(Family):
         check_size("unet", unet, latent_factor(vae))
         check_guidance(unet)
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
         """Two text encoders, U-Net, and both halves of the VAE."""
         if name.startswith("text_encoder"):
             outputs = (*STATES, "text_embeds") if name == "text_encoder_2" else STATES
-            return text_encoder(source, name, HiddenStates, outputs, generator)
+            return text_encoder(checkpoint, name, HiddenStates, outputs, generator)
         if name != "unet":
-            return autoencoder(source, name, generator)
-        example = self.denoiser_inputs(source, generator)
-        example |= guidance_input(source, generator)
+            return autoencoder(checkpoint, name, generator)
+        example = self.denoiser_inputs(checkpoint, generator)
+        example |= guidance_input(checkpoint, generator)
         vectors = tuple(name for name in (*self.vectors, "timestep_cond") if name in example)
-        masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
+        masks = ("inpaint",) if inpaints(checkpoint.configs["unet"], checkpoint.configs["vae"]) else ()
         roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors, masks)
-        unet = source.load(name)
+        unet = checkpoint.load(name)
         module = SizedInpaintingDenoiser(unet) if masks else SizedDenoiser(unet)
         keep = frozenset({"timestep", "time_ids"})
         return Component(name, module, example, denoiser_axes(example), ("out_sample",), keep, roles)
 
-    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
+    def denoiser_inputs(self, checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
         """Latents, timesteps, texts, and the numbers that the U-Net is told."""
-        text = source.configs["text_encoder_2"]
-        example = unet_inputs(source, int(text.get("max_position_embeddings", 77)), generator)
+        text = checkpoint.configs["text_encoder_2"]
+        example = unet_inputs(checkpoint, int(text.get("max_position_embeddings", 77)), generator)
         example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
         example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
         return example
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
         """Of texts in chunks, and of added embeddings."""
-        return clip_ranges(source, "text_encoder_2")
+        return clip_ranges(checkpoint, "text_encoder_2")
 
-    def usual(self, source: Source) -> tuple[int, float]:
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
         """Those of latent consistency models for one that takes the scale in."""
-        return LCM_USUAL if guidance_kind(source) == "embedded" else super().usual(source)
+        return LCM_DEFAULTS if guidance_kind(checkpoint) == "embedded" else super().defaults(checkpoint)
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
         """Whether an empty negative prompt is not encoded, but all zeros."""
-        zeros = source.index.get("force_zeros_for_empty_prompt", True)
+        zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
         if not isinstance(zeros, bool):
             raise SourceError(f"model_index.json: 'force_zeros_for_empty_prompt' is {zeros!r}, expected true or false")
-        return {"guidance": guidance_kind(source), "force_zeros_for_empty_prompt": zeros}
+        return {"guidance": guidance_kind(checkpoint), "force_zeros_for_empty_prompt": zeros}

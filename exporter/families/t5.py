@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 from latentrt.runtime.request.options import LONGEST_SEQUENCE
 
-from ..components import Component
+from ..components import Checkpoint, Component
 from .base import Config, Part, TokenizerPart
 from .checks import natural
 from .parts import LENGTH, TEXT_LENGTH, known
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 _TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _EXAMPLE_LENGTH = 22
@@ -72,13 +69,13 @@ def check_t5(where: str, config: Config, width: int) -> None:
         raise SourceError(f"the states of {where} are {own} wide, but the transformer takes {width}")
 
 
-def t5_encoder(source: Source, name: str, generator: torch.Generator) -> Component:
+def t5_encoder(checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
     """A T5 text encoder, for texts of any length."""
-    rows = int(source.configs[name].get("vocab_size", 32128))
+    rows = int(checkpoint.configs[name].get("vocab_size", 32128))
     ids = torch.randint(rows, (2, _EXAMPLE_LENGTH), generator=generator)
     axes = {0: "batch", 1: LENGTH}
     return Component(
-        name, T5Encoder(source.load(name)), {"input_ids": ids}, {"input_ids": axes}, ("last_hidden_state",)
+        name, T5Encoder(checkpoint.load(name)), {"input_ids": ids}, {"input_ids": axes}, ("last_hidden_state",)
     )
 
 

@@ -25,7 +25,7 @@ from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.exporter.families import PIPELINES
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.targets import PORTABLE
-from latentrt.exporter.model import load_component
+from latentrt.exporter.model import Model
 from latentrt.exporter.source import single_file
 from latentrt.exporter.source.opening import Reading, open_source
 from latentrt.exporter.source.single_file import Checkpoint, Header, recognise
@@ -134,9 +134,9 @@ def test_graphs_are_those_of_the_directory(checkpoints: Files, tiny: Any, shared
     bundle, directory = Bundle.open(tiny.bundle("sd1")), open_source(tiny.source("sd1"))
     source = open_source(checkpoints("sd1"), Reading(config=tiny.source("sd1")))
     for name in source.components:
-        keys = {shared_exports.key(load_component(each, name), PORTABLE) for each in (source, directory)}
+        keys = {shared_exports.key(Model(each).load_component(name), PORTABLE) for each in (source, directory)}
         assert len(keys) == 1, name
-    graph = export_component(load_component(source, "text_encoder"), PORTABLE, tmp_path)
+    graph = export_component(Model(source).load_component("text_encoder"), PORTABLE, tmp_path)
     assert graph == bundle.graph("text_encoder", PORTABLE.name)
     for file in (graph.file, *graph.external):
         assert (tmp_path / file).read_bytes() == bundle.file(file).read_bytes()
