@@ -22,7 +22,7 @@ from latentrt.runtime.bundle import manifest as m
 
 @contextmanager
 def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tensor) -> Iterator[Tensor]:
-    """Let a CLIP text encoder read vectors that its table of tokens does not have.
+    """Let a CLIP text encoder read vectors that its table of tokens does not have, inside a with statement.
 
     Args:
         model: The text encoder.
@@ -30,8 +30,8 @@ def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tens
         extra_embeddings: The vectors ``[count, width]``, one at least.
 
     Yields:
-        Ids to give the model meanwhile. In place of an added vector's there is 0, which is not the end of a text: the
-        pooled state is that of the first end-of-text token, which some models find as the largest id.
+        Ids to give to the model inside the with statement. An added vector has the id 0, which is not the end of a
+        prompt: the pooled state is that of the first end-of-text token, which some models find as the largest id.
     """
     added = input_ids < 0
     rows = (-1 - input_ids).clamp(min=0)
@@ -70,7 +70,7 @@ class TextEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states to a prediction like latents."""
+    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]`` and text states to a prediction."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
     ) -> Tensor:
-        """Predict noise, velocity or sample, as the model was trained; one that was distilled is told the guidance."""
+        """Predict noise, velocity or sample, as the model was trained; ``timestep_cond`` embeds the guidance scale."""
         prediction: Tensor = self.unet(
             sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
         )[0]
@@ -87,9 +87,10 @@ class Denoiser(nn.Module):
 
 
 class InpaintingDenoiser(nn.Module):
-    """U-Net that was made for inpainting: its latents, the mask and what is outside of it are joined by channel.
+    """U-Net that was made for inpainting: latents, mask and latents of the masked image are joined by channel.
 
-    Takes ``inpaint``, ``[batch, 1 + channels, h, w]``, after the latents, and then what any :class:`Denoiser` takes.
+    It takes ``inpaint``, ``[batch, 1 + channels, h, w]``, after the latents, and then the other inputs of
+    :class:`Denoiser`.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -97,7 +98,7 @@ class InpaintingDenoiser(nn.Module):
         self.denoiser = Denoiser(unet)
 
     def forward(self, sample: Tensor, inpaint: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Predict as the denoiser does."""
+        """Predict as :class:`Denoiser` does."""
         prediction: Tensor = self.denoiser(torch.cat([sample, inpaint], dim=1), timestep, encoder_hidden_states)
         return prediction
 
@@ -130,17 +131,18 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Roles:
-    """What the inputs of a denoiser are, so that its loop can be compiled.
+    """The part that each input of a denoiser plays, so that its loop can be compiled.
 
     Attributes:
         sample: The latents.
         prediction: The output.
-        conditioning: Inputs that stay the same throughout a request.
+        conditioning: Inputs that depend on prompts and options, and stay the same throughout a request.
         time: Inputs that change with the step alone.
-        vectors: The inputs among ``conditioning`` with one vector a row.
+        vectors: Those inputs among ``conditioning`` that have one vector a row.
         latents: Inputs like the latents that stay the same throughout a request, with one row a sample.
-        beside: Further inputs that go with the latents.
-        residuals: Of a ControlNet its outputs, with channels and the names of height and width; it has no prediction.
+        beside: Further inputs with one row a sample that go with the latents.
+        residuals: Outputs of a ControlNet, with channels and the names of height and width. A ControlNet has no
+            prediction.
     """
 
     sample: str
@@ -155,16 +157,16 @@ class Roles:
 
 @dataclass(frozen=True)
 class Component:
-    """A module to export with all that the exporter must know.
+    """A module to export, with all that decides its graph.
 
     Attributes:
-        name: Folder in the bundle.
+        name: Its name, which is that of its folder in the bundle.
         module: fp32, on the CPU, in evaluation mode.
         example: Inputs by name at a small size; floating-point ones are fp32.
-        dynamic: For each input the names of its dimensions of variable length.
+        dynamic: For each input the names of its dimensions of variable length, by axis.
         outputs: Names of the outputs.
         keep_fp32: Inputs that stay fp32 at any precision.
-        roles: For the denoiser, or a ControlNet, which is then also exported in stages.
+        roles: Roles of the inputs of a denoiser or ControlNet; a component with roles is exported in stages too.
     """
 
     name: str
@@ -181,7 +183,7 @@ class Checkpoint(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call the model."""
+        """The name that messages use."""
         ...
 
     @property
@@ -204,10 +206,10 @@ class Checkpoint(Protocol):
 
 
 class AdaptedCheckpoint(Checkpoint, Protocol):
-    """A checkpoint with its adapters, as an adapter sees it that needs a component of the model."""
+    """A checkpoint with its adapters, whose components an adapter may ask for."""
 
     def load_component(self, name: str, *, seed: int = 0) -> Component:
-        """Build a component, with what all adapters do to it; example inputs are drawn from the seed.
+        """Build a component, which every adapter has extended; its example inputs are drawn from the seed.
 
         Raises:
             SourceError: if there is no such component, or it cannot be built.
@@ -234,7 +236,7 @@ class Adapter(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed while the files were read, a sentence each."""
+        """Assumptions that reading the files took, a sentence each."""
         return ()
 
     @property
@@ -260,10 +262,10 @@ class Adapter(ABC):
         raise SourceError(f"the adapter changes no weights of {part!r}")
 
     def extend(self, component: Component, generator: torch.Generator) -> Component:
-        """A component of the model's own with what the adapter adds to it; the component itself if that is nothing.
+        """A component of the model's own, extended; the same component if the adapter adds nothing to it.
 
         Args:
-            component: What the family or an earlier adapter made.
+            component: The component of the family, which earlier adapters have extended.
             generator: Example values of new inputs are drawn from it.
 
         Raises:
@@ -300,7 +302,7 @@ class Adapter(ABC):
             For each of :attr:`twins` the whole graph and its last stage, by name.
 
         Raises:
-            ExportError: if the denoiser's graph has no place for what the twin takes.
+            ExportError: if the denoiser's graph has no place for the twin's further inputs.
         """
         return {}
 

@@ -20,11 +20,11 @@ from .source.source import Source
 
 @dataclass(frozen=True)
 class Model:
-    """A source with adapters; it is a checkpoint as the source is, with what the adapters change.
+    """A source with adapters: a checkpoint with the adapters' changes in its weights and components.
 
     Attributes:
         source: The checked model.
-        adapters: What goes into it or beside it. Each works on what those before it left.
+        adapters: Adapters of the source, in the order in which they change it.
         dtype: Element type that weights are loaded in.
     """
 
@@ -34,7 +34,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What messages call the model."""
+        """The name that messages use."""
         return self.source.name
 
     @property
@@ -54,12 +54,12 @@ class Model:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed while the files were read, a sentence each."""
+        """Assumptions that reading the files took, a sentence each."""
         return (*self.source.notes, *(note for adapter in self.adapters for note in adapter.notes))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the export: the source's, and that of each adapter on top of it."""
+        """SHA-256 over all that decides the export: the source, and each adapter in its turn."""
         fingerprint = self.source.fingerprint
         for adapter in self.adapters:
             fingerprint = hashlib.sha256(f"{fingerprint}{adapter.fingerprint}".encode()).hexdigest()

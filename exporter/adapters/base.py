@@ -1,4 +1,4 @@
-"""What a caller gives for an adapter: the base of all kinds, their command-line options, and checks that they share."""
+"""Files of an adapter as a caller gives them: the base of all kinds, command-line options, and shared checks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AdapterFiles(ABC):
     """Files of one kind of adapter, not yet read; :meth:`open` checks them against a source."""
 
     title: ClassVar[str]
-    """What messages call one of the kind, with its article."""
+    """One of the kind with its article, as messages begin with it."""
     options: ClassVar[tuple[Option, ...]]
     """Command-line options that name the files."""
     controls: ClassVar[bool] = False
@@ -90,8 +90,8 @@ def require_directory(path: Path, title: str) -> None:
     """Refuse a path that is no directory.
 
     Args:
-        path: What was given.
-        title: What the message calls it.
+        path: The path.
+        title: A word for it, for the message.
 
     Raises:
         SourceError: saying whether there is nothing or something else.

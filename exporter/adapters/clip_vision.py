@@ -17,17 +17,17 @@ from ..source.weights import assign, empty_module
 STEM = "model"
 """Name of its files of weights, without ending."""
 DEFAULT_SIDE = 224
-"""Pixels a side of the pictures that it takes, where a configuration is silent."""
+"""Pixels a side of the images that it takes, where a configuration does not say."""
 
 _LARGEST_SIDE = 1024  # pixels
 
 
 def check_vision(name: str, config: Mapping[str, Any]) -> None:
-    """Check the configuration of a vision tower, whose bounds were checked.
+    """Check the configuration of a vision tower; its numbers must be within bounds already.
 
     Args:
-        name: Its directory's name.
-        config: As of transformers' ``CLIPVisionConfig``.
+        name: Name of its directory.
+        config: Entries of transformers' ``CLIPVisionConfig``.
 
     Raises:
         SourceError: naming the first thing that is wrong.
@@ -55,7 +55,7 @@ def empty_vision(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def load_vision(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A tower that gives ``image_embeds`` ``[batch, projection_dim]`` of pictures ``[batch, 3, side, side]``.
+    """A tower that gives ``image_embeds`` ``[batch, projection_dim]`` of images ``[batch, 3, side, side]``.
 
     Raises:
         SourceError: if configuration and weights do not fit each other.

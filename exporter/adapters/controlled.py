@@ -88,7 +88,7 @@ def export_controlled(
     """Give the denoiser's whole graph and its step a twin each that takes residuals; both use the file of weights.
 
     Args:
-        name: Of the twin.
+        name: Name of the twin.
         shapes: The denoiser's residuals.
         whole: Its exported graph.
         step: Its last stage.

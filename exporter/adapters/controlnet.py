@@ -38,7 +38,7 @@ _CLASS = "ControlNetModel"
 _STEM = "diffusion_pytorch_model"
 _MOST_LEVELS, _MOST_WIDTH = 7, 10**4
 _MOST_CONTROLNETS = 16
-# What a ControlNet and its U-Net must agree in, with the values that diffusers takes where a configuration is silent.
+# Entries that a ControlNet and its U-Net must agree in, with diffusers' values where a configuration has none.
 _AGREED: Mapping[str, object] = {
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 1280,
@@ -53,7 +53,7 @@ class ControlNetFile:
     """A ControlNet to build in.
 
     Attributes:
-        name: What requests call it: lower-case letters, digits and dashes.
+        name: The name that requests use: lower-case letters, digits and dashes.
         path: A diffusers directory of the ControlNet alone.
     """
 
@@ -168,7 +168,7 @@ class ControlNet:
     """A checked ControlNet of a source.
 
     Attributes:
-        name: What requests call it.
+        name: The name that requests use.
         path: Its directory.
         config: Its ``config.json``.
         digest: SHA-256 over name, configuration and weights.

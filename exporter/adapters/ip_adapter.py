@@ -44,7 +44,7 @@ class IpAdapterFiles(AdapterFiles):
 
     Attributes:
         adapter: A safetensors file.
-        encoder: A directory of the CLIP image encoder that it was made with.
+        encoder: A directory of the CLIP image encoder that the adapter was trained with.
     """
 
     title: ClassVar[str] = "an IP-Adapter"
@@ -317,7 +317,7 @@ def _check_tensors(
 
 
 def _widths(unet: Any) -> dict[str, int]:
-    """By name of a cross-attention's processor, the width of its keys, in the order in which adapters have them."""
+    """Widths of keys by name of a cross-attention's processor, in the order in which adapters have them."""
     names = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     return {name: int(unet.get_submodule(name.removesuffix(".processor")).to_k.out_features) for name in names}
 

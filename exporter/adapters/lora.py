@@ -52,7 +52,7 @@ class Loras(Adapter):
     """LoRAs that fit a source.
 
     Attributes:
-        contents: What each of them changes.
+        contents: Contents of each file: factors by part and layer, and the scale.
     """
 
     contents: tuple[lora.Lora, ...]

@@ -1,8 +1,8 @@
-"""A safety checker beside a model: it looks at finished pictures, whatever drew them.
+"""A safety checker beside a model: it looks at finished images, whatever model drew them.
 
-diffusers' ``StableDiffusionSafetyChecker``: a CLIP vision tower, whose embedding of a picture is compared with those of
-17 concepts and 3 that call for special care (Rando et al. 2022, arXiv 2210.04610, describe it). The graph gives how far
-each cosine is above its threshold; :mod:`latentrt.runtime.output.safety_checker` makes the verdict of that.
+diffusers' ``StableDiffusionSafetyChecker`` compares CLIP's embedding of an image with embeddings of 17 concepts, and of
+3 that call for special care (Rando et al. 2022, arXiv 2210.04610, describe it). The graph computes how far each cosine
+is above its threshold; :mod:`latentrt.runtime.output.safety_checker` makes the verdict of that.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ class SafetyCheckerFiles(AdapterFiles):
 
 
 class SafetyScores(nn.Module):
-    """Pictures ``[batch, 3, side, side]``, normalised, to how far they are above thresholds, ``[batch, concepts]``.
+    """Images ``[batch, 3, side, side]``, normalised, to how far they are above thresholds, ``[batch, concepts]``.
 
-    Embeddings and thresholds of concepts are constants rather than weights: they stay fp32 at any precision, and so
-    does what is computed with them.
+    Embeddings and thresholds of concepts are constants rather than weights. So they stay fp32 at any precision, as do
+    the cosines.
 
     Args:
         tower: CLIP's vision tower with its projection.
         concepts: Embeddings of the concepts ``[concepts, width]``, and of those that call for special care.
-        thresholds: Of each of them ``[concepts]``.
-        mean: Mean by channel that the tower's pictures are normalised with, in place of CLIP's.
-        deviation: Likewise the standard deviation.
+        thresholds: Thresholds of both ``[concepts]``.
+        mean: Mean of each channel that the tower's images are normalised with, in place of CLIP's.
+        deviation: Standard deviation of each channel that they are normalised with.
     """
 
     def __init__(
@@ -94,14 +94,15 @@ class SafetyScores(nn.Module):
         self.tower: Any = tower
         self.directions = [normalize(each.float()) for each in concepts]
         self.thresholds = [each.float() for each in thresholds]
-        self.usual = (mean, deviation) == (MEAN, DEVIATION)
-        usual, own = (torch.tensor(each, dtype=torch.float64) for each in ((MEAN, DEVIATION), (mean, deviation)))
-        self.factor = (usual[1] / own[1]).float()[:, None, None]
-        self.shift = ((usual[0] - own[0]) / own[1]).float()[:, None, None]
+        # The runtime normalises as CLIP does; a checker that wants other numbers corrects them in its graph.
+        self.as_clip = (mean, deviation) == (MEAN, DEVIATION)
+        clip, own = (torch.tensor(each, dtype=torch.float64) for each in ((MEAN, DEVIATION), (mean, deviation)))
+        self.factor = (clip[1] / own[1]).float()[:, None, None]
+        self.shift = ((clip[0] - own[0]) / own[1]).float()[:, None, None]
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Compare with the concepts, and with those that call for special care."""
-        if not self.usual:
+        if not self.as_clip:
             pixel_values = (pixel_values.float() * self.factor + self.shift).to(pixel_values.dtype)
         embedded = normalize(self.tower(pixel_values).image_embeds.float())
         concepts, special = (
@@ -118,10 +119,10 @@ class SafetyChecker(Adapter):
     Attributes:
         path: Its directory.
         vision: Configuration of its vision tower.
-        mean: Mean by channel that its pictures are normalised with.
-        deviation: Likewise the standard deviation.
-        names: By name of a tensor in the tower or of a concept's, its name in the files.
-        assumed: What was assumed, a sentence each.
+        mean: Mean of each channel that its images are normalised with.
+        deviation: Standard deviation of each channel that they are normalised with.
+        names: Names of tensors in the files, by their names in the tower or among the concepts.
+        assumed: Assumptions, a sentence each.
         digest: SHA-256 over configurations and weights.
     """
 
@@ -141,7 +142,7 @@ class SafetyChecker(Adapter):
             given: Its directory, or that of a model that has one as ``safety_checker``.
 
         Raises:
-            SourceError: if it is none, is damaged, or wants pictures prepared otherwise than CLIP's.
+            SourceError: if it is none, is damaged, or wants images prepared otherwise than CLIP's.
         """
         require_directory(given, "safety checker")
         path = given / SAFETY_CHECKER if (given / SAFETY_CHECKER).is_dir() else given
@@ -227,8 +228,8 @@ def _vision_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preparation(file: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that pictures are normalised with; all else must be as CLIP's pictures are prepared."""
-    config, where = read_json(file, "it says how pictures are prepared"), f"{file.parent.name}/{file.name}"
+    """Mean and deviation that images are normalised with; every other setting must be that of CLIP."""
+    config, where = read_json(file, "it says how images are prepared"), f"{file.parent.name}/{file.name}"
     check_bounds(config, where)
     expected: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), (True,)),
@@ -248,17 +249,17 @@ def _preparation(file: Path, side: int) -> tuple[tuple[float, ...], tuple[float,
     return mean, deviation
 
 
-def _channels(where: str, config: Mapping[str, Any], key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+def _channels(where: str, config: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     value = config.get(key)
     if value is None:
-        return usual
+        return default
     if not isinstance(value, list) or len(value) != 3 or not all(is_number(each) for each in value):
         raise SourceError(f"{where}: {key!r} is {value!r}, expected three numbers")
     return tuple(float(each) for each in value)
 
 
 def _names(name: str, files: list[Path], vision: Mapping[str, Any]) -> dict[str, str]:
-    """By name of each tensor that is needed, its name in the files, which hold it with the right shape."""
+    """Names in the files of each tensor that is needed, by the name that it has here; all have the right shape."""
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with opened(file) as content:

@@ -65,7 +65,7 @@ class TinyDecoder(nn.Module):
     Args:
         vae: The autoencoder.
         scaling: Factor between its own latents and those of the denoiser: 1 for one trained on the denoiser's.
-        shift: What is subtracted from its own latents before that.
+        shift: Number that is subtracted from its own latents before that.
     """
 
     def __init__(self, vae: nn.Module, scaling: float, shift: float) -> None:

@@ -1,4 +1,4 @@
-"""Directories of ONNX graphs that Optimum exported: taken over as they are, without stages."""
+"""Taking over directories of ONNX graphs that Optimum exported: they are copied, and have no stages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PRECISIONS = {
     TensorProto.UINT8: "int8",
 }
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
-_TOKENS, _LATENTS = 77, 4  # what the trial of a graph takes for lengths that it leaves open
+_TOKENS, _LATENTS = 77, 4  # lengths that the trial of a graph takes where the graph leaves them open
 
 WARNING = (
     "graphs are taken over as they were exported, without stages: the loop is plain, and nothing is shared between "
@@ -51,7 +51,7 @@ WARNING = (
 
 @dataclass
 class _Adopted:
-    """Graphs that were copied, and what made them."""
+    """Graphs that were copied, and versions of the tools that made them."""
 
     graphs: dict[str, Graph] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def _copy(folders: GraphFolders, name: str, directory: Path, adopted: _Adopted) 
 
 
 def _precision(model: Any) -> str:
-    """What most of the weights are."""
+    """The precision of most of the weights."""
     sizes: dict[str, int] = {}
     for weight in model.graph.initializer:
         if weight.data_type in _PRECISIONS:
@@ -209,8 +209,8 @@ def _try(source: Source, name: str, graph: Graph, path: Path) -> None:
     side = _LATENTS * 2 ** len(unet["block_out_channels"])
     feeds = {}
     for spec in graph.inputs:
-        usual = lengths.get(spec.name, (2 if name == source.family.denoiser else 1, 1, side, side))
-        shape = [length if isinstance(length, int) else usual[axis] for axis, length in enumerate(spec.shape)]
+        default = lengths.get(spec.name, (2 if name == source.family.denoiser else 1, 1, side, side))
+        shape = [length if isinstance(length, int) else default[axis] for axis, length in enumerate(spec.shape)]
         feeds[spec.name] = np.zeros(shape, spec.dtype)
     try:
         with OnnxRuntimeEngine(path, label=f"{name} of {source.name}") as engine:

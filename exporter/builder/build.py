@@ -88,7 +88,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter | None = None) -> Bui
     """Export what is missing, write the bundle, and compile engines into it.
 
     Args:
-        request: What to build.
+        request: The source, the bundle, and all settings.
         reporter: Receives the progress of the build; ``None`` reports to nobody.
 
     Raises:

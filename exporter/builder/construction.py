@@ -42,7 +42,7 @@ def loaded_as(model: Model, precisions: Collection[str], verify: bool) -> Model:
 
     Args:
         model: The model.
-        precisions: Of the graphs to export.
+        precisions: Precisions of the graphs to export.
         verify: Whether they are compared with torch.
     """
     only = next(iter(precisions)) if len(set(precisions)) == 1 else "fp32"
@@ -202,7 +202,7 @@ class Construction:
             engine: The engine that draws them.
             precision: The precision that it computes in.
             calibration: The prompts.
-            size: Of the images.
+            size: Size of the images.
             accept: Take them even if they are below the gate.
 
         Raises:
@@ -220,7 +220,7 @@ class Construction:
         self.reporter.result(f"{judged}, {time.perf_counter() - start:.1f} s")
 
     def drop(self, form: Form) -> None:
-        """Take a form out again, with its files."""
+        """Remove a form again, with those files that no other form uses."""
         dropped = [graphs.pop(form.name) for graphs in self.graphs.values() if form.name in graphs]
         kept = [graph for graphs in self.graphs.values() for graph in graphs.values()]
         used = {file for graph in kept for file in (graph.file, *graph.external)}

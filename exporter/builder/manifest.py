@@ -24,12 +24,12 @@ def tool_versions(tools: Sequence[str] = EXPORT_TOOLS) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ManifestFactory:
-    """All that a manifest says of a model whatever its graphs are.
+    """Makes manifests of a model: all entries but those of its graphs, tokenizers and figures are the same.
 
     Attributes:
         model: The model.
         defaults: Options of a request that names none.
-        tools: Versions of what made the graphs.
+        tools: Versions of the packages that made the graphs.
     """
 
     model: Model
@@ -61,7 +61,7 @@ class ManifestFactory:
         Args:
             components: Components with their graphs, by name.
             tokenizers: Tokenizers that the bundle holds, by name.
-            quality: What was measured of the graphs.
+            quality: Figures of the graphs, see :class:`latentrt.runtime.bundle.manifest.Manifest`.
         """
         source, family = self.model.source, self.model.family
         return m.Manifest(

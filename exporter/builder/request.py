@@ -33,7 +33,7 @@ _MOST_STEPS, _MOST_GUIDANCE = 10_000, 1000  # as in a manifest
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build, and how.
+    """A source, the bundle to build of it, and all settings of the build.
 
     Attributes:
         source: A diffusers directory, a single-file checkpoint, or the name of a model on a hub.
@@ -64,7 +64,7 @@ class BuildRequest:
             that want their images checked.
         adapters: Files of adapters of any kind, at most one entry of a kind; a kind that one of the five fields above
             names is not given here too.
-        reading: What the source does not say itself.
+        reading: Settings that the source does not have itself.
     """
 
     source: Path

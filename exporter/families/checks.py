@@ -64,10 +64,10 @@ def check_blocks(where: str, config: Config) -> None:
 
 
 def check_guidance(unet: Config) -> None:
-    """Check the input of a U-Net that takes the scale of guidance in, as latent consistency models do.
+    """Check the input for the guidance scale of a U-Net that takes it, as latent consistency models do.
 
     Raises:
-        SourceError: if it has a wrong number for that.
+        SourceError: if the width of that input is none that a scale can be embedded in.
     """
     if unet.get("time_cond_proj_dim") is not None:
         width = natural("unet", unet, "time_cond_proj_dim", 256)
@@ -79,7 +79,7 @@ def check_clip(where: str, config: Config) -> int:
     """Check a CLIP text encoder, and return the width of its states.
 
     Raises:
-        SourceError: if a number is none.
+        SourceError: if a number is missing or not above zero.
     """
     for key, default in (("max_position_embeddings", 77), ("vocab_size", 49408), ("num_hidden_layers", 12)):
         natural(where, config, key, default)
@@ -87,7 +87,7 @@ def check_clip(where: str, config: Config) -> int:
 
 
 def inpaints(unet: Config, vae: Config) -> bool:
-    """Whether a U-Net takes the mask and what is outside of it besides the latents."""
+    """Whether a U-Net takes a mask and the latents of the masked image after the latents."""
     channels = natural("vae", vae, "latent_channels", 4)
     return natural("unet", unet, "in_channels", 4) == 2 * channels + 1
 
@@ -96,28 +96,26 @@ def check_unet_channels(unet: Config, vae: Config) -> None:
     """Check that a U-Net takes the VAE's latents, alone or for inpainting.
 
     Raises:
-        SourceError: if it does not, or for inpainting and with a scale of guidance.
+        SourceError: if it does not, or if it is one for inpainting that takes the guidance scale too.
     """
     if not inpaints(unet, vae):
         check_vae(vae, natural("unet", unet, "in_channels", 4))
         return
     check_vae(vae, natural("vae", vae, "latent_channels", 4))
     if unet.get("time_cond_proj_dim") is not None:
-        raise SourceError(
-            "unet/config.json: a U-Net for inpainting that takes the scale of guidance in is not supported"
-        )
+        raise SourceError("unet/config.json: a U-Net for inpainting that takes the guidance scale is not supported")
 
 
 def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
-    """Check a VAE whose blocks are sound.
+    """Check the latents of a VAE; its blocks must have been checked.
 
     Args:
         vae: Its configuration.
-        channels: Of the latents that the denoiser takes.
-        denoiser: What it is called in messages.
+        channels: Channels of the latents that the denoiser takes.
+        denoiser: A word for the denoiser, for messages.
 
     Raises:
-        SourceError: if its latents have another number, or are scaled in a way that is not known.
+        SourceError: if its latents have another number of channels, or are scaled in a way that is not known.
     """
     latents = natural("vae", vae, "latent_channels", 4)
     if latents != channels:
@@ -140,7 +138,7 @@ def check_size(where: str, config: Config, factor: int) -> None:
     """Check the size of latents that a denoiser was trained on.
 
     Raises:
-        SourceError: if a picture of it would be too large.
+        SourceError: if an image of that size would be too large.
     """
     side = config.get("sample_size") or 64
     sides = side if isinstance(side, list) and len(side) == 2 else [side]

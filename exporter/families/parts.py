@@ -1,4 +1,4 @@
-"""Parts that families share: what a source loads, and the components that are made of it."""
+"""Parts that families share, and the components that are made of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .base import Config, Part, latent_factor
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""
 LENGTH, TEXT_LENGTH, EMBEDDINGS = "length", "text_length", "embeddings"
-"""Names of lengths that vary besides: tokens that T5 takes, states of a text that a denoiser takes, and vectors that a
+"""Names of other lengths that vary: tokens that T5 takes, states of a prompt that a denoiser takes, and vectors that a
 CLIP text encoder takes in addition to those of its table."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_PICTURE = {0: "batch", 2: "height", 3: "width"}
+_IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 def clip_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -77,21 +77,21 @@ _SWITCHES = {
 
 
 def known(config: Config, factory: Any) -> dict[str, Any]:
-    """The entries of ``config`` that are constructor parameters, without private ones and library switches."""
+    """Entries of a configuration that are parameters of a constructor, without private ones and library switches."""
     names = {name for name, p in inspect.signature(factory).parameters.items() if p.kind is not p.VAR_KEYWORD}
     names |= set(getattr(factory, "__annotations__", {}))
     return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
 
 
 def autoencoder(checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
-    """``vae_decoder`` or ``vae_encoder``."""
+    """The component ``vae_decoder`` or ``vae_encoder``, with an example drawn from ``generator``."""
     model, vae = checkpoint.load("vae"), checkpoint.configs["vae"]
     if name == "vae_decoder":
         latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
         return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": LATENT_AXES}, ("sample",))
     factor = latent_factor(vae)
     pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator) * 2 - 1
-    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _PICTURE}, ("latent_parameters",))
+    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _IMAGE_AXES}, ("latent_parameters",))
 
 
 def text_encoder(
@@ -101,7 +101,15 @@ def text_encoder(
     outputs: Sequence[str],
     generator: torch.Generator,
 ) -> Component:
-    """A CLIP text encoder behind ``wrapper``."""
+    """The component of a CLIP text encoder, with an example drawn from ``generator``.
+
+    Args:
+        checkpoint: The model.
+        name: The text encoder.
+        wrapper: Makes the module to export of the text encoder.
+        outputs: Names of the module's outputs.
+        generator: Ids and added vectors are drawn from it.
+    """
     config = checkpoint.configs[name]
     length, width = _clip_length(config), int(config.get("hidden_size", 512))
     ids = torch.randint(int(config.get("vocab_size", 49408)), (2, length), generator=generator)
@@ -118,12 +126,12 @@ def text_encoder(
 
 
 def _clip_length(config: Config) -> int:
-    """Tokens of a CLIP text encoder."""
+    """Tokens that a CLIP text encoder takes at once."""
     return int(config.get("max_position_embeddings", 77))
 
 
 def clip_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
-    """Ranges of lengths where nothing but CLIP encodes texts: of states in chunks, and of added vectors.
+    """Ranges of lengths where CLIP alone encodes prompts: of states in chunks, and of added vectors.
 
     Args:
         checkpoint: The model.
@@ -134,7 +142,7 @@ def clip_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
 
 
 def embedding_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
-    """Range of the number of vectors that a CLIP text encoder takes in addition: as many as there are tokens."""
+    """Range of the number of vectors that are added to a CLIP text encoder: up to one for each token."""
     return {EMBEDDINGS: Range(1, 1, _clip_length(checkpoint.configs[name]))}
 
 
@@ -142,17 +150,17 @@ def unet_inputs(checkpoint: Checkpoint, length: int, generator: torch.Generator)
     """Example inputs that every U-Net has.
 
     Args:
-        checkpoint: Whose U-Net.
-        length: Tokens of a text.
-        generator: They are drawn from it.
+        checkpoint: The model.
+        length: Tokens of a prompt.
+        generator: The inputs are drawn from it.
     """
     unet = checkpoint.configs["unet"]
-    # Not divisible by what the U-Net halves: then it passes the size of each skip connection to the upsampling that
+    # A side that does not halve evenly: then the U-Net passes the size of each skip connection to the upsampling that
     # meets it, and the graph serves every size rather than multiples of that factor alone.
     side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
     width = int(unet.get("cross_attention_dim", 1280))
     latents = int(checkpoint.configs["vae"].get("latent_channels", 4))
-    masks = int(unet.get("in_channels", 4)) - latents  # the mask, and what is outside of it
+    masks = int(unet.get("in_channels", 4)) - latents  # the mask, and latents of the masked image
     inpaint = {"inpaint": torch.randn(2, masks, side, side + 2, generator=generator)} if masks else {}
     return {
         "sample": torch.randn(2, latents, side, side + 2, generator=generator),
@@ -163,17 +171,17 @@ def unet_inputs(checkpoint: Checkpoint, length: int, generator: torch.Generator)
 
 
 def guidance_input(checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
-    """Example of the embedded guidance scale, for a U-Net that takes it; a U-Net's last input."""
+    """Example of the embedded guidance scale, the last input of a U-Net that takes it; empty for any other U-Net."""
     width = checkpoint.configs["unet"].get("time_cond_proj_dim")
     return {} if width is None else {"timestep_cond": torch.rand(2, int(width), generator=generator) * 2 - 1}
 
 
 def guidance_kind(checkpoint: Checkpoint) -> str:
-    """One of :data:`latentrt.runtime.families.base.GUIDANCE`."""
+    """How a U-Net is guided: one of :data:`latentrt.runtime.families.base.GUIDANCE`."""
     return "classifier-free" if checkpoint.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
 
 
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions of variable length of a denoiser's inputs: rows, the latents' size, and the text's length."""
+    """Dimensions of variable length of a denoiser's inputs: rows, sides of latents, and length of the prompt."""
     own = {"sample": LATENT_AXES, "inpaint": LATENT_AXES, "encoder_hidden_states": {0: "batch", 1: TEXT_LENGTH}}
     return {name: own.get(name, {0: "batch"}) for name in example}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be missing, and a transformer over both."""
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be missing, and a transformer."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TRANSFORMER = Part(
     lambda config: SD3Transformer2DModel(**known(config, SD3Transformer2DModel)),
 )
 _CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
-_SEQUENCE = 256  # tokens of T5 in a usual request
-_EXAMPLE_TEXT = 19  # states behind those of CLIP
+_SEQUENCE = 256  # tokens of T5 by default, as in diffusers
+_EXAMPLE_TEXT = 19  # states after those of CLIP
 _PATCHES = (6, 10)  # of an example, down and across; half as many again must be a whole number
-_LEAST_POSITIONS = 16  # which those of an example of another size are below
+_LEAST_POSITIONS = 16  # more than an example of another size has
 
 
 class Sd3Denoiser(nn.Module):
-    """MMDiT: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, states of texts and their pooled state."""
+    """MMDiT: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states and a pooled one to a flow."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ class StableDiffusion3(FlowFamily):
     guidance = 7.0
 
     def variant(self, index: Config) -> Family:
-        """Without T5 where the source has none, whose states are then zeros, as in diffusers."""
+        """The family without T5 where the source has none; its states are then zeros, as in diffusers."""
         return _WithoutT5() if index.get(_T5) in (None, [None, None]) else self
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of texts, of the pooled texts, and of latents agree."""
+        """Check that widths of text states, of the pooled states, and channels of latents agree."""
         transformer, vae = configs["transformer"], configs["vae"]
         check_blocks("vae", vae)
         width = natural("transformer", transformer, "joint_attention_dim", 4096)
@@ -117,7 +117,7 @@ class StableDiffusion3(FlowFamily):
             )
 
     def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
-        """Text encoders, transformer, and both halves of the VAE."""
+        """A text encoder, the transformer, or a half of the VAE."""
         if name in _CLIP:
             return text_encoder(checkpoint, name, HiddenStates, (*STATES, "text_embeds"), generator)
         if name == _T5:
@@ -148,22 +148,22 @@ class StableDiffusion3(FlowFamily):
         )
 
     def size_multiple(self, checkpoint: Checkpoint) -> int:
-        """Pixels of a patch."""
+        """Pixels along one side of a patch."""
         return _patch(checkpoint) * super().size_multiple(checkpoint)
 
     def size(self, checkpoint: Checkpoint) -> tuple[int, int]:
-        """As ``sample_size`` says, 128 latents unless it does."""
+        """Width and height in pixels by ``sample_size``, which is 128 latents where the configuration has none."""
         side = int(checkpoint.configs["transformer"].get("sample_size") or 128) * latent_factor(
             checkpoint.configs["vae"]
         )
         return side, side
 
     def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
-        """Of T5's tokens, of CLIP's and T5's states together, and of added embeddings."""
+        """Numbers of T5's tokens, of CLIP's and T5's states together, and of added vectors."""
         return {**text_ranges(_SEQUENCE, _clip_length(checkpoint)), **embedding_ranges(checkpoint, "text_encoder")}
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
-        """Whether there is a T5, and the geometry of patches."""
+        """Whether there is a T5, the latents of a patch, and the largest side in pixels."""
         positions = int(checkpoint.configs["transformer"].get("pos_embed_max_size", 96))
         return {
             **super().settings(checkpoint),

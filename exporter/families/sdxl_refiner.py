@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that is told size, crop and an aesthetic score."""
+"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that takes size, crop and an aesthetic score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     time_ids = 5  # height and width of the original, top and left of the crop, the score
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
-        """As of the base; a model of the pipeline that is told no score is refused."""
+        """Settings of the base model.
+
+        Raises:
+            SourceError: if the pipeline gives its U-Net no aesthetic score, as that of no refiner does.
+        """
         scored = checkpoint.index.get("requires_aesthetics_score", False)
         if scored is not True:
             raise SourceError(

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose states the U-Net attends to."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, and a U-Net that attends to its states."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StableDiffusion(Family):
     optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("last_hidden_state",)}
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of text and latents agree."""
+        """Check that widths of text states and channels of latents agree."""
         text, unet, vae = (configs[part] for part in self.parts)
         for where, config in (("unet", unet), ("vae", vae)):
             check_blocks(where, config)
@@ -55,7 +55,7 @@ class StableDiffusion(Family):
         check_guidance(unet)
 
     def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
-        """Text encoder, U-Net, and both halves of the VAE."""
+        """The text encoder, the U-Net, or a half of the VAE."""
         if name == "text_encoder":
             outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
             return text_encoder(checkpoint, name, TextEncoder, outputs, generator)
@@ -79,18 +79,18 @@ class StableDiffusion(Family):
         )
 
     def denoiser_inputs(self, checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
-        """Latents, timesteps and texts."""
+        """Latents, timesteps and text states."""
         length = int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))
         return unet_inputs(checkpoint, length, generator)
 
     def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
-        """Of texts in chunks, and of added embeddings."""
+        """Lengths of prompts in chunks, and numbers of added vectors."""
         return clip_ranges(checkpoint, "text_encoder")
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
-        """Kind of guidance alone."""
+        """The kind of guidance."""
         return {"guidance": guidance_kind(checkpoint)}
 
     def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
-        """Those of latent consistency models for one that takes the scale in."""
+        """Steps and guidance scale; those of latent consistency models where the U-Net takes the scale."""
         return LCM_DEFAULTS if guidance_kind(checkpoint) == "embedded" else super().defaults(checkpoint)

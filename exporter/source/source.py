@@ -1,8 +1,8 @@
-"""Reading a model without trusting it: a diffusers directory, a single-file checkpoint, or what a hub has of either.
+"""A checked model: a diffusers directory, a single-file checkpoint, or a model on a hub.
 
-Nothing in a source decides what code runs: class names are looked up in a table here, configuration files
-contribute numbers and names of known layers alone, and weights come from safetensors. A source is read completely
-and checked against its own configuration before anything is built from it.
+A source is read without trusting it, and nothing in it decides what code runs: class names are compared with those of a
+table, configuration files contribute numbers and names of known layers alone, and weights come from safetensors. A
+source is read completely, and checked against its own configuration, before anything is built from it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Source:
         scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
         licence: The licence that the model card names, or ``"unknown"``.
         fingerprint: SHA-256 over all that decides the export.
-        weights: Where its weights come from.
-        tokenizers: Where its tokenizers are.
-        notes: What was assumed, a sentence each.
+        weights: Reads its weights.
+        tokenizers: Folders of its tokenizers, by name.
+        notes: Assumptions that reading it took, a sentence each.
     """
 
     name: str
@@ -91,6 +91,9 @@ class Source:
 
     def load_tokenizer(self, name: str = "tokenizer") -> PreTrainedTokenizerBase:
         """Build a tokenizer from its vocabulary files.
+
+        Args:
+            name: A key of :attr:`tokenizers`.
 
         Raises:
             SourceError: if a file is missing or damaged, or the text encoder does not know all of its tokens.

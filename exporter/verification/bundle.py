@@ -1,4 +1,4 @@
-"""A bundle's graphs beside torch, one after the other."""
+"""Comparing a bundle's graphs with torch, one after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Pat
     """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings.
 
     Args:
-        component: What it was exported from.
+        component: The component that it was exported from.
         graph: Its entry in the manifest.
         directory: The bundle.
         scratch: Where to put a copy of the graph; ``None`` is beside it.
@@ -46,7 +46,11 @@ def stages_psnr(
 ) -> float:
     """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings.
 
-    Takes what :func:`graph_psnr` takes.
+    Args:
+        component: The component that they were exported from.
+        stages: Entries of its stages in the manifest, by name.
+        directory: The bundle.
+        scratch: Where to put copies of the graphs; ``None`` is beside them.
 
     Raises:
         VerificationError: if it is below the gate of its precision.
