@@ -1,25 +1,28 @@
-"""The components of a pipeline as functions of tensors, ready to be exported.
+"""The components of a pipeline as functions of tensors, and the interfaces that make them of a model.
 
 Names of inputs and outputs are those of Optimum's exports, so that other tools recognise them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
+from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
+from latentrt.runtime.bundle import manifest as m
 
 
 @contextmanager
 def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tensor) -> Iterator[Tensor]:
-    """Let a CLIP text encoder read vectors that its table of tokens does not have.
+    """Let a CLIP text encoder read vectors that its table of tokens does not have, inside a with statement.
 
     Args:
         model: The text encoder.
@@ -27,8 +30,8 @@ def embeddings_added(model: nn.Module, input_ids: Tensor, extra_embeddings: Tens
         extra_embeddings: The vectors ``[count, width]``, one at least.
 
     Yields:
-        Ids to give the model meanwhile. In place of an added vector's there is 0, which is not the end of a text: the
-        pooled state is that of the first end-of-text token, which some models find as the largest id.
+        Ids to give to the model inside the with statement. An added vector has the id 0, which is not the end of a
+        prompt: the pooled state is that of the first end-of-text token, which some models find as the largest id.
     """
     added = input_ids < 0
     rows = (-1 - input_ids).clamp(min=0)
@@ -67,7 +70,7 @@ class TextEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states to a prediction like latents."""
+    """U-Net: latents ``[batch, channels, h, w]``, timesteps ``[batch]`` and text states to a prediction."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class Denoiser(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
     ) -> Tensor:
-        """Predict noise, velocity or sample, as the model was trained; one that was distilled is told the guidance."""
+        """Predict noise, velocity or sample, as the model was trained; ``timestep_cond`` embeds the guidance scale."""
         prediction: Tensor = self.unet(
             sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
         )[0]
@@ -84,9 +87,10 @@ class Denoiser(nn.Module):
 
 
 class InpaintingDenoiser(nn.Module):
-    """U-Net that was made for inpainting: its latents, the mask and what is outside of it are joined by channel.
+    """U-Net that was made for inpainting: latents, mask and latents of the masked image are joined by channel.
 
-    Takes ``inpaint``, ``[batch, 1 + channels, h, w]``, after the latents, and then what any :class:`Denoiser` takes.
+    It takes ``inpaint``, ``[batch, 1 + channels, h, w]``, after the latents, and then the other inputs of
+    :class:`Denoiser`.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -94,7 +98,7 @@ class InpaintingDenoiser(nn.Module):
         self.denoiser = Denoiser(unet)
 
     def forward(self, sample: Tensor, inpaint: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Predict as the denoiser does."""
+        """Predict as :class:`Denoiser` does."""
         prediction: Tensor = self.denoiser(torch.cat([sample, inpaint], dim=1), timestep, encoder_hidden_states)
         return prediction
 
@@ -127,17 +131,18 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Roles:
-    """What the inputs of a denoiser are, so that its loop can be compiled.
+    """The part that each input of a denoiser plays, so that its loop can be compiled.
 
     Attributes:
         sample: The latents.
         prediction: The output.
-        conditioning: Inputs that stay the same throughout a request.
+        conditioning: Inputs that depend on prompts and options, and stay the same throughout a request.
         time: Inputs that change with the step alone.
-        vectors: The inputs among ``conditioning`` with one vector a row.
+        vectors: Those inputs among ``conditioning`` that have one vector a row.
         latents: Inputs like the latents that stay the same throughout a request, with one row a sample.
-        beside: Further inputs that go with the latents.
-        residuals: Of a ControlNet its outputs, with channels and the names of height and width; it has no prediction.
+        beside: Further inputs with one row a sample that go with the latents.
+        residuals: Outputs of a ControlNet, with channels and the names of height and width. A ControlNet has no
+            prediction.
     """
 
     sample: str
@@ -152,16 +157,16 @@ class Roles:
 
 @dataclass(frozen=True)
 class Component:
-    """A module to export with all that the exporter must know.
+    """A module to export, with all that decides its graph.
 
     Attributes:
-        name: Folder in the bundle.
+        name: Its name, which is that of its folder in the bundle.
         module: fp32, on the CPU, in evaluation mode.
         example: Inputs by name at a small size; floating-point ones are fp32.
-        dynamic: For each input the names of its dimensions of variable length.
+        dynamic: For each input the names of its dimensions of variable length, by axis.
         outputs: Names of the outputs.
         keep_fp32: Inputs that stay fp32 at any precision.
-        roles: For the denoiser, or a ControlNet, which is then also exported in stages.
+        roles: Roles of the inputs of a denoiser or ControlNet; a component with roles is exported in stages too.
     """
 
     name: str
@@ -171,3 +176,157 @@ class Component:
     outputs: tuple[str, ...]
     keep_fp32: frozenset[str] = frozenset()
     roles: Roles | None = None
+
+
+class Checkpoint(Protocol):
+    """A checked model as families read it: configurations, and parts with their weights."""
+
+    @property
+    def name(self) -> str:
+        """The name that messages use."""
+        ...
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """``model_index.json``."""
+        ...
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """``config.json`` of each part with weights, by the name of the part."""
+        ...
+
+    def load(self, part: str) -> nn.Module:
+        """Build a part with its weights on the CPU, in evaluation mode.
+
+        Raises:
+            SourceError: if configuration and weights do not fit each other, or a weight is not finite.
+        """
+        ...
+
+
+class AdaptedCheckpoint(Checkpoint, Protocol):
+    """A checkpoint with its adapters, whose components an adapter may ask for."""
+
+    def load_component(self, name: str, *, seed: int = 0) -> Component:
+        """Build a component, which every adapter has extended; its example inputs are drawn from the seed.
+
+        Raises:
+            SourceError: if there is no such component, or it cannot be built.
+        """
+        ...
+
+
+class Adapter(ABC):
+    """Weights of another file that go into a model or beside it, checked against the model that they are for.
+
+    An adapter may do any of four things, and does none of them unless its class says so: change weights of the model
+    (:attr:`fuses`), change components of the model (:meth:`extend`), add components of its own (:attr:`components`),
+    or add graphs that are made of the denoiser's (:attr:`twins`).
+    """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Text that stands for the content of all its files and settings.
+
+        A model's fingerprint with the adapter is the SHA-256 of the fingerprint without it, followed by this text. It
+        begins with a NUL character, and differs from what an adapter of another kind could have.
+        """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Assumptions that reading the files took, a sentence each."""
+        return ()
+
+    @property
+    def records(self) -> tuple[m.Adapter, ...]:
+        """Files that a manifest names as fused into the weights."""
+        return ()
+
+    @property
+    def fuses(self) -> tuple[str, ...]:
+        """Parts of the model whose weights :meth:`fuse` changes; they are loaded in fp32 whatever is exported."""
+        return ()
+
+    def fuse(self, part: str, module: nn.Module) -> None:
+        """Change the weights of a part in place.
+
+        Args:
+            part: One of :attr:`fuses`.
+            module: The part, fp32.
+
+        Raises:
+            SourceError: if a weight is not finite afterwards.
+        """
+        raise SourceError(f"the adapter changes no weights of {part!r}")
+
+    def extend(self, component: Component, generator: torch.Generator) -> Component:
+        """A component of the model's own, extended; the same component if the adapter adds nothing to it.
+
+        Args:
+            component: The component of the family, which earlier adapters have extended.
+            generator: Example values of new inputs are drawn from it.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+        return component
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that it adds, in the order in which they are exported."""
+        return ()
+
+    def stages(self, name: str) -> tuple[str, ...]:
+        """The stages that one of :attr:`components` is split into, see :mod:`latentrt.exporter.graphs.stages`."""
+        return ()
+
+    @property
+    def twins(self) -> tuple[str, ...]:
+        """Names of further denoisers whose graphs :meth:`derive` makes of the denoiser's.
+
+        The last stage of a twin is called as the twin with ``_step`` behind it; its other stages are the denoiser's.
+        """
+        return ()
+
+    def derive(self, whole: m.Graph, step: m.Graph, directory: Path) -> Mapping[str, m.Graph]:
+        """Make the twins' graphs, which share the denoiser's file of weights.
+
+        Args:
+            whole: The denoiser's exported graph.
+            step: Its last stage.
+            directory: The bundle under construction, which holds both.
+
+        Returns:
+            For each of :attr:`twins` the whole graph and its last stage, by name.
+
+        Raises:
+            ExportError: if the denoiser's graph has no place for the twin's further inputs.
+        """
+        return {}
+
+    def component(self, model: AdaptedCheckpoint, name: str, generator: torch.Generator) -> Component:
+        """Build one of :attr:`components`, or one of :attr:`twins` to compare its graphs with.
+
+        Args:
+            model: The model, with all its adapters.
+            name: Which one.
+            generator: Example inputs are drawn from it.
+
+        Raises:
+            SourceError: if it cannot be built.
+        """
+        raise SourceError(f"the adapter has no component {name!r}")
+
+    def ranges(self, plain: Mapping[str, Mapping[str, Range]]) -> Mapping[str, Mapping[str, Range]]:
+        """Ranges of every symbol of its components' graphs, for compiled engines.
+
+        Args:
+            plain: Those of the model's own components, and of the stages of its denoiser.
+
+        Returns:
+            By component, or by stage for what is split. A range that every component shares, such as one of the
+            lengths of prompts, may be left out.
+        """
+        return {}

@@ -1,4 +1,4 @@
-"""What a build tells its caller while it works."""
+"""Progress of a build, as its caller receives it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Reporter(Protocol):
         ...
 
     def result(self, text: str) -> None:
-        """The current piece of work is finished, with this outcome."""
+        """The current piece of work is finished; ``text`` is its outcome."""
         ...
 
 

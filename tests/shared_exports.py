@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import nn
 
 from latentrt.exporter.builder import construction
-from latentrt.exporter.builder.build import tool_versions
+from latentrt.exporter.builder.manifest import tool_versions
 from latentrt.exporter.components import Component
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.layers import adaptable

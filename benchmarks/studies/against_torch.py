@@ -13,7 +13,6 @@ an engine without convolutions by tiles (:mod:`latentrt.engines.openvino.winogra
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -154,7 +153,7 @@ def steps_of(
         contenders[str(way)] = Contender(_advancing(loop, run), _latents_of(run))
     assert noise is not None
     for dtype in dtypes:
-        unet = dataclasses.replace(source, dtype=_DTYPES[dtype]).load("unet")
+        unet = source.load("unet", _DTYPES[dtype])
         own = TorchSteps(unet, scheduler, noise, texts, steps)
         contenders[f"diffusers {dtype}"] = Contender(own.turn, own.result)
     return contenders, stack
@@ -179,7 +178,7 @@ def decoders(
         engine = stack.enter_context(closing(way.open(bundle, "vae_decoder", size)))
         contenders[str(way)] = _decoding(engine, latents)
     for dtype in dtypes:
-        decoder = Decoder(dataclasses.replace(source, dtype=_DTYPES[dtype]).load("vae"))
+        decoder = Decoder(source.load("vae", _DTYPES[dtype]))
         contenders[f"diffusers {dtype}"] = _torch_decoding(decoder, torch.from_numpy(latents).to(_DTYPES[dtype]))
     return contenders, stack
 

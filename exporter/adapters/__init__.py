@@ -1,1 +1,1 @@
-"""What goes beside or into a model: LoRA, ControlNet, IP-Adapter, safety checker, tiny VAE."""
+"""Weights that go into a model or beside it: LoRA, ControlNet, IP-Adapter, safety checker, tiny VAE."""

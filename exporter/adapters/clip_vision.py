@@ -16,18 +16,18 @@ from ..source.weights import assign, empty_module
 
 STEM = "model"
 """Name of its files of weights, without ending."""
-USUAL_SIDE = 224
-"""Pixels a side of the pictures that it takes, where a configuration is silent."""
+DEFAULT_SIDE = 224
+"""Pixels a side of the images that it takes, where a configuration does not say."""
 
 _LARGEST_SIDE = 1024  # pixels
 
 
 def check_vision(name: str, config: Mapping[str, Any]) -> None:
-    """Check the configuration of a vision tower, whose bounds were checked.
+    """Check the configuration of a vision tower; its numbers must be within bounds already.
 
     Args:
-        name: Its directory's name.
-        config: As of transformers' ``CLIPVisionConfig``.
+        name: Name of its directory.
+        config: Entries of transformers' ``CLIPVisionConfig``.
 
     Raises:
         SourceError: naming the first thing that is wrong.
@@ -35,10 +35,10 @@ def check_vision(name: str, config: Mapping[str, Any]) -> None:
     where = f"{name}/config.json"
     for key, default in (("num_hidden_layers", 12), ("num_attention_heads", 12), ("hidden_size", 768)):
         natural(name, config, key, default)
-    side, patch = natural(name, config, "image_size", USUAL_SIDE), natural(name, config, "patch_size", 32)
+    side, patch = natural(name, config, "image_size", DEFAULT_SIDE), natural(name, config, "patch_size", 32)
     if side > _LARGEST_SIDE or patch > side:
         raise SourceError(
-            f"{where}: pictures have {side} pixels a side and patches {patch}, expected at most {_LARGEST_SIDE} and "
+            f"{where}: images have {side} pixels a side and patches {patch}, expected at most {_LARGEST_SIDE} and "
             "patches that fit"
         )
     if natural(name, config, "num_channels", 3) != 3:
@@ -55,7 +55,7 @@ def empty_vision(name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def load_vision(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A tower that gives ``image_embeds`` ``[batch, projection_dim]`` of pictures ``[batch, 3, side, side]``.
+    """A tower that gives ``image_embeds`` ``[batch, projection_dim]`` of images ``[batch, 3, side, side]``.
 
     Raises:
         SourceError: if configuration and weights do not fit each other.

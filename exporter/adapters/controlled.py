@@ -1,11 +1,11 @@
-"""The denoiser's twin that takes a ControlNet's residuals in."""
+"""The denoiser's twin that takes a ControlNet's residuals, so that a run without ControlNets pays nothing for them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,33 +17,30 @@ from latentrt.runtime.bundle.manifest import STAGES, Graph, controlled
 
 from ..components import Component
 from ..graphs.export import graph_entry
+from ..graphs.targets import Form
 from ..graphs.type_check import check_graph
-from ..model import load_component
 from ..passes.borders import float_borders
 from ..passes.residuals import take_residuals
-from .controlnet import residual_shapes
-
-if TYPE_CHECKING:
-    from ..graphs.targets import Form
-    from ..source.source import Source
+from .residuals import Shape, level_of
 
 
 class Controlled(nn.Module):
-    """A denoiser that is given residuals behind its own inputs; for comparing, it is not exported itself.
+    """A denoiser that takes residuals after its own inputs; the twin's graphs are compared with it.
+
+    It is not exported itself: the twin's graphs are made of the denoiser's.
 
     Args:
         denoiser: The denoiser's module, as it is exported.
         inputs: How many inputs that has.
-        residuals: How many residuals follow.
     """
 
-    def __init__(self, denoiser: nn.Module, inputs: int, residuals: int) -> None:
+    def __init__(self, denoiser: nn.Module, inputs: int) -> None:
         super().__init__()
         self.denoiser: Any = denoiser
-        self.inputs, self.residuals = inputs, residuals
+        self.inputs = inputs
 
     def forward(self, *values: Tensor) -> Tensor:
-        """Predict."""
+        """Predict from the denoiser's inputs and the residuals, of which the last is the middle's."""
         given = values[self.inputs :]
         forward = self.denoiser.unet.forward
 
@@ -59,38 +56,42 @@ class Controlled(nn.Module):
         return prediction
 
 
-def controlled_component(source: Source, *, seed: int = 0) -> Component:
-    """The denoiser with residuals behind its inputs, to compare with; sizes are such that every level halves evenly.
+def controlled_component(
+    plain: Component, config: Mapping[str, Any], shapes: tuple[Shape, ...], generator: torch.Generator
+) -> Component:
+    """The denoiser with residuals after its inputs, to compare with; sizes are such that every level halves evenly.
 
-    Raises:
-        SourceError: if the denoiser cannot be built.
+    Args:
+        plain: The denoiser.
+        config: Its ``config.json``.
+        shapes: Its residuals.
+        generator: Example latents and residuals are drawn from it.
     """
-    family, config = source.family, source.configs[source.family.denoiser]
-    plain = load_component(source, family.denoiser, seed=seed)
     roles = plain.roles
     assert roles is not None
-    generator = torch.Generator().manual_seed(seed)
-    shapes, side = residual_shapes(config), 2 * 2 ** (len(config["block_out_channels"]) - 1)
+    side = 2 * 2 ** (len(config["block_out_channels"]) - 1)
     example, dynamic = dict(plain.example), dict(plain.dynamic)
     sample = example[roles.sample]
     example[roles.sample] = torch.randn(*sample.shape[:2], side, 2 * side, generator=generator)
     for number, (width, height_name, width_name) in enumerate(shapes):
-        level = int(height_name.removeprefix("latent_height").removeprefix("_") or 0)
+        level = level_of(height_name)
         size = (side >> level, 2 * side >> level)
         example[f"residual_{number}"] = torch.randn(2, width, *size, generator=generator)
         dynamic[f"residual_{number}"] = {0: "batch", 2: height_name, 3: width_name}
-    module = Controlled(plain.module, len(plain.example), len(shapes))
-    return dataclasses.replace(plain, name=controlled(family.denoiser), module=module, example=example, dynamic=dynamic)
+    module = Controlled(plain.module, len(plain.example))
+    return dataclasses.replace(plain, name=controlled(plain.name), module=module, example=example, dynamic=dynamic)
 
 
-def export_controlled(source: Source, whole: Graph, step: Graph, form: Form, directory: Path) -> dict[str, Graph]:
+def export_controlled(
+    name: str, shapes: tuple[Shape, ...], whole: Graph, step: Graph, directory: Path
+) -> dict[str, Graph]:
     """Give the denoiser's whole graph and its step a twin each that takes residuals; both use the file of weights.
 
     Args:
-        source: The denoiser's, with ControlNets.
+        name: Name of the twin.
+        shapes: The denoiser's residuals.
         whole: Its exported graph.
         step: Its last stage.
-        form: Operator set and precision of the two.
         directory: The bundle under construction.
 
     Returns:
@@ -99,9 +100,7 @@ def export_controlled(source: Source, whole: Graph, step: Graph, form: Form, dir
     Raises:
         ExportError: if residuals have no place in the graph, or a graph is not well typed.
     """
-    name = controlled(source.family.denoiser)
-    shapes = residual_shapes(source.configs[source.family.denoiser])
-    found = {}
+    form, found = Form(whole.opset, whole.precision), {}
     for part, graph, stem in ((name, whole, "control"), (f"{name}_{STAGES[-1]}", step, "control_step")):
         model = ir.load(directory / graph.file)
         try:
@@ -116,33 +115,17 @@ def export_controlled(source: Source, whole: Graph, step: Graph, form: Form, dir
     return found
 
 
-def control_ranges(
-    source: Source, ranges: Mapping[str, Mapping[str, Range]], pixels: Mapping[str, Range]
-) -> dict[str, dict[str, Range]]:
-    """Ranges of every symbol of what ControlNets bring along.
-
-    Args:
-        source: The denoiser's.
-        ranges: Those of the denoiser's own stages, by component.
-        pixels: ``height`` and ``width``.
-    """
-    prompt, schedule, step = (dict(ranges[stage]) for stage in source.family.stages())
-    levels: dict[str, Range] = {}
-    for _, *names in residual_shapes(source.configs[source.family.denoiser]):
+def with_levels(step: Mapping[str, Range], shapes: tuple[Shape, ...]) -> dict[str, Range]:
+    """Ranges of a denoiser's step, and of heights and widths of the residuals that go with it."""
+    ranges = dict(step)
+    for _, *names in shapes:
         for name in names:
-            axis, _, level = name.removeprefix("latent_").partition("_")
-            levels[name] = _shrunk(step[f"latent_{axis}"], int(level or 0))
-    found = {f"{controlled(source.family.denoiser)}_{STAGES[-1]}": {**step, **levels}}
-    for net in source.controlnets:
-        found[f"{net.body}_image"] = {"batch": step["batch"], **pixels}
-        found |= {
-            f"{net.body}_{stage}": each
-            for stage, each in zip(STAGES, (prompt, schedule, {**step, **levels}), strict=True)
-        }
-    return found
+            axis = name.removeprefix("latent_").partition("_")[0]
+            ranges[name] = _halved(step[f"latent_{axis}"], level_of(name))
+    return ranges
 
 
-def _shrunk(lengths: Range, level: int) -> Range:
+def _halved(lengths: Range, times: int) -> Range:
     """Lengths after that many halvings, each of which rounds up."""
-    halved: Callable[[int], int] = lambda length: -(-length >> level)  # noqa: E731
-    return Range(halved(lengths.min), halved(lengths.opt), halved(lengths.max))
+    least, best, most = (-(-length >> times) for length in (lengths.min, lengths.opt, lengths.max))
+    return Range(least, best, most)

@@ -1,39 +1,36 @@
-"""A safety checker beside a model: it looks at finished pictures, whatever drew them.
+"""A safety checker beside a model: it looks at finished images, whatever model drew them.
 
-diffusers' ``StableDiffusionSafetyChecker``: a CLIP vision tower, whose embedding of a picture is compared with those of
-17 concepts and 3 that call for special care (Rando et al. 2022, arXiv 2210.04610, describe it). The graph gives how far
-each cosine is above its threshold; :mod:`latentrt.runtime.output.safety_checker` makes the verdict of that.
+diffusers' ``StableDiffusionSafetyChecker`` compares CLIP's embedding of an image with embeddings of 17 concepts, and of
+3 that call for special care (Rando et al. 2022, arXiv 2210.04610, describe it). The graph computes how far each cosine
+is above its threshold; :mod:`latentrt.runtime.output.safety_checker` makes the verdict of that.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from latentrt.engines.errors import InvalidRequestError, SourceError
+from latentrt.engines.checks import is_number
+from latentrt.engines.errors import SourceError
+from latentrt.engines.trt import Range
 from latentrt.runtime.bundle.manifest import SAFETY_CHECKER
 from latentrt.runtime.images.clip_vision import DEVIATION, MEAN
 from latentrt.runtime.output.safety_checker import CONCEPT_SCORES, SPECIAL_SCORES
 
-from ..components import Component
+from ..components import AdaptedCheckpoint, Adapter, Component
 from ..families.checks import natural
 from ..source.description import check_bounds
 from ..source.links import check_links
-from ..source.optimum import GraphFolders
+from ..source.source import Source
 from ..source.weights import opened, read_json, read_weights, weight_files
-from .clip_vision import STEM, USUAL_SIDE, check_vision, empty_vision, load_vision
-
-if TYPE_CHECKING:
-    from ..source.source import Source
+from .base import AdapterFiles, Option, content_digest, require_directory
+from .clip_vision import DEFAULT_SIDE, STEM, check_vision, empty_vision, load_vision
 
 _CLASS = "StableDiffusionSafetyChecker"
 _CONCEPTS, _SPECIAL = 17, 3  # as in diffusers
@@ -42,18 +39,47 @@ _EXTRACTOR = "feature_extractor"
 _PREPARATION = "preprocessor_config.json"
 
 
-class SafetyScores(nn.Module):
-    """Pictures ``[batch, 3, side, side]``, normalised, to how far they are above thresholds, ``[batch, concepts]``.
+@dataclass(frozen=True)
+class SafetyCheckerFiles(AdapterFiles):
+    """A safety checker to build in; it goes with models of every family.
 
-    Embeddings and thresholds of concepts are constants rather than weights: they stay fp32 at any precision, and so
-    does what is computed with them.
+    Attributes:
+        path: Its directory, or that of a model that has one as ``safety_checker``.
+    """
+
+    title: ClassVar[str] = "a safety checker"
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "--safety-checker",
+            "DIR",
+            "StableDiffusionSafetyChecker, or a model that has one, for requests that want their images checked",
+        ),
+    )
+    path: Path
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Sequence[str]]) -> Self | None:
+        """The directory."""
+        paths = values.get("safety_checker", ())
+        return cls(Path(paths[-1])) if paths else None
+
+    def open(self, source: Source) -> SafetyChecker:
+        """Check the directory; the source plays no part."""
+        return SafetyChecker.open(self.path)
+
+
+class SafetyScores(nn.Module):
+    """Images ``[batch, 3, side, side]``, normalised, to how far they are above thresholds, ``[batch, concepts]``.
+
+    Embeddings and thresholds of concepts are constants rather than weights. So they stay fp32 at any precision, as do
+    the cosines.
 
     Args:
         tower: CLIP's vision tower with its projection.
         concepts: Embeddings of the concepts ``[concepts, width]``, and of those that call for special care.
-        thresholds: Of each of them ``[concepts]``.
-        mean: Mean by channel that the tower's pictures are normalised with, in place of CLIP's.
-        deviation: Likewise the standard deviation.
+        thresholds: Thresholds of both ``[concepts]``.
+        mean: Mean of each channel that the tower's images are normalised with, in place of CLIP's.
+        deviation: Standard deviation of each channel that they are normalised with.
     """
 
     def __init__(
@@ -68,14 +94,15 @@ class SafetyScores(nn.Module):
         self.tower: Any = tower
         self.directions = [normalize(each.float()) for each in concepts]
         self.thresholds = [each.float() for each in thresholds]
-        self.usual = (mean, deviation) == (MEAN, DEVIATION)
-        usual, own = (torch.tensor(each, dtype=torch.float64) for each in ((MEAN, DEVIATION), (mean, deviation)))
-        self.factor = (usual[1] / own[1]).float()[:, None, None]
-        self.shift = ((usual[0] - own[0]) / own[1]).float()[:, None, None]
+        # The runtime normalises as CLIP does; a checker that wants other numbers corrects them in its graph.
+        self.as_clip = (mean, deviation) == (MEAN, DEVIATION)
+        clip, own = (torch.tensor(each, dtype=torch.float64) for each in ((MEAN, DEVIATION), (mean, deviation)))
+        self.factor = (clip[1] / own[1]).float()[:, None, None]
+        self.shift = ((clip[0] - own[0]) / own[1]).float()[:, None, None]
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Compare with the concepts, and with those that call for special care."""
-        if not self.usual:
+        if not self.as_clip:
             pixel_values = (pixel_values.float() * self.factor + self.shift).to(pixel_values.dtype)
         embedded = normalize(self.tower(pixel_values).image_embeds.float())
         concepts, special = (
@@ -86,17 +113,17 @@ class SafetyScores(nn.Module):
 
 
 @dataclass(frozen=True)
-class SafetyChecker:
+class SafetyChecker(Adapter):
     """A checked safety checker.
 
     Attributes:
         path: Its directory.
         vision: Configuration of its vision tower.
-        mean: Mean by channel that its pictures are normalised with.
-        deviation: Likewise the standard deviation.
-        names: By name of a tensor in the tower or of a concept's, its name in the files.
-        notes: What was assumed, a sentence each.
-        fingerprint: SHA-256 over configurations and weights.
+        mean: Mean of each channel that its images are normalised with.
+        deviation: Standard deviation of each channel that they are normalised with.
+        names: Names of tensors in the files, by their names in the tower or among the concepts.
+        assumed: Assumptions, a sentence each.
+        digest: SHA-256 over configurations and weights.
     """
 
     path: Path
@@ -104,8 +131,8 @@ class SafetyChecker:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     names: Mapping[str, str] = field(repr=False)
-    notes: tuple[str, ...]
-    fingerprint: str
+    assumed: tuple[str, ...]
+    digest: str
 
     @classmethod
     def open(cls, given: Path) -> SafetyChecker:
@@ -115,11 +142,9 @@ class SafetyChecker:
             given: Its directory, or that of a model that has one as ``safety_checker``.
 
         Raises:
-            SourceError: if it is none, is damaged, or wants pictures prepared otherwise than CLIP's.
+            SourceError: if it is none, is damaged, or wants images prepared otherwise than CLIP's.
         """
-        if not given.is_dir():
-            state = "is no directory" if given.exists() else "does not exist"
-            raise SourceError(f"the safety checker {str(given)!r} {state}")
+        require_directory(given, "safety checker")
         path = given / SAFETY_CHECKER if (given / SAFETY_CHECKER).is_dir() else given
         if (path.parent / "model_index.json").is_file():
             check_links(path.parent, (path.name, _EXTRACTOR))
@@ -133,59 +158,51 @@ class SafetyChecker:
         )
         mean: tuple[float, ...] = MEAN
         deviation: tuple[float, ...] = DEVIATION
-        notes: tuple[str, ...] = ()
+        assumed: tuple[str, ...] = ()
         if preparation is None:
-            notes = (f"{name} has no {_PREPARATION}; its pictures are prepared as CLIP's usually are",)
+            assumed = (f"{name} has no {_PREPARATION}; its images are prepared as CLIP's usually are",)
         else:
-            mean, deviation = _preparation(preparation, int(vision.get("image_size", USUAL_SIDE)))
+            mean, deviation = _preparation(preparation, int(vision.get("image_size", DEFAULT_SIDE)))
         files = weight_files(path, STEM)
         names = _names(name, files, vision)
-        digest = hashlib.sha256()
-        for file in (path / "config.json", *([] if preparation is None else [preparation]), *files):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return cls(path, vision, mean, deviation, names, notes, digest.hexdigest())
+        read = (path / "config.json", *([] if preparation is None else [preparation]), *files)
+        return cls(path, vision, mean, deviation, names, assumed, content_digest(read))
 
-    def component(self, generator: torch.Generator) -> Component:
-        """All of it but the verdict, to be exported.
+    @property
+    def fingerprint(self) -> str:
+        """The digest."""
+        return f"\0safety-checker\0{self.digest}"
 
-        Raises:
-            SourceError: if a weight is not finite.
-        """
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How images are prepared, where the checker does not say."""
+        return self.assumed
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """All of it but the verdict."""
+        return (SAFETY_CHECKER,)
+
+    def component(self, model: AdaptedCheckpoint, name: str, generator: torch.Generator) -> Component:
+        """All of it but the verdict."""
         stored = read_weights(self.path, STEM)
         tensors = {own: stored[name] for own, name in self.names.items()}
         concepts, special = (tuple(tensors.pop(name) for name in pair) for pair in _pairs())
         tower = load_vision(self.path.resolve().name, self.vision, tensors)
         module = SafetyScores(tower, (concepts[0], special[0]), (concepts[1], special[1]), self.mean, self.deviation)
-        side = int(self.vision.get("image_size", USUAL_SIDE))
+        side = int(self.vision.get("image_size", DEFAULT_SIDE))
         pixels = torch.randn(2, 3, side, side, generator=generator)
         return Component(
-            SAFETY_CHECKER,
+            name,
             module.eval().requires_grad_(False),
             {"pixel_values": pixels},
             {"pixel_values": {0: "batch"}},
             (CONCEPT_SCORES, SPECIAL_SCORES),
         )
 
-
-def with_safety_checker(source: Source, path: Path | None) -> Source:
-    """A source with a safety checker beside it, if there is a ``path`` to one. It goes with models of every family.
-
-    Raises:
-        SourceError: if it is none, or damaged.
-        InvalidRequestError: if the source holds graphs that others exported.
-    """
-    if path is None:
-        return source
-    if isinstance(source.weights, GraphFolders):
-        raise InvalidRequestError(
-            f"{source.name} holds graphs that are run as they are; a safety checker goes with weights"
-        )
-    checker = SafetyChecker.open(path)
-    digest = hashlib.sha256(f"{source.fingerprint}\0safety-checker\0{checker.fingerprint}".encode())
-    return dataclasses.replace(
-        source, safety_checker=checker, fingerprint=digest.hexdigest(), notes=(*source.notes, *checker.notes)
-    )
+    def ranges(self, plain: Mapping[str, Mapping[str, Range]]) -> Mapping[str, Mapping[str, Range]]:
+        """Images are checked one by one."""
+        return {SAFETY_CHECKER: {"batch": Range.fixed(1)}}
 
 
 def _pairs() -> tuple[tuple[str, str], tuple[str, str]]:
@@ -211,8 +228,8 @@ def _vision_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preparation(file: Path, side: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that pictures are normalised with; all else must be as CLIP's pictures are prepared."""
-    config, where = read_json(file, "it says how pictures are prepared"), f"{file.parent.name}/{file.name}"
+    """Mean and deviation that images are normalised with; every other setting must be that of CLIP."""
+    config, where = read_json(file, "it says how images are prepared"), f"{file.parent.name}/{file.name}"
     check_bounds(config, where)
     expected: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), (True,)),
@@ -224,7 +241,7 @@ def _preparation(file: Path, side: int) -> tuple[tuple[float, ...], tuple[float,
         if config.get(key) is not None and config[key] not in values:
             raise SourceError(f"{where}: {key!r} is {config[key]!r}, which is not supported; expected {values[0]!r}")
     factor = config.get("rescale_factor")
-    if factor is not None and not (_is_number(factor) and abs(factor * 255 - 1) < 1e-6):  # also when it is NaN
+    if factor is not None and not (is_number(factor) and abs(factor * 255 - 1) < 1e-6):  # also when it is NaN
         raise SourceError(f"{where}: 'rescale_factor' is {factor!r}, which is not supported; expected 1/255")
     mean, deviation = (_channels(where, config, *each) for each in (("image_mean", MEAN), ("image_std", DEVIATION)))
     if min(deviation) < _LEAST_DEVIATION:
@@ -232,21 +249,17 @@ def _preparation(file: Path, side: int) -> tuple[tuple[float, ...], tuple[float,
     return mean, deviation
 
 
-def _channels(where: str, config: Mapping[str, Any], key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+def _channels(where: str, config: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     value = config.get(key)
     if value is None:
-        return usual
-    if not isinstance(value, list) or len(value) != 3 or not all(_is_number(each) for each in value):
+        return default
+    if not isinstance(value, list) or len(value) != 3 or not all(is_number(each) for each in value):
         raise SourceError(f"{where}: {key!r} is {value!r}, expected three numbers")
     return tuple(float(each) for each in value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _names(name: str, files: list[Path], vision: Mapping[str, Any]) -> dict[str, str]:
-    """By name of each tensor that is needed, its name in the files, which hold it with the right shape."""
+    """Names in the files of each tensor that is needed, by the name that it has here; all have the right shape."""
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with opened(file) as content:

@@ -1,10 +1,10 @@
-"""Directories of ONNX graphs that Optimum exported: taken over as they are, without stages."""
+"""Taking over directories of ONNX graphs that Optimum exported: they are copied, and have no stages."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from onnx import TensorProto
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError, LatentRTError, SourceError
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
-from latentrt.runtime.bundle.manifest import FORMAT_VERSION, Component, Defaults, Graph, Manifest, Tokenizer
-from latentrt.runtime.bundle.manifest import Source as Origin
+from latentrt.runtime.bundle.manifest import Component, Graph
 from latentrt.runtime.bundle.onnx_guard import external_tensors
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.bundle.writer import write_bundle
@@ -25,6 +24,7 @@ from latentrt.runtime.bundle.writer import write_bundle
 from ..progress import Reporter
 from ..source.optimum import MODEL, GraphFolders
 from ..source.source import Source
+from .manifest import ManifestFactory, write_tokenizers
 
 _DTYPES = {
     TensorProto.FLOAT: "float32",
@@ -41,7 +41,7 @@ _PRECISIONS = {
     TensorProto.UINT8: "int8",
 }
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
-_TOKENS, _LATENTS = 77, 4  # what the trial of a graph takes for lengths that it leaves open
+_TOKENS, _LATENTS = 77, 4  # lengths that the trial of a graph takes where the graph leaves them open
 
 WARNING = (
     "graphs are taken over as they were exported, without stages: the loop is plain, and nothing is shared between "
@@ -51,36 +51,30 @@ WARNING = (
 
 @dataclass
 class _Adopted:
-    """Graphs that were copied, and what made them."""
+    """Graphs that were copied, and versions of the tools that made them."""
 
     graphs: dict[str, Graph] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
 
 
 def adopt(
-    source: Source,
+    factory: ManifestFactory,
     folders: GraphFolders,
     output: Path,
     *,
     precision: str,
-    defaults: Defaults,
-    tools: Mapping[str, str],
-    write_tokenizer: Callable[[str, Path], Tokenizer],
     try_out: bool,
     reporter: Reporter,
 ) -> tuple[Bundle, tuple[str, ...]]:
     """Make a bundle of a directory of graphs.
 
     Args:
-        source: The directory, checked.
+        factory: Describes the directory, with the versions of what takes part here.
         folders: Where its graphs are.
         output: The bundle; one that is there is kept if it is of the same graphs, and else replaced.
-        precision: The one that is expected.
-        defaults: What a request gets that does not say otherwise.
-        tools: Versions of what takes part here.
-        write_tokenizer: Writes a tokenizer into a directory.
+        precision: The precision that the graphs must have.
         try_out: Run every graph once.
-        reporter: Is told what happens.
+        reporter: Receives the progress.
 
     Returns:
         The bundle, and which graphs are new in it.
@@ -90,21 +84,10 @@ def adopt(
         SourceError: if a graph is damaged or hostile, or is not what its folder says.
         OutputError: if the bundle cannot be written.
     """
+    source = factory.model.source
     reporter.stage(source.name)
     reporter.result(WARNING)
-    family = source.family
-    origin, settings = Origin(source.name, source.licence, source.fingerprint), family.settings(source)
-    try:
-        older = Bundle.open(output, verify_hash=True)
-    except (BundleError, OSError):
-        older = None
-    if (
-        older is not None
-        and older.manifest.source == origin
-        and older.manifest.defaults == defaults
-        and older.manifest.settings == settings
-        and dict(tools).items() <= dict(older.manifest.tools).items()
-    ):
+    if (older := _same_graphs(factory, output)) is not None:
         reporter.stage("ONNX graphs")
         reporter.result("already taken over from this source")
         return older, ()
@@ -112,30 +95,17 @@ def adopt(
         adopted = _Adopted()
         for name in folders.components:
             _copy(folders, name, writer.directory, adopted)
-        tokenizers = {name: write_tokenizer(name, writer.directory) for name in family.tokenizers}
+        tokenizers = write_tokenizers(source, writer.directory)
         # One name for all: a pipeline asks for one precision, and the graph says what it is itself.
-        if (found := adopted.graphs[family.denoiser].precision) != precision:
+        if (found := adopted.graphs[source.family.denoiser].precision) != precision:
             raise InvalidRequestError(
                 f"the graphs of {source.name} are {found}, and are taken over as they are; give --precision {found}"
             )
         components = {
             name: Component(name, {f"opset{graph.opset}-{precision}": graph}) for name, graph in adopted.graphs.items()
         }
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            family=family.name,
-            prediction_type=str(source.scheduler.get("prediction_type", "epsilon")),
-            components=components,
-            files={},
-            latent=family.latent(source),
-            tokenizers=tokenizers,
-            scheduler=source.scheduler,
-            defaults=defaults,
-            source=origin,
-            tools={**adopted.tools, **tools},
-            quality={},
-            settings=settings,
-        )
+        factory = dataclasses.replace(factory, tools={**adopted.tools, **factory.tools})
+        manifest = factory.make(components, tokenizers)
         preview = writer.preview(manifest)
         for name, component in components.items():
             ((form, graph),) = component.graphs.items()
@@ -147,6 +117,16 @@ def adopt(
             reporter.result("runs" if try_out else "taken over")
         writer.commit(manifest)
     return Bundle.open(output), tuple(graph.file for graph in adopted.graphs.values())
+
+
+def _same_graphs(factory: ManifestFactory, output: Path) -> Bundle | None:
+    """The bundle at the output, if it was made of these very graphs with these very tools and is whole."""
+    try:
+        older = Bundle.open(output, verify_hash=True)
+    except (BundleError, OSError):
+        return None
+    same_tools = dict(factory.tools).items() <= dict(older.manifest.tools).items()
+    return older if same_tools and factory.describes(older.manifest) else None
 
 
 def _copy(folders: GraphFolders, name: str, directory: Path, adopted: _Adopted) -> None:
@@ -185,7 +165,7 @@ def _copy(folders: GraphFolders, name: str, directory: Path, adopted: _Adopted) 
 
 
 def _precision(model: Any) -> str:
-    """What most of the weights are."""
+    """The precision of most of the weights."""
     sizes: dict[str, int] = {}
     for weight in model.graph.initializer:
         if weight.data_type in _PRECISIONS:
@@ -229,8 +209,8 @@ def _try(source: Source, name: str, graph: Graph, path: Path) -> None:
     side = _LATENTS * 2 ** len(unet["block_out_channels"])
     feeds = {}
     for spec in graph.inputs:
-        usual = lengths.get(spec.name, (2 if name == source.family.denoiser else 1, 1, side, side))
-        shape = [length if isinstance(length, int) else usual[axis] for axis, length in enumerate(spec.shape)]
+        default = lengths.get(spec.name, (2 if name == source.family.denoiser else 1, 1, side, side))
+        shape = [length if isinstance(length, int) else default[axis] for axis, length in enumerate(spec.shape)]
         feeds[spec.name] = np.zeros(shape, spec.dtype)
     try:
         with OnnxRuntimeEngine(path, label=f"{name} of {source.name}") as engine:

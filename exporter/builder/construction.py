@@ -1,4 +1,4 @@
-"""A bundle under construction: its graphs are exported, kept in range, quantised, and held to their gates."""
+"""A bundle under construction: graphs are exported, kept in range, quantised, and held to their gates."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ import torch
 from latentrt.runtime.bundle.manifest import STAGES, Graph
 from latentrt.runtime.bundle.reader import Bundle
 
-from ..adapters.controlled import controlled_component, export_controlled
-from ..components import Component
+from ..components import Adapter, Component
 from ..graphs.export import HALVES, cast_inputs, export_component, parameter_count
 from ..graphs.layers import record_layers
 from ..graphs.stages import export_stages
 from ..graphs.targets import Form, exported_form
-from ..model import load_component
+from ..model import Model
 from ..precision.calibration import Calibration
 from ..precision.quality import compare_engine, require
 from ..precision.reduce import Quantization, describe, keep_in_fp32, out_of_range, quantize_step, ranges_of_pictures
 from ..progress import Reporter
-from ..source.source import Source
 from ..verification.bundle import graph_psnr, stages_psnr
 from ..verification.components import heavy_weight
 
@@ -33,35 +31,40 @@ Size = Mapping[str, int | None]
 
 
 def picture_key(engine: str, precision: str) -> str:
-    """Where a manifest's ``quality`` has the PSNR in dB of pictures that an engine draws in a reduced precision."""
+    """Key of a manifest's ``quality`` for the PSNR in dB of images that an engine draws in a reduced precision."""
     return f"pictures/{engine}/{precision}/psnr_db"
 
 
-def loaded_as(source: Source, precisions: Collection[str], verify: bool) -> Source:
-    """A source whose weights take no more memory than an export needs.
+def loaded_as(model: Model, precisions: Collection[str], verify: bool) -> Model:
+    """A model whose weights take no more memory than an export needs.
 
-    They are fp32 only if graphs are compared with torch, or not all of one half precision.
+    They are loaded in fp32 if graphs are compared with torch, or are not all of one half precision.
+
+    Args:
+        model: The model.
+        precisions: Precisions of the graphs to export.
+        verify: Whether they are compared with torch.
     """
     only = next(iter(precisions)) if len(set(precisions)) == 1 else "fp32"
-    return source if verify else dataclasses.replace(source, dtype=HALVES.get(only, torch.float32))
+    return model if verify else dataclasses.replace(model, dtype=HALVES.get(only, torch.float32))
 
 
 @dataclass
 class Construction:
-    """Graphs of a bundle that is being written, and what was measured of them.
+    """Graphs of a bundle that is being written, and figures of their quality.
 
     Attributes:
-        source: Where they come from.
+        model: The model that they are exported from.
         directory: Where their files are.
         verify: Compare them with torch.
-        reporter: Is told what happens.
+        reporter: Receives the progress.
         graphs: By component and form.
         quality: Figures for the manifest, see :class:`latentrt.runtime.bundle.manifest.Manifest`.
-        preview: The bundle as it stands, to be run.
+        preview: Opens the bundle with the graphs that it has so far.
         exported: Graphs that are new, relative to the bundle.
     """
 
-    source: Source
+    model: Model
     directory: Path
     verify: bool
     reporter: Reporter
@@ -71,7 +74,7 @@ class Construction:
     exported: list[str] = field(default_factory=list)
 
     def export(self, name: str, forms: Sequence[Form]) -> None:
-        """Export a component, and its stages if it is a denoiser.
+        """Export a component, and its stages if it is a denoiser or a ControlNet.
 
         Raises:
             ExportError: if torch cannot export it, or it cannot be split.
@@ -79,41 +82,50 @@ class Construction:
         """
         if not forms:
             return
-        component = load_component(loaded_as(self.source, [form.precision for form in forms], self.verify), name)
+        component = loaded_as(self.model, [form.precision for form in forms], self.verify).load_component(name)
         record_layers(component, self.directory)
         for form in forms:
-            self.reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
-            start = time.perf_counter()
-            made, notes = form, []
-            if form.precision == "fp16" and (weight := heavy_weight(component)):
-                made = Form(form.opset, "fp32")
-                notes.append(f"kept in fp32, since {weight} leaves the range of fp16")
-            graph = export_component(component, made, self.directory)
-            if graph.precision == "fp16":
-                example = {n: t.numpy() for n, t in cast_inputs(component, component.example, "fp32").items()}
-                if large := out_of_range(self.directory / graph.file, [example]):
-                    nodes = keep_in_fp32(self.directory / graph.file, large)
-                    notes.append(f"{nodes} operators kept in fp32, where values reach {max(large.values()):.0f}")
-            size = sum((self.directory / file).stat().st_size for file in (graph.file, *graph.external))
-            parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{size / 1e6:.1f} MB"]
-            if self.verify:
-                self.quality[graph.file] = graph_psnr(component, graph, self.directory)
-                parts.append(f"{self.quality[graph.file]:.1f} dB against torch")
-            self.graphs[name][form.name] = graph  # under the form that was asked for; the graph says what it is
-            self.exported.append(graph.file)
-            self.reporter.result("; ".join([f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s", *notes]))
+            self._export_whole(component, form)
             if component.roles:
-                self.reporter.stage(f"{name}: stages of the loop")
-                start = time.perf_counter()
-                stages = self._split(component, form)
-                told = [f"{len(stage.outputs)} tensors from {part}" for part, stage in stages.items()][:-1]
-                if self.verify:
-                    told.append(f"{self.quality[next(iter(stages.values())).file]:.1f} dB against torch")
-                self.exported += [stage.file for stage in stages.values()]
-                self.reporter.result(f"{', '.join(told)}, {time.perf_counter() - start:.1f} s")
+                self._export_stages(component, form)
+
+    def _export_whole(self, component: Component, form: Form) -> None:
+        """Export a component's whole graph; what leaves the range of fp16 stays fp32."""
+        name = component.name
+        self.reporter.stage(f"{name}: ONNX, opset {form.opset}, {form.precision}")
+        start = time.perf_counter()
+        made, notes = form, []
+        if form.precision == "fp16" and (weight := heavy_weight(component)):
+            made = Form(form.opset, "fp32")
+            notes.append(f"kept in fp32, since {weight} leaves the range of fp16")
+        graph = export_component(component, made, self.directory)
+        if graph.precision == "fp16":
+            example = {n: t.numpy() for n, t in cast_inputs(component, component.example, "fp32").items()}
+            if large := out_of_range(self.directory / graph.file, [example]):
+                nodes = keep_in_fp32(self.directory / graph.file, large)
+                notes.append(f"{nodes} operators kept in fp32, where values reach {max(large.values()):.0f}")
+        size = sum((self.directory / file).stat().st_size for file in (graph.file, *graph.external))
+        parts = [f"{parameter_count(component.module) / 1e6:.1f} M parameters", f"{size / 1e6:.1f} MB"]
+        if self.verify:
+            self.quality[graph.file] = graph_psnr(component, graph, self.directory)
+            parts.append(f"{self.quality[graph.file]:.1f} dB against torch")
+        self.graphs[name][form.name] = graph  # under the form that was asked for; the graph says what it is
+        self.exported.append(graph.file)
+        self.reporter.result("; ".join([f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s", *notes]))
+
+    def _export_stages(self, component: Component, form: Form) -> None:
+        """Make the stages of an exported component."""
+        self.reporter.stage(f"{component.name}: stages of the loop")
+        start = time.perf_counter()
+        stages = self._split(component, form)
+        parts = [f"{len(stage.outputs)} tensors from {part}" for part, stage in stages.items()][:-1]
+        if self.verify:
+            parts.append(f"{self.quality[next(iter(stages.values())).file]:.1f} dB against torch")
+        self.exported += [stage.file for stage in stages.values()]
+        self.reporter.result(f"{', '.join(parts)}, {time.perf_counter() - start:.1f} s")
 
     def _split(self, component: Component, form: Form) -> dict[str, Graph]:
-        """Split a denoiser into its stages."""
+        """Split a component into its stages, and make the denoiser's twins of them."""
         whole = self.graphs[component.name][form.name]
         stages = export_stages(component, whole, Form(form.opset, whole.precision), self.directory)
         for part, stage in stages.items():
@@ -121,49 +133,47 @@ class Construction:
         if self.verify:
             psnr = stages_psnr(component, stages, self.directory)
             self.quality |= {stage.file: psnr for stage in stages.values()}
-        if self.source.controlnets and component.name == self.source.family.denoiser:
-            self._control(stages, Form(form.opset, whole.precision), form.name)
+        if component.name == self.model.family.denoiser:
+            for adapter in self.model.adapters:
+                self._derive(adapter, whole, stages, form.name)
         return stages
 
-    def _control(self, stages: Mapping[str, Graph], form: Form, name: str) -> None:
-        """Give the denoiser its twin for ControlNets."""
-        denoiser = self.source.family.denoiser
-        step = self.source.family.stages()[-1]
-        twins = export_controlled(self.source, self.graphs[denoiser][name], stages[step], form, self.directory)
-        for part, graph in twins.items():
-            self.graphs[part][name] = graph
-        self.exported += [graph.file for graph in twins.values() if graph.file not in self.exported]
-        if self.verify:
-            component = controlled_component(self.source)
-            whole, last = twins.values()
-            self.quality[whole.file] = graph_psnr(component, whole, self.directory)
-            others = {part.replace(denoiser, component.name, 1): each for part, each in stages.items() if part != step}
-            together = {**others, f"{component.name}_{STAGES[-1]}": last}
-            self.quality[last.file] = stages_psnr(component, together, self.directory)
+    def _derive(self, adapter: Adapter, whole: Graph, stages: Mapping[str, Graph], form: str) -> None:
+        """Make the twins that an adapter gives the denoiser."""
+        denoiser, step = self.model.family.denoiser, self.model.family.stages()[-1]
+        derived = adapter.derive(whole, stages[step], self.directory)
+        for part, graph in derived.items():
+            self.graphs[part][form] = graph
+        self.exported += [graph.file for graph in derived.values() if graph.file not in self.exported]
+        for twin in adapter.twins if self.verify else ():
+            component, last = self.model.load_component(twin), f"{twin}_{STAGES[-1]}"
+            self.quality[derived[twin].file] = graph_psnr(component, derived[twin], self.directory)
+            others = {part.replace(denoiser, twin, 1): each for part, each in stages.items() if part != step}
+            self.quality[derived[last].file] = stages_psnr(component, {**others, last: derived[last]}, self.directory)
 
     def widen_where_needed(self, form: Form, calibration: Calibration, size: Size) -> None:
-        """Keep in fp32 what leaves the range of fp16 while pictures are drawn; a denoiser is then split again.
+        """Keep in fp32 what leaves the range of fp16 while images are drawn; a denoiser is then split again.
 
         Raises:
             EngineError: if the graphs cannot be run.
             VerificationError: if a graph does not compute what its source computes.
         """
-        self.reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(calibration.prompts)} pictures")
+        self.reporter.stage(f"{form.precision}, opset {form.opset}: ranges over {len(calibration.prompts)} images")
         found = ranges_of_pictures(self.preview(), form, calibration, **size)
-        told = []
-        for name in self.source.components:
-            parts = [found.get(part, {}) for part in self.source.with_stages(name)]
+        notes = []
+        for name in self.model.components:
+            parts = [found.get(part, {}) for part in self.model.with_stages(name)]
             values = {value: reached for part in parts for value, reached in part.items()}
             if not values:
                 continue
-            graph, component = self.graphs[name][form.name], load_component(self.source, name)
+            graph, component = self.graphs[name][form.name], self.model.load_component(name)
             nodes = keep_in_fp32(self.directory / graph.file, values)
-            told.append(f"{nodes} operators of {name} kept in fp32, where values reach {max(values.values()):.0f}")
+            notes.append(f"{nodes} operators of {name} kept in fp32, where values reach {max(values.values()):.0f}")
             if self.verify:
                 self.quality[graph.file] = graph_psnr(component, graph, self.directory)
             if component.roles:
                 self._split(component, form)
-        self.reporter.result("; ".join(told) or "all values stay within half of what fp16 holds")
+        self.reporter.result("; ".join(notes) or "all values stay within half of what fp16 holds")
 
     def quantize(self, form: Form, calibration: Calibration, quantization: Quantization, size: Size) -> None:
         """Quantise the denoiser's step; every other component serves the new form as it is.
@@ -172,7 +182,7 @@ class Construction:
             ExportError: if no layer can be quantised.
             EngineError: if the graphs cannot be run.
         """
-        base, family = exported_form(form), self.source.family
+        base, family = exported_form(form), self.model.family
         step = family.stages()[-1]
         self.reporter.stage(f"{step}: {form.precision}, opset {form.opset}, the rest {base.precision}")
         start = time.perf_counter()
@@ -186,19 +196,19 @@ class Construction:
         self.reporter.result(f"{describe(quantized)}, {time.perf_counter() - start:.1f} s")
 
     def judge(self, engine: str, precision: str, calibration: Calibration, size: Size, *, accept: bool) -> None:
-        """Compare pictures of a reduced precision with those of fp32.
+        """Compare images of a reduced precision with those of fp32.
 
         Args:
             engine: The engine that draws them.
-            precision: What it computes in.
-            calibration: What is drawn.
-            size: Of the pictures.
-            accept: Take them also below the gate.
+            precision: The precision that it computes in.
+            calibration: The prompts.
+            size: Size of the images.
+            accept: Take them even if they are below the gate.
 
         Raises:
             VerificationError: if they are below the gate, and that is not accepted.
         """
-        self.reporter.stage(f"{engine}, {precision}: pictures against fp32")
+        self.reporter.stage(f"{engine}, {precision}: images against fp32")
         start = time.perf_counter()
         judged = compare_engine(self.preview(), engine, precision, calibration, **size)
         if not accept:
@@ -210,7 +220,7 @@ class Construction:
         self.reporter.result(f"{judged}, {time.perf_counter() - start:.1f} s")
 
     def drop(self, form: Form) -> None:
-        """Take a form out again, with its files."""
+        """Remove a form again, with those files that no other form uses."""
         dropped = [graphs.pop(form.name) for graphs in self.graphs.values() if form.name in graphs]
         kept = [graph for graphs in self.graphs.values() for graph in graphs.values()]
         used = {file for graph in kept for file in (graph.file, *graph.external)}

@@ -12,10 +12,9 @@ from latentrt.runtime.bundle import manifest as m
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.denoising.schedule_stage import TIMESTEPS_AT_ONCE
 
-from ..adapters.controlled import control_ranges
 from ..graphs.targets import Form
+from ..model import Model
 from ..progress import Reporter
-from ..source.source import Source
 from .request import BuildRequest, defaults_of
 
 _MOST_REGISTERS = 8  # the sampler with the longest history, PNDM with its Runge-Kutta start, has 6
@@ -35,53 +34,61 @@ class BuiltEngine:
 
 
 def components_to_compile(bundle: Bundle) -> list[str]:
-    """Components that a compiled engine is of use for: of what has stages these rather than the whole."""
+    """Components that are compiled: all but those that are split, of which the stages are."""
     there = bundle.manifest.components
     return [name for name in there if f"{name}_{m.STAGES[-1]}" not in there]
 
 
-def profile_ranges(request: BuildRequest, source: Source) -> dict[str, dict[str, Range]]:
-    """Ranges of every symbol of every component. Under guidance the denoiser runs two rows a picture."""
-    defaults, family = defaults_of(request, source), source.family
-    factor, unit, halves = family.latent(source).vae_scale_factor, family.size_multiple(source), _halves(source)
-    pictures = request.ranges.get("batch", Range.fixed(1))
+def profile_ranges(request: BuildRequest, model: Model) -> dict[str, dict[str, Range]]:
+    """Ranges of every symbol of every component that is compiled, by component.
+
+    Under classifier-free guidance the denoiser runs two rows an image, one without the prompt.
+
+    Raises:
+        InvalidRequestError: if a side is no multiple of what the model's sides are multiples of.
+    """
+    defaults, family = defaults_of(request, model.source), model.family
+    halves = 2 if family.settings(model)["guidance"] == "classifier-free" else 1
+    images = request.ranges.get("batch", Range.fixed(1))
     pixels = {
         "height": request.ranges.get("height", Range.fixed(defaults.height)),
         "width": request.ranges.get("width", Range.fixed(defaults.width)),
     }
-    latents = {}
-    for axis, size in pixels.items():
-        try:
-            size.divided_by(unit)
-        except InvalidRequestError as error:
-            patch = "of a latent" if unit == factor else "of a patch"
-            raise InvalidRequestError(f"{axis}: {error}, the pixels {patch}") from None
-        latents[f"latent_{axis}"] = size.divided_by(factor)
-    both_halves = Range(pictures.min, halves * pictures.opt, halves * pictures.max)
+    latents = _latent_ranges(model, pixels)
+    both_halves = Range(images.min, halves * images.opt, halves * images.max)
     registers = {"registers": Range(1, 2, _MOST_REGISTERS), "terms": Range(3, 4, _MOST_REGISTERS + 2)}
     prompt, schedule, step = family.stages()
     # With vectors of the conditioning in it, the schedule differs between the halves.
     timesteps = min(defaults.steps * (halves if family.vectors else 1), TIMESTEPS_AT_ONCE)
-    ranges: dict[str, dict[str, Range]] = {
-        **{part.encoder: {"batch": Range.fixed(1)} for part in family.tokenizers.values()},  # texts come one by one
+    ranges: dict[str, Mapping[str, Range]] = {
+        # Prompts are encoded one by one.
+        **{part.encoder: {"batch": Range.fixed(1)} for part in family.tokenizers.values()},
         family.denoiser: {"batch": both_halves, **latents},
         prompt: {"batch": Range.fixed(1)},
         schedule: {"batch": Range(1, timesteps, TIMESTEPS_AT_ONCE)},
-        step: {"batch": pictures, "rows": both_halves, **registers, **latents},
-        "vae_decoder": {"batch": pictures, **latents},
-        m.TINY_DECODER: {"batch": pictures, **latents},
-        "vae_encoder": {"batch": pictures, **pixels},
-        m.IMAGE_ENCODER: {"batch": Range.fixed(1)},
-        m.SAFETY_CHECKER: {"batch": Range.fixed(1)},  # pictures are looked at one by one
+        step: {"batch": images, "rows": both_halves, **registers, **latents},
+        "vae_decoder": {"batch": images, **latents},
+        "vae_encoder": {"batch": images, **pixels},
     }
-    if source.controlnets:
-        ranges |= control_ranges(source, ranges, pixels)
-    return {name: {**symbols, **family.lengths(source)} for name, symbols in ranges.items()}
+    plain = dict(ranges)
+    for adapter in model.adapters:
+        ranges |= adapter.ranges(plain)
+    lengths = family.lengths(model)
+    return {name: {**symbols, **lengths} for name, symbols in ranges.items()}
 
 
-def _halves(source: Source) -> int:
-    """Rows of the denoiser for a picture: two where guidance comes from two predictions."""
-    return 2 if source.family.settings(source)["guidance"] == "classifier-free" else 1
+def _latent_ranges(model: Model, pixels: Mapping[str, Range]) -> dict[str, Range]:
+    """Ranges of the latents' sides for those of an image."""
+    factor, multiple = model.family.latent(model).vae_scale_factor, model.family.size_multiple(model)
+    latents = {}
+    for axis, size in pixels.items():
+        try:
+            size.divided_by(multiple)
+        except InvalidRequestError as error:
+            patch = "of a latent" if multiple == factor else "of a patch"
+            raise InvalidRequestError(f"{axis}: {error}, the pixels {patch}") from None
+        latents[f"latent_{axis}"] = size.divided_by(factor)
+    return latents
 
 
 def compile_component(
@@ -93,7 +100,21 @@ def compile_component(
     options: BuildOptions,
     reporter: Reporter,
 ) -> BuiltEngine:
-    """Compile one component, or find it compiled."""
+    """Compile one component, or find it compiled.
+
+    Args:
+        bundle: It has the component's graph, and gets the engine.
+        name: The component.
+        form: Which of its graphs to compile.
+        sdk: TensorRT, or TensorRT for RTX.
+        ranges: Lengths of every symbol of the graph.
+        options: Settings of the build.
+        reporter: Receives the progress.
+
+    Raises:
+        EngineError: if the graph cannot be compiled.
+        OutputError: if the engine cannot be written.
+    """
     graph = bundle.manifest.components[name].graphs[form.name]
     profile = Profile.of(graph.inputs, ranges)
     target = build_target(sdk, options)

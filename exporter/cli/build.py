@@ -15,16 +15,14 @@ from latentrt.runtime.cli.console import BuildConsole, print_json, seconds
 from latentrt.runtime.components.compile import compile_openvino
 from latentrt.runtime.components.engine_choice import FixedSize
 from latentrt.runtime.components.engine_probe import check_engine
-from latentrt.runtime.lora.reading import LoraFile
 
-from ..adapters.controlnet import ControlNetFile
-from ..adapters.ip_adapter import IpAdapterFiles
 from ..builder.build import BuildReport, build_bundle
 from ..builder.plans import BuiltEngine
 from ..builder.request import BuildRequest
 from ..graphs.targets import TARGETS
 from ..precision.calibration import PROMPTS, Calibration, read_prompts
 from ..precision.reduce import Quantization
+from .adapters import adapters_of, add_adapters
 from .reading import add_reading, reading
 
 
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--height", type=int, metavar="H", help="height in pixels that compiled engines are built for")
     parser.add_argument("--width", type=int, metavar="W", help="width in pixels that compiled engines are built for")
-    parser.add_argument("--batch", type=int, metavar="B", help="pictures at a time that compiled engines are built for")
+    parser.add_argument("--batch", type=int, metavar="B", help="images at a time that compiled engines are built for")
     parser.add_argument(
         "--profile",
         action="append",
@@ -54,76 +52,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="range of batch, height or width (pixels) that compiled engines are built for; may be repeated",
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="sampler steps that the bundle uses by default; 20 at first"
+        "--steps",
+        type=int,
+        metavar="N",
+        help="sampler steps that the bundle uses by default; at first those of the family",
     )
     parser.add_argument(
         "--guidance",
         type=float,
         metavar="G",
-        help="guidance that the bundle uses by default; the family's at first",
+        help="guidance scale that the bundle uses by default; at first that of the family",
     )
     parser.add_argument("--sampler", metavar="NAME", help="sampler that the bundle uses by default")
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="LoRA in safetensors to fuse into the weights; may be repeated",
-    )
-    parser.add_argument(
-        "--tiny-vae",
-        type=Path,
-        metavar="DIR",
-        help="AutoencoderTiny, whose decoder draws previews or, if asked, pictures",
-    )
-    parser.add_argument(
-        "--controlnet",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="ControlNetModel that requests may steer pictures with; may be repeated",
-    )
-    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter, for pictures in prompts")
-    parser.add_argument(
-        "--image-encoder", type=Path, metavar="DIR", help="CLIPVisionModelWithProjection that the IP-Adapter goes with"
-    )
-    parser.add_argument(
-        "--safety-checker",
-        type=Path,
-        metavar="DIR",
-        help="StableDiffusionSafetyChecker, or a model that has one, for requests that want their pictures checked",
-    )
+    add_adapters(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the exported graphs with torch")
     parser.add_argument(
         "--calibration",
         type=Path,
         metavar="PROMPTS.txt",
-        help="prompts, one a line, that a reduced precision learns from",
+        help="prompts, one a line, whose images a reduced precision learns its ranges from",
     )
     parser.add_argument(
-        "--calibration-steps", type=int, default=8, metavar="N", help="steps of the pictures drawn for that; default 8"
+        "--calibration-steps", type=int, default=8, metavar="N", help="steps of those images; default 8"
     )
     parser.add_argument(
         "--no-calibration",
         action="store_true",
-        help="draw no pictures to see which values leave the range of fp16, if the model is too large to be run here",
+        help="draw no images to see which values leave the range of fp16, for a model that is too large to run here",
     )
     parser.add_argument(
         "--least-sqnr",
         type=float,
         default=20.0,
         metavar="DB",
-        help="layers that keep less signal over noise in 8 bits stay as they are; default 20",
+        help="least signal over noise of a layer in 8 bits; a layer with less is not quantised; default 20",
     )
     parser.add_argument(
-        "--accept-quality", action="store_true", help="keep a reduced precision whose pictures are below the gate"
+        "--accept-quality", action="store_true", help="keep a reduced precision whose images are below the gate"
     )
     add_reading(parser)
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    parser.add_argument("--json", action="store_true", help="print a report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build, and say what was built."""
+    """Build, and print a report."""
     ranges = parse_ranges(arguments.profile)
     for name in ("batch", "height", "width"):
         if (length := getattr(arguments, name)) is not None:
@@ -143,11 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=_calibration(arguments),
         quantization=Quantization(arguments.least_sqnr),
         accept_quality=arguments.accept_quality,
-        tiny_vae=arguments.tiny_vae,
-        ip_adapter=IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder),
-        safety_checker=arguments.safety_checker,
-        controlnets=tuple(map(ControlNetFile.parse, arguments.controlnet)),
-        loras=tuple(map(LoraFile.parse, arguments.lora)),
+        adapters=adapters_of(arguments),
         reading=reading(arguments),
     )
     console = BuildConsole(quiet=arguments.json)
@@ -187,16 +155,16 @@ def _compile_openvino(report: BuildReport, request: BuildRequest, console: Build
     """Compile the bundle for OpenVINO: for one size where one is given, else for all."""
     bundle, start = Bundle.open(report.path), time.perf_counter()
     defaults = bundle.manifest.defaults
-    usual = {"width": defaults.width, "height": defaults.height, "batch": 1}
-    lengths = [request.ranges.get(name, Range.fixed(length)) for name, length in usual.items()]
+    default = {"width": defaults.width, "height": defaults.height, "batch": 1}
+    lengths = [request.ranges.get(name, Range.fixed(length)) for name, length in default.items()]
     one_size = bool(request.ranges) and all(each.min == each.max for each in lengths)
     size = FixedSize(*(each.max for each in lengths)) if one_size else None
 
-    def tell(component: str) -> None:
+    def report_component(component: str) -> None:
         console.stage(f"{component}: OpenVINO model, {request.precision}")
 
     built = []
-    for model in compile_openvino(bundle, request.precision, size, tell):
+    for model in compile_openvino(bundle, request.precision, size, report_component):
         done = "already built" if model.reused else f"{model.record.size / 1e6:.1f} MB"
         console.result(f"{done} ({model.record.key})")
         built.append(BuiltEngine(model.record, model.reused))

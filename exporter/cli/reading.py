@@ -1,4 +1,4 @@
-"""Options that say of a source what it does not say itself."""
+"""Command-line options for settings that a source does not have itself."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="for a single file: a folder of CLIP's tokenizer")
     parser.add_argument(
-        "--prediction", choices=PREDICTIONS, help="for a single file: what its denoiser predicts, if it does not say"
+        "--prediction",
+        choices=PREDICTIONS,
+        help="for a single file: the prediction of its denoiser, which not every file names",
     )
-    parser.add_argument("--variant", metavar="NAME", help="which files of weights of a directory, such as fp16")
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="for a directory or a model on a hub: variant of the files of weights, such as fp16",
+    )
     parser.add_argument("--revision", metavar="REV", help="for a model on a hub: branch, tag or commit")
 
 
 def reading(arguments: argparse.Namespace) -> Reading:
-    """What was given of them."""
+    """The settings that a command line names."""
     return Reading(arguments.config, arguments.tokenizer, arguments.prediction, arguments.variant, arguments.revision)

@@ -11,17 +11,13 @@ from latentrt.engines.store import EngineStore
 from latentrt.runtime.bundle.manifest import PRECISIONS
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import BuildConsole, print_json
-from latentrt.runtime.lora.reading import LoraFile
 
-from ..adapters.controlnet import ControlNetFile, with_controlnets
-from ..adapters.ip_adapter import IpAdapterFiles, with_ip_adapter
-from ..adapters.lora import with_loras
-from ..adapters.safety_checker import with_safety_checker
-from ..adapters.tiny_vae import with_tiny_vae
+from ..adapters.registry import open_model
 from ..precision.bisect import RUNNERS, find_drift
 from ..source.opening import open_source
 from ..verification.bundle import verify_bundle
 from ..verification.components import GATES
+from .adapters import adapters_of, add_adapters
 from .reading import add_reading, reading
 
 _SHOWN = 8
@@ -32,24 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory that build-engine wrote")
     parser.add_argument("--source", type=Path, metavar="SOURCE", help="the model it comes from")
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="LoRA that was fused into its weights; may be repeated",
-    )
-    parser.add_argument("--tiny-vae", type=Path, metavar="DIR", help="AutoencoderTiny that it was built with")
-    parser.add_argument(
-        "--controlnet",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="ControlNet that it was built with; may be repeated, in the same order",
-    )
-    parser.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter that it was built with")
-    parser.add_argument("--image-encoder", type=Path, metavar="DIR", help="image encoder that goes with that")
-    parser.add_argument("--safety-checker", type=Path, metavar="DIR", help="safety checker that it was built with")
+    add_adapters(parser)
     parser.add_argument(
         "--bisect", metavar="COMPONENT", help="name the operators where a component drifts from fp32, e.g. unet_step"
     )
@@ -71,13 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bisect is not None:
         return _bisect(bundle, arguments)
     engines = EngineStore(bundle.engines_directory).records(verify_hash=True)
-    loras = [LoraFile.parse(text) for text in arguments.lora]
-    source = with_loras(open_source(arguments.source, reading(arguments)), loras)
-    source = with_tiny_vae(source, arguments.tiny_vae)
-    source = with_controlnets(source, [ControlNetFile.parse(text) for text in arguments.controlnet])
-    source = with_ip_adapter(source, IpAdapterFiles.given(arguments.ip_adapter, arguments.image_encoder))
-    source = with_safety_checker(source, arguments.safety_checker)
-    figures = verify_bundle(bundle, source, BuildConsole(quiet=arguments.json))
+    model = open_model(open_source(arguments.source, reading(arguments)), adapters_of(arguments))
+    figures = verify_bundle(bundle, model, BuildConsole(quiet=arguments.json))
     if arguments.json:
         print_json({"bundle": str(bundle.path), "psnr_db": figures})
     else:

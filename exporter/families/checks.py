@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from latentrt.engines.checks import check_integer, is_integer, is_number, show
 from latentrt.engines.errors import SourceError
 from latentrt.runtime.request.options import MAX_SIDE
 
@@ -14,13 +15,39 @@ _MAX_BLOCKS = 7  # six halvings: a latent is then 64 pixels wide
 def natural(where: str, config: Config, key: str, default: int) -> int:
     """A whole number above zero from a configuration.
 
+    Args:
+        where: Name of the folder that the configuration is in, for the message.
+        config: The configuration.
+        key: Its entry.
+        default: The number where there is no such entry.
+
     Raises:
         SourceError: if it is anything else.
     """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SourceError(f"{where}/config.json: {key!r} is {value!r}, expected a whole number above zero")
-    return value
+    return check_integer(f"{where}/config.json: {key!r}", config.get(key, default), 1, error=SourceError)
+
+
+def naturals(where: str, config: Config, key: str, default: list[int], longest: int, most: int) -> list[int]:
+    """A list of whole numbers above zero from a configuration, of one entry at least.
+
+    Args:
+        where: Name of the folder that the configuration is in, for the message.
+        config: The configuration.
+        key: Its entry.
+        default: The list where there is no such entry.
+        longest: How many numbers it may have.
+        most: The largest number that is allowed.
+
+    Raises:
+        SourceError: if it is anything else.
+    """
+    values = config.get(key, default)
+    sound = isinstance(values, list) and 1 <= len(values) <= longest
+    if not sound or not all(is_integer(value) and 1 <= value <= most for value in values):
+        raise SourceError(
+            f"{where}/config.json: {key!r} is {show(values)}, expected 1 to {longest} whole numbers up to {most}"
+        )
+    return list(values)
 
 
 def check_blocks(where: str, config: Config) -> None:
@@ -37,10 +64,10 @@ def check_blocks(where: str, config: Config) -> None:
 
 
 def check_guidance(unet: Config) -> None:
-    """Check the input of a U-Net that takes the scale of guidance in, as latent consistency models do.
+    """Check the input for the guidance scale of a U-Net that takes it, as latent consistency models do.
 
     Raises:
-        SourceError: if it has a wrong number for that.
+        SourceError: if the width of that input is none that a scale can be embedded in.
     """
     if unet.get("time_cond_proj_dim") is not None:
         width = natural("unet", unet, "time_cond_proj_dim", 256)
@@ -52,7 +79,7 @@ def check_clip(where: str, config: Config) -> int:
     """Check a CLIP text encoder, and return the width of its states.
 
     Raises:
-        SourceError: if a number is none.
+        SourceError: if a number is missing or not above zero.
     """
     for key, default in (("max_position_embeddings", 77), ("vocab_size", 49408), ("num_hidden_layers", 12)):
         natural(where, config, key, default)
@@ -60,7 +87,7 @@ def check_clip(where: str, config: Config) -> int:
 
 
 def inpaints(unet: Config, vae: Config) -> bool:
-    """Whether a U-Net takes the mask and what is outside of it besides the latents."""
+    """Whether a U-Net takes a mask and the latents of the masked image after the latents."""
     channels = natural("vae", vae, "latent_channels", 4)
     return natural("unet", unet, "in_channels", 4) == 2 * channels + 1
 
@@ -69,28 +96,26 @@ def check_unet_channels(unet: Config, vae: Config) -> None:
     """Check that a U-Net takes the VAE's latents, alone or for inpainting.
 
     Raises:
-        SourceError: if it does not, or for inpainting and with a scale of guidance.
+        SourceError: if it does not, or if it is one for inpainting that takes the guidance scale too.
     """
     if not inpaints(unet, vae):
         check_vae(vae, natural("unet", unet, "in_channels", 4))
         return
     check_vae(vae, natural("vae", vae, "latent_channels", 4))
     if unet.get("time_cond_proj_dim") is not None:
-        raise SourceError(
-            "unet/config.json: a U-Net for inpainting that takes the scale of guidance in is not supported"
-        )
+        raise SourceError("unet/config.json: a U-Net for inpainting that takes the guidance scale is not supported")
 
 
 def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
-    """Check a VAE whose blocks are sound.
+    """Check the latents of a VAE; its blocks must have been checked.
 
     Args:
         vae: Its configuration.
-        channels: Of the latents that the denoiser takes.
-        denoiser: What it is called in messages.
+        channels: Channels of the latents that the denoiser takes.
+        denoiser: A word for the denoiser, for messages.
 
     Raises:
-        SourceError: if its latents have another number, or are scaled in a way that is not known.
+        SourceError: if its latents have another number of channels, or are scaled in a way that is not known.
     """
     latents = natural("vae", vae, "latent_channels", 4)
     if latents != channels:
@@ -103,7 +128,7 @@ def check_vae(vae: Config, channels: int, denoiser: str = "U-Net") -> None:
             "vae/config.json has means or deviations of its latents; only a scaling and a shift are supported"
         )
     scaling, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
-    if not _is_number(scaling) or not _is_number(shift) or not 1e-6 <= scaling <= 1e6:
+    if not is_number(scaling) or not is_number(shift) or not 1e-6 <= scaling <= 1e6:
         raise SourceError(
             f"vae/config.json: 'scaling_factor' is {scaling!r} and 'shift_factor' {shift!r}, expected two numbers"
         )
@@ -113,16 +138,12 @@ def check_size(where: str, config: Config, factor: int) -> None:
     """Check the size of latents that a denoiser was trained on.
 
     Raises:
-        SourceError: if a picture of it would be too large.
+        SourceError: if an image of that size would be too large.
     """
     side = config.get("sample_size") or 64
     sides = side if isinstance(side, list) and len(side) == 2 else [side]
-    if any(not isinstance(s, int) or isinstance(s, bool) or not 1 <= s * factor <= MAX_SIDE for s in sides):
+    if not all(is_integer(s) and 1 <= s * factor <= MAX_SIDE for s in sides):
         raise SourceError(
             f"{where}/config.json: 'sample_size' is {side!r}, "
             f"expected one or two whole numbers up to {MAX_SIDE // factor}"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

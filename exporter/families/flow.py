@@ -1,4 +1,4 @@
-"""What families of flow matching share at export."""
+"""Base of the families of flow matching (Lipman et al. 2022, arXiv 2210.02747)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from latentrt.runtime.samplers import Plan, compile_plan
 
 from .base import Config, Family
 
-_USUAL_TOKENS = 4096  # of a picture of 1024x1024
+_TOKENS = 4096  # of an image of 1024x1024
 
 
 class FlowFamily(Family):
@@ -20,6 +20,6 @@ class FlowFamily(Family):
     steps = 28
 
     def compile_plan(self, scheduler: Config, sampler: str, steps: int) -> Plan:
-        """Shifted as for a picture of the usual size, where the configuration asks for that."""
-        mu = flow_shift(scheduler, sampler, _USUAL_TOKENS)
+        """Compile a sampler; noise levels that the configuration shifts by size are those of 1024x1024 pixels."""
+        mu = flow_shift(scheduler, sampler, _TOKENS)
         return compile_plan(sampler, flow_scheduler(scheduler, sampler), steps, mu=mu)

@@ -1,27 +1,25 @@
-"""FLUX.1: a pooled CLIP text, the states of T5, and a transformer over packed latents."""
+"""FLUX.1: CLIP's pooled text state, T5's states, and a transformer over packed latents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 from latentrt.runtime.request.options import LONGEST_SEQUENCE, MAX_SIDE
 
-from ..components import Component, Roles, TextEncoder
+from ..components import Checkpoint, Component, Roles, TextEncoder
 from .base import Config, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_vae, natural
 from .flow import FlowFamily
 from .parts import CLIP_TEXT, CLIP_TOKENIZERS, VAE, autoencoder, denoiser_axes, embedding_ranges, known, text_encoder
 from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 TRANSFORMER = Part(
     ("FluxTransformer2DModel",),
@@ -29,31 +27,31 @@ TRANSFORMER = Part(
     lambda config: FluxTransformer2DModel(**known(config, FluxTransformer2DModel)),
 )
 PATCH = 2
-"""Latents along one side of what is packed into one token."""
+"""Latents along one side of the square that is packed into one token."""
 
-_AXES = (16, 56, 56)  # what the class assumes
+_AXES = (16, 56, 56)  # the default of diffusers' class
 _THETA = 10_000.0
-_SIDE = 128  # latents that the pipeline draws unless told otherwise
+_SIDE = 128  # latents that the pipeline draws by default
 _EXAMPLE_TEXT = 21
 _EXAMPLE_SIDES = (12, 20)  # half as much again must be even too
 _MOST_SCALE = 1000.0  # the transformer embeds time and guidance in thousandths
 
 
 class Rotation(nn.Module):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of a text and of a picture's tokens, in three parts.
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of a text and of an image's tokens, in three parts.
 
-    Text is at the origin; the token in row y and column x of a picture at (0, y, x). Cosines and sines are tabulated in
+    Text is at the origin, the token in row y and column x of an image at (0, y, x). Cosines and sines are tabulated in
     double precision, so that the graph holds no trigonometry and engines need no type for it.
 
     Args:
         widths: Numbers of a head that each part turns, all even.
-        positions: Rows or columns of tokens that a picture may have.
+        positions: Rows or columns of tokens that an image may have.
     """
 
     def __init__(self, widths: tuple[int, int, int], positions: int) -> None:
         super().__init__()
         self.widths = widths
-        # No buffers: at half precision they would lose what the table is for.
+        # No buffers: cast to half precision, the tables would lose the precision that they are for.
         self.tables = {width: _tables(width, positions) for width in set(widths[1:])}
 
     def forward(self, text: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +62,8 @@ class Rotation(nn.Module):
             by_row = self.tables[down][number][:rows, None].expand(rows, columns, down)
             by_column = self.tables[across][number][None, :columns].expand(rows, columns, across)
             first = torch.full((rows, columns, self.widths[0]), still)
-            picture = torch.cat([first, by_row, by_column], dim=-1).reshape(rows * columns, sum(self.widths))
-            turned.append(torch.cat([torch.full((text, sum(self.widths)), still), picture]))
+            image = torch.cat([first, by_row, by_column], dim=-1).reshape(rows * columns, sum(self.widths))
+            turned.append(torch.cat([torch.full((text, sum(self.widths)), still), image]))
         return turned[0], turned[1]
 
 
@@ -103,22 +101,22 @@ class FluxDenoiser(nn.Module):
             timestep: From 0 to 1000, ``[batch]``.
             encoder_hidden_states: T5's states ``[batch, length, width]``.
             pooled_projections: CLIP's pooled state ``[batch, width]``.
-            guidance_scale: ``[batch]``, for a transformer that takes it in.
+            guidance_scale: ``[batch]``, for a transformer that takes it.
         """
         model = self.transformer
         batch, channels, height, width = sample.shape
         rows, columns = height // PATCH, width // PATCH
         tokens = sample.reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
-        picture = model.x_embedder(tokens.reshape(batch, rows * columns, channels * PATCH**2))
+        image = model.x_embedder(tokens.reshape(batch, rows * columns, channels * PATCH**2))
         scales = () if guidance_scale is None else (guidance_scale * _MOST_SCALE,)
         embedding = model.time_text_embed(timestep, *scales, pooled_projections)
         text = model.context_embedder(encoder_hidden_states)
         positions = self.rotation(text.shape[1], rows, columns)
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-            text, picture = block(
-                hidden_states=picture, encoder_hidden_states=text, temb=embedding, image_rotary_emb=positions
+            text, image = block(
+                hidden_states=image, encoder_hidden_states=text, temb=embedding, image_rotary_emb=positions
             )
-        projected: torch.Tensor = model.proj_out(model.norm_out(picture, embedding))
+        projected: torch.Tensor = model.proj_out(model.norm_out(image, embedding))
         tokens = projected.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
         return tokens.reshape(batch, channels, height, width)
 
@@ -143,7 +141,7 @@ class Flux(FlowFamily):
     guidance = 3.5
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of texts and of latents agree, and positions fill a head."""
+        """Check that widths of text states and channels of latents agree, and that positions fill a head."""
         transformer, vae = configs["transformer"], configs["vae"]
         check_blocks("vae", vae)
         pooled = check_clip("text_encoder", configs["text_encoder"])
@@ -173,16 +171,16 @@ class Flux(FlowFamily):
                 "expected true or false"
             )
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
-        """Text encoders, transformer, and both halves of the VAE."""
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
+        """A text encoder, the transformer, or a half of the VAE."""
         if name == "text_encoder":
             outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
-            return text_encoder(source, name, TextEncoder, outputs, generator)
+            return text_encoder(checkpoint, name, TextEncoder, outputs, generator)
         if name == "text_encoder_2":
-            return t5_encoder(source, name, generator)
+            return t5_encoder(checkpoint, name, generator)
         if name != "transformer":
-            return autoencoder(source, name, generator)
-        config = source.configs["transformer"]
+            return autoencoder(checkpoint, name, generator)
+        config = checkpoint.configs["transformer"]
         channels, width = int(config.get("in_channels", 64)) // PATCH**2, int(config.get("joint_attention_dim", 4096))
         example = {
             "sample": torch.randn(2, channels, *_EXAMPLE_SIDES, generator=generator),
@@ -194,10 +192,10 @@ class Flux(FlowFamily):
         if config.get("guidance_embeds", False):
             example["guidance_scale"] = torch.rand(2, generator=generator) * 7
             vectors = (*vectors, "guidance_scale")
-        rotation = Rotation(_axes(config), MAX_SIDE // self.size_multiple(source))
+        rotation = Rotation(_axes(config), MAX_SIDE // self.size_multiple(checkpoint))
         return Component(
             name,
-            FluxDenoiser(source.load(name), rotation),
+            FluxDenoiser(checkpoint.load(name), rotation),
             example,
             denoiser_axes(example),
             ("out_sample",),
@@ -205,32 +203,32 @@ class Flux(FlowFamily):
             Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors),
         )
 
-    def usual(self, source: Source) -> tuple[int, float]:
-        """28 steps of a model that takes guidance in, 4 of one that knows none."""
-        embedded = source.configs["transformer"].get("guidance_embeds", False)
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
+        """Steps and guidance scale: 28 steps of a model that takes the scale, 4 of one that does not."""
+        embedded = checkpoint.configs["transformer"].get("guidance_embeds", False)
         return (self.steps, self.guidance) if embedded else (4, 1.0)
 
-    def size_multiple(self, source: Source) -> int:
-        """Pixels of a token."""
-        return PATCH * super().size_multiple(source)
+    def size_multiple(self, checkpoint: Checkpoint) -> int:
+        """Pixels along one side of a token."""
+        return PATCH * super().size_multiple(checkpoint)
 
-    def size(self, source: Source) -> tuple[int, int]:
-        """The pipeline's; the configuration names none."""
-        side = _SIDE * latent_factor(source.configs["vae"])
+    def size(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Width and height in pixels of the pipeline's default; the configuration names none."""
+        side = _SIDE * latent_factor(checkpoint.configs["vae"])
         return side, side
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of T5's tokens, which are all that the transformer attends to, and of added embeddings."""
-        return {**text_ranges(LONGEST_SEQUENCE), **embedding_ranges(source, "text_encoder")}
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
+        """Numbers of T5's tokens, which are all that the transformer attends to, and of added vectors."""
+        return {**text_ranges(LONGEST_SEQUENCE), **embedding_ranges(checkpoint, "text_encoder")}
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
-        """Whether the transformer takes the scale of guidance in."""
-        embedded = source.configs["transformer"].get("guidance_embeds", False)
-        return {**super().settings(source), "guidance": "embedded" if embedded else "none", "patch": PATCH}
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
+        """Whether the transformer takes the guidance scale, and the latents of a patch."""
+        embedded = checkpoint.configs["transformer"].get("guidance_embeds", False)
+        return {**super().settings(checkpoint), "guidance": "embedded" if embedded else "none", "patch": PATCH}
 
 
 def _axes(config: Config) -> tuple[int, int, int]:
     axes = config.get("axes_dims_rope", _AXES)
-    if not isinstance(axes, list | tuple) or len(axes) != 3 or any(type(n) is not int or n < 2 for n in axes):
+    if not isinstance(axes, list | tuple) or len(axes) != 3 or not all(is_integer(n) and n >= 2 for n in axes):
         raise SourceError(f"transformer/config.json: 'axes_dims_rope' is {axes!r}, expected three whole numbers")
     return axes[0], axes[1], axes[2]

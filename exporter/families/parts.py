@@ -1,10 +1,10 @@
-"""Parts that families share: what a source loads, and the components that are made of it."""
+"""Parts that families share, and the components that are made of them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,19 +14,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from latentrt.engines.trt import Range
 from latentrt.runtime.text.chunks import MOST_CHUNKS
 
-from ..components import Component, Decoder, Encoder
+from ..components import Checkpoint, Component, Decoder, Encoder
 from .base import Config, Part, latent_factor
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 LATENT_AXES = {0: "batch", 2: "latent_height", 3: "latent_width"}
 """Dimensions of latents that vary."""
 LENGTH, TEXT_LENGTH, EMBEDDINGS = "length", "text_length", "embeddings"
-"""Names of lengths that vary besides: tokens that T5 takes, states of a text that a denoiser takes, and vectors that a
+"""Names of other lengths that vary: tokens that T5 takes, states of a prompt that a denoiser takes, and vectors that a
 CLIP text encoder takes in addition to those of its table."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_PICTURE = {0: "batch", 2: "height", 3: "width"}
+_IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 def clip_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -68,7 +65,7 @@ VAE = Part(
     lambda config: AutoencoderKL(**known(config, AutoencoderKL)),
     vae_names,
 )
-LCM_USUAL = (4, 8.5)
+LCM_DEFAULTS = (4, 8.5)
 """Steps and guidance scale of latent consistency models, as in diffusers."""
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
@@ -80,32 +77,40 @@ _SWITCHES = {
 
 
 def known(config: Config, factory: Any) -> dict[str, Any]:
-    """The entries of ``config`` that are constructor parameters, without private ones and library switches."""
+    """Entries of a configuration that are parameters of a constructor, without private ones and library switches."""
     names = {name for name, p in inspect.signature(factory).parameters.items() if p.kind is not p.VAR_KEYWORD}
     names |= set(getattr(factory, "__annotations__", {}))
     return {key: value for key, value in config.items() if key in names - _SWITCHES and not key.startswith("_")}
 
 
-def autoencoder(source: Source, name: str, generator: torch.Generator) -> Component:
-    """``vae_decoder`` or ``vae_encoder``."""
-    model, vae = source.load("vae"), source.configs["vae"]
+def autoencoder(checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
+    """The component ``vae_decoder`` or ``vae_encoder``, with an example drawn from ``generator``."""
+    model, vae = checkpoint.load("vae"), checkpoint.configs["vae"]
     if name == "vae_decoder":
         latents = torch.randn(2, int(vae.get("latent_channels", 4)), 8, 12, generator=generator)
         return Component(name, Decoder(model), {"latent_sample": latents}, {"latent_sample": LATENT_AXES}, ("sample",))
     factor = latent_factor(vae)
     pixels = torch.rand(2, 3, 8 * factor, 12 * factor, generator=generator) * 2 - 1
-    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _PICTURE}, ("latent_parameters",))
+    return Component(name, Encoder(model), {"sample": pixels}, {"sample": _IMAGE_AXES}, ("latent_parameters",))
 
 
 def text_encoder(
-    source: Source,
+    checkpoint: Checkpoint,
     name: str,
     wrapper: Callable[[nn.Module], nn.Module],
     outputs: Sequence[str],
     generator: torch.Generator,
 ) -> Component:
-    """A CLIP text encoder behind ``wrapper``."""
-    config = source.configs[name]
+    """The component of a CLIP text encoder, with an example drawn from ``generator``.
+
+    Args:
+        checkpoint: The model.
+        name: The text encoder.
+        wrapper: Makes the module to export of the text encoder.
+        outputs: Names of the module's outputs.
+        generator: Ids and added vectors are drawn from it.
+    """
+    config = checkpoint.configs[name]
     length, width = _clip_length(config), int(config.get("hidden_size", 512))
     ids = torch.randint(int(config.get("vocab_size", 49408)), (2, length), generator=generator)
     first = length // 2
@@ -113,7 +118,7 @@ def text_encoder(
     vectors = torch.randn(_EXAMPLE_EMBEDDINGS, width, generator=generator)
     return Component(
         name,
-        wrapper(source.load(name)),
+        wrapper(checkpoint.load(name)),
         {"input_ids": ids, "extra_embeddings": vectors},
         {"input_ids": {0: "batch"}, "extra_embeddings": {0: EMBEDDINGS}},
         tuple(outputs),
@@ -121,41 +126,41 @@ def text_encoder(
 
 
 def _clip_length(config: Config) -> int:
-    """Tokens of a CLIP text encoder."""
+    """Tokens that a CLIP text encoder takes at once."""
     return int(config.get("max_position_embeddings", 77))
 
 
-def clip_ranges(source: Source, name: str) -> Mapping[str, Range]:
-    """Ranges of lengths where nothing but CLIP encodes texts: of states in chunks, and of added vectors.
+def clip_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
+    """Ranges of lengths where CLIP alone encodes prompts: of states in chunks, and of added vectors.
 
     Args:
-        source: The model.
+        checkpoint: The model.
         name: One of its CLIP text encoders.
     """
-    length = _clip_length(source.configs[name])
-    return {TEXT_LENGTH: Range(length, length, MOST_CHUNKS * length), **embedding_ranges(source, name)}
+    length = _clip_length(checkpoint.configs[name])
+    return {TEXT_LENGTH: Range(length, length, MOST_CHUNKS * length), **embedding_ranges(checkpoint, name)}
 
 
-def embedding_ranges(source: Source, name: str) -> Mapping[str, Range]:
-    """Range of the number of vectors that a CLIP text encoder takes in addition: as many as there are tokens."""
-    return {EMBEDDINGS: Range(1, 1, _clip_length(source.configs[name]))}
+def embedding_ranges(checkpoint: Checkpoint, name: str) -> Mapping[str, Range]:
+    """Range of the number of vectors that are added to a CLIP text encoder: up to one for each token."""
+    return {EMBEDDINGS: Range(1, 1, _clip_length(checkpoint.configs[name]))}
 
 
-def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+def unet_inputs(checkpoint: Checkpoint, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Example inputs that every U-Net has.
 
     Args:
-        source: Whose U-Net.
-        length: Tokens of a text.
-        generator: They are drawn from it.
+        checkpoint: The model.
+        length: Tokens of a prompt.
+        generator: The inputs are drawn from it.
     """
-    unet = source.configs["unet"]
-    # Not divisible by what the U-Net halves: then it passes the size of each skip connection to the upsampling that
+    unet = checkpoint.configs["unet"]
+    # A side that does not halve evenly: then the U-Net passes the size of each skip connection to the upsampling that
     # meets it, and the graph serves every size rather than multiples of that factor alone.
     side = 2 * 2 ** (len(unet["block_out_channels"]) - 1) + 1
     width = int(unet.get("cross_attention_dim", 1280))
-    latents = int(source.configs["vae"].get("latent_channels", 4))
-    masks = int(unet.get("in_channels", 4)) - latents  # the mask, and what is outside of it
+    latents = int(checkpoint.configs["vae"].get("latent_channels", 4))
+    masks = int(unet.get("in_channels", 4)) - latents  # the mask, and latents of the masked image
     inpaint = {"inpaint": torch.randn(2, masks, side, side + 2, generator=generator)} if masks else {}
     return {
         "sample": torch.randn(2, latents, side, side + 2, generator=generator),
@@ -165,18 +170,18 @@ def unet_inputs(source: Source, length: int, generator: torch.Generator) -> dict
     }
 
 
-def guidance_input(source: Source, generator: torch.Generator) -> dict[str, Tensor]:
-    """Example of the embedded guidance scale, for a U-Net that takes it; a U-Net's last input."""
-    width = source.configs["unet"].get("time_cond_proj_dim")
+def guidance_input(checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
+    """Example of the embedded guidance scale, the last input of a U-Net that takes it; empty for any other U-Net."""
+    width = checkpoint.configs["unet"].get("time_cond_proj_dim")
     return {} if width is None else {"timestep_cond": torch.rand(2, int(width), generator=generator) * 2 - 1}
 
 
-def guidance_kind(source: Source) -> str:
-    """One of :data:`latentrt.runtime.families.base.GUIDANCE`."""
-    return "classifier-free" if source.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
+def guidance_kind(checkpoint: Checkpoint) -> str:
+    """How a U-Net is guided: one of :data:`latentrt.runtime.families.base.GUIDANCE`."""
+    return "classifier-free" if checkpoint.configs["unet"].get("time_cond_proj_dim") is None else "embedded"
 
 
 def denoiser_axes(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions of variable length of a denoiser's inputs: rows, the latents' size, and the text's length."""
+    """Dimensions of variable length of a denoiser's inputs: rows, sides of latents, and length of the prompt."""
     own = {"sample": LATENT_AXES, "inpaint": LATENT_AXES, "encoder_hidden_states": {0: "batch", 1: TEXT_LENGTH}}
     return {name: own.get(name, {0: "batch"}) for name in example}

@@ -1,9 +1,9 @@
-"""Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be missing, and a transformer over both."""
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, a T5 that may be missing, and a transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -13,7 +13,7 @@ from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 from latentrt.runtime.request.options import MAX_SIDE
 
-from ..components import Component, Roles
+from ..components import Checkpoint, Component, Roles
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_size, check_vae, natural
 from .flow import FlowFamily
@@ -21,23 +21,20 @@ from .parts import CLIP_TOKENIZERS, VAE, autoencoder, denoiser_axes, embedding_r
 from .sdxl import CLIP_TEXT_PROJECTED, STATES, HiddenStates
 from .t5 import T5_TEXT, check_t5, t5_encoder, t5_tokenizer, text_ranges
 
-if TYPE_CHECKING:
-    from ..source.source import Source
-
 TRANSFORMER = Part(
     ("SD3Transformer2DModel",),
     "diffusion_pytorch_model",
     lambda config: SD3Transformer2DModel(**known(config, SD3Transformer2DModel)),
 )
 _CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
-_SEQUENCE = 256  # tokens of T5 in a usual request
-_EXAMPLE_TEXT = 19  # states behind those of CLIP
+_SEQUENCE = 256  # tokens of T5 by default, as in diffusers
+_EXAMPLE_TEXT = 19  # states after those of CLIP
 _PATCHES = (6, 10)  # of an example, down and across; half as many again must be a whole number
-_LEAST_POSITIONS = 16  # which those of an example of another size are below
+_LEAST_POSITIONS = 16  # more than an example of another size has
 
 
 class Sd3Denoiser(nn.Module):
-    """MMDiT: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, states of texts and their pooled state."""
+    """MMDiT: latents ``[batch, channels, h, w]``, timesteps ``[batch]``, text states and a pooled one to a flow."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -82,11 +79,11 @@ class StableDiffusion3(FlowFamily):
     guidance = 7.0
 
     def variant(self, index: Config) -> Family:
-        """Without T5 where the source has none, whose states are then zeros, as in diffusers."""
+        """The family without T5 where the source has none; its states are then zeros, as in diffusers."""
         return _WithoutT5() if index.get(_T5) in (None, [None, None]) else self
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of texts, of the pooled texts, and of latents agree."""
+        """Check that widths of text states, of the pooled states, and channels of latents agree."""
         transformer, vae = configs["transformer"], configs["vae"]
         check_blocks("vae", vae)
         width = natural("transformer", transformer, "joint_attention_dim", 4096)
@@ -119,28 +116,30 @@ class StableDiffusion3(FlowFamily):
                 f"transformer/config.json: 'pos_embed_max_size' is {positions}, expected {_LEAST_POSITIONS} or more"
             )
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
-        """Text encoders, transformer, and both halves of the VAE."""
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
+        """A text encoder, the transformer, or a half of the VAE."""
         if name in _CLIP:
-            return text_encoder(source, name, HiddenStates, (*STATES, "text_embeds"), generator)
+            return text_encoder(checkpoint, name, HiddenStates, (*STATES, "text_embeds"), generator)
         if name == _T5:
-            return t5_encoder(source, name, generator)
+            return t5_encoder(checkpoint, name, generator)
         if name != "transformer":
-            return autoencoder(source, name, generator)
-        config, patch = source.configs["transformer"], _patch(source)
+            return autoencoder(checkpoint, name, generator)
+        config, patch = checkpoint.configs["transformer"], _patch(checkpoint)
         down, across = (count * patch for count in _PATCHES)
         channels, width = int(config.get("in_channels", 16)), int(config.get("joint_attention_dim", 4096))
         pooled = int(config.get("pooled_projection_dim", 2048))
         example = {
             "sample": torch.randn(2, channels, down, across, generator=generator),
             "timestep": torch.rand(2, generator=generator) * 999,
-            "encoder_hidden_states": torch.randn(2, _clip_length(source) + _EXAMPLE_TEXT, width, generator=generator),
+            "encoder_hidden_states": torch.randn(
+                2, _clip_length(checkpoint) + _EXAMPLE_TEXT, width, generator=generator
+            ),
             "pooled_projections": torch.randn(2, pooled, generator=generator),
         }
         conditioning = ("encoder_hidden_states", *self.vectors)
         return Component(
             name,
-            Sd3Denoiser(source.load(name)),
+            Sd3Denoiser(checkpoint.load(name)),
             example,
             denoiser_axes(example),
             ("out_sample",),
@@ -148,27 +147,29 @@ class StableDiffusion3(FlowFamily):
             Roles("sample", "out_sample", conditioning, ("timestep",), self.vectors),
         )
 
-    def size_multiple(self, source: Source) -> int:
-        """Pixels of a patch."""
-        return _patch(source) * super().size_multiple(source)
+    def size_multiple(self, checkpoint: Checkpoint) -> int:
+        """Pixels along one side of a patch."""
+        return _patch(checkpoint) * super().size_multiple(checkpoint)
 
-    def size(self, source: Source) -> tuple[int, int]:
-        """As ``sample_size`` says, 128 latents unless it does."""
-        side = int(source.configs["transformer"].get("sample_size") or 128) * latent_factor(source.configs["vae"])
+    def size(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Width and height in pixels by ``sample_size``, which is 128 latents where the configuration has none."""
+        side = int(checkpoint.configs["transformer"].get("sample_size") or 128) * latent_factor(
+            checkpoint.configs["vae"]
+        )
         return side, side
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of T5's tokens, of CLIP's and T5's states together, and of added embeddings."""
-        return {**text_ranges(_SEQUENCE, _clip_length(source)), **embedding_ranges(source, "text_encoder")}
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
+        """Numbers of T5's tokens, of CLIP's and T5's states together, and of added vectors."""
+        return {**text_ranges(_SEQUENCE, _clip_length(checkpoint)), **embedding_ranges(checkpoint, "text_encoder")}
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
-        """Whether there is a T5, and the geometry of patches."""
-        positions = int(source.configs["transformer"].get("pos_embed_max_size", 96))
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
+        """Whether there is a T5, the latents of a patch, and the largest side in pixels."""
+        positions = int(checkpoint.configs["transformer"].get("pos_embed_max_size", 96))
         return {
-            **super().settings(source),
+            **super().settings(checkpoint),
             "t5": _T5 in self.parts,
-            "patch": _patch(source),
-            "largest_side": min(positions * self.size_multiple(source), MAX_SIDE),
+            "patch": _patch(checkpoint),
+            "largest_side": min(positions * self.size_multiple(checkpoint), MAX_SIDE),
         }
 
 
@@ -180,9 +181,9 @@ class _WithoutT5(StableDiffusion3):
     components: ClassVar[tuple[str, ...]] = tuple(name for name in StableDiffusion3.components if name != _T5)
 
 
-def _patch(source: Source) -> int:
-    return natural("transformer", source.configs["transformer"], "patch_size", 2)
+def _patch(checkpoint: Checkpoint) -> int:
+    return natural("transformer", checkpoint.configs["transformer"], "patch_size", 2)
 
 
-def _clip_length(source: Source) -> int:
-    return int(source.configs["text_encoder"].get("max_position_embeddings", 77))
+def _clip_length(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))

@@ -1,9 +1,9 @@
-"""Stable Diffusion XL, base model: two CLIP text encoders, and a U-Net that is told sizes and crop as well."""
+"""Stable Diffusion XL, base model: two CLIP text encoders, and a U-Net that takes sizes and crop too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 
-from ..components import Component, Roles, embeddings_added
+from ..components import Checkpoint, Component, Roles, embeddings_added
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
-    LCM_USUAL,
+    LCM_DEFAULTS,
     UNET,
     VAE,
     autoencoder,
@@ -32,9 +32,6 @@ from .parts import (
     unet_inputs,
 )
 
-if TYPE_CHECKING:
-    from ..source.source import Source
-
 CLIP_TEXT_PROJECTED = Part(
     ("CLIPTextModelWithProjection",),
     "model",
@@ -42,18 +39,18 @@ CLIP_TEXT_PROJECTED = Part(
     clip_names,
 )
 STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
-"""Outputs of both text encoders; the second has ``text_embeds`` as well."""
+"""Outputs of both text encoders; the second has ``text_embeds`` too."""
 
 _TIME_IDS = 6  # height and width of the original, top and left of the crop, height and width of the target
 _EXAMPLE_SIDE = 1024  # pixels
 
 
 class HiddenStates(nn.Module):
-    """CLIP text encoder: token ids ``[batch, length]`` to what enters its last layer, and its last but one.
+    """CLIP text encoder: token ids ``[batch, length]`` to the states that enter its last layer, and its last but one.
 
-    Without the final normalisation, as the U-Net was trained (Podell et al. 2023, arXiv 2307.01952, section 2.1; index
-    -2 of diffusers' ``hidden_states``, and -3 for ``clip_skip=1``). A model with a projection gives its pooled and
-    projected state too, ``[batch, width]``.
+    They are not normalised, as the U-Net was trained (Podell et al. 2023, arXiv 2307.01952, section 2.1): index -2 of
+    diffusers' ``hidden_states``, and -3 for ``clip_skip=1``. A model with a projection gives its pooled and projected
+    state too, ``[batch, width]``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +67,7 @@ class HiddenStates(nn.Module):
 
 
 class SizedDenoiser(nn.Module):
-    """U-Net of SDXL: what a U-Net takes, a pooled text ``[batch, width]``, and sizes and crop ``[batch, ids]``."""
+    """U-Net of SDXL: it takes a pooled text state ``[batch, width]``, and sizes and crop ``[batch, ids]`` too."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -85,7 +82,7 @@ class SizedDenoiser(nn.Module):
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        """Predict noise, velocity or sample, as the model was trained; one that was distilled is told the guidance."""
+        """Predict noise, velocity or sample, as the model was trained; ``timestep_cond`` embeds the guidance scale."""
         # The sinusoids of the sizes are fp32 at any precision. The U-Net joins the pooled text to them, and then casts:
         # in half precision that would be a Concat of two types, which ONNX does not have.
         added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
@@ -101,7 +98,7 @@ class SizedDenoiser(nn.Module):
 
 
 class SizedInpaintingDenoiser(nn.Module):
-    """U-Net of SDXL that was made for inpainting: takes the mask and what is outside of it after the latents."""
+    """U-Net of SDXL for inpainting: it takes the mask and latents of the masked image after the latents."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -148,10 +145,10 @@ class StableDiffusionXl(Family):
     controllable = True
     guidance = 5.0
     time_ids: ClassVar[int] = _TIME_IDS
-    """Numbers that the U-Net is told besides texts."""
+    """Numbers of size and crop that the U-Net takes."""
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of texts, of the pooled text with the sizes, and of latents agree."""
+        """Check that widths of text states, of the pooled state with the sizes, and channels of latents agree."""
         unet, vae = configs["unet"], configs["vae"]
         for where, config in (("unet", unet), ("vae", vae)):
             check_blocks(where, config)
@@ -180,42 +177,42 @@ class StableDiffusionXl(Family):
         check_size("unet", unet, latent_factor(vae))
         check_guidance(unet)
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
-        """Two text encoders, U-Net, and both halves of the VAE."""
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
+        """A text encoder, the U-Net, or a half of the VAE."""
         if name.startswith("text_encoder"):
             outputs = (*STATES, "text_embeds") if name == "text_encoder_2" else STATES
-            return text_encoder(source, name, HiddenStates, outputs, generator)
+            return text_encoder(checkpoint, name, HiddenStates, outputs, generator)
         if name != "unet":
-            return autoencoder(source, name, generator)
-        example = self.denoiser_inputs(source, generator)
-        example |= guidance_input(source, generator)
+            return autoencoder(checkpoint, name, generator)
+        example = self.denoiser_inputs(checkpoint, generator)
+        example |= guidance_input(checkpoint, generator)
         vectors = tuple(name for name in (*self.vectors, "timestep_cond") if name in example)
-        masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
+        masks = ("inpaint",) if inpaints(checkpoint.configs["unet"], checkpoint.configs["vae"]) else ()
         roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors, masks)
-        unet = source.load(name)
+        unet = checkpoint.load(name)
         module = SizedInpaintingDenoiser(unet) if masks else SizedDenoiser(unet)
         keep = frozenset({"timestep", "time_ids"})
         return Component(name, module, example, denoiser_axes(example), ("out_sample",), keep, roles)
 
-    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
-        """Latents, timesteps, texts, and the numbers that the U-Net is told."""
-        text = source.configs["text_encoder_2"]
-        example = unet_inputs(source, int(text.get("max_position_embeddings", 77)), generator)
+    def denoiser_inputs(self, checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
+        """Latents, timesteps, text states, the pooled state, and the numbers of size and crop."""
+        text = checkpoint.configs["text_encoder_2"]
+        example = unet_inputs(checkpoint, int(text.get("max_position_embeddings", 77)), generator)
         example["text_embeds"] = torch.randn(2, int(text.get("projection_dim", 512)), generator=generator)
         example["time_ids"] = torch.rand(2, self.time_ids, generator=generator) * _EXAMPLE_SIDE
         return example
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of texts in chunks, and of added embeddings."""
-        return clip_ranges(source, "text_encoder_2")
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
+        """Lengths of prompts in chunks, and numbers of added vectors."""
+        return clip_ranges(checkpoint, "text_encoder_2")
 
-    def usual(self, source: Source) -> tuple[int, float]:
-        """Those of latent consistency models for one that takes the scale in."""
-        return LCM_USUAL if guidance_kind(source) == "embedded" else super().usual(source)
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
+        """Steps and guidance scale; those of latent consistency models where the U-Net takes the scale."""
+        return LCM_DEFAULTS if guidance_kind(checkpoint) == "embedded" else super().defaults(checkpoint)
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
-        """Whether an empty negative prompt is not encoded, but all zeros."""
-        zeros = source.index.get("force_zeros_for_empty_prompt", True)
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
+        """The kind of guidance, and whether the states of an empty negative prompt are all zeros."""
+        zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
         if not isinstance(zeros, bool):
             raise SourceError(f"model_index.json: 'force_zeros_for_empty_prompt' is {zeros!r}, expected true or false")
-        return {"guidance": guidance_kind(source), "force_zeros_for_empty_prompt": zeros}
+        return {"guidance": guidance_kind(checkpoint), "force_zeros_for_empty_prompt": zeros}

@@ -1,18 +1,16 @@
-"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that is told size, crop and an aesthetic score."""
+"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that takes size, crop and an aesthetic score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from latentrt.engines.errors import SourceError
 
+from ..components import Checkpoint
 from .base import Part, TokenizerPart
 from .parts import CLIP_TOKENIZERS, UNET, VAE
 from .sdxl import CLIP_TEXT_PROJECTED, StableDiffusionXl
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 
 class StableDiffusionXlRefiner(StableDiffusionXl):
@@ -28,12 +26,16 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     components: ClassVar[tuple[str, ...]] = ("text_encoder_2", "unet", "vae_decoder", "vae_encoder")
     time_ids = 5  # height and width of the original, top and left of the crop, the score
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
-        """As of the base; a model of the pipeline that is told no score is refused."""
-        if source.index.get("requires_aesthetics_score") is not True:
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
+        """Settings of the base model.
+
+        Raises:
+            SourceError: if the pipeline gives its U-Net no aesthetic score, as that of no refiner does.
+        """
+        scored = checkpoint.index.get("requires_aesthetics_score", False)
+        if scored is not True:
             raise SourceError(
-                f"model_index.json of {source.name}: 'requires_aesthetics_score' is "
-                f"{source.index.get('requires_aesthetics_score', False)!r}, but the refiner of Stable Diffusion XL has "
-                "true; if this is the base model, its '_class_name' is StableDiffusionXLPipeline"
+                f"model_index.json of {checkpoint.name}: 'requires_aesthetics_score' is {scored!r}, but the refiner of "
+                "Stable Diffusion XL has true; the base model's '_class_name' is StableDiffusionXLPipeline"
             )
-        return super().settings(source)
+        return super().settings(checkpoint)

@@ -1,9 +1,9 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose states the U-Net attends to."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, and a U-Net that attends to its states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from latentrt.engines.errors import SourceError
 from latentrt.engines.trt import Range
 
-from ..components import Component, Denoiser, InpaintingDenoiser, Roles, TextEncoder
+from ..components import Checkpoint, Component, Denoiser, InpaintingDenoiser, Roles, TextEncoder
 from .base import Config, Family, Part, TokenizerPart, latent_factor
 from .checks import check_blocks, check_clip, check_guidance, check_size, check_unet_channels, inpaints, natural
 from .parts import (
     CLIP_TEXT,
     CLIP_TOKENIZERS,
-    LCM_USUAL,
+    LCM_DEFAULTS,
     UNET,
     VAE,
     autoencoder,
@@ -28,9 +28,6 @@ from .parts import (
     text_encoder,
     unet_inputs,
 )
-
-if TYPE_CHECKING:
-    from ..source.source import Source
 
 
 class StableDiffusion(Family):
@@ -46,7 +43,7 @@ class StableDiffusion(Family):
     optimum: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("last_hidden_state",)}
 
     def check(self, configs: Mapping[str, Config]) -> None:
-        """Widths of text and latents agree."""
+        """Check that widths of text states and channels of latents agree."""
         text, unet, vae = (configs[part] for part in self.parts)
         for where, config in (("unet", unet), ("vae", vae)):
             check_blocks(where, config)
@@ -57,20 +54,20 @@ class StableDiffusion(Family):
         check_size("unet", unet, latent_factor(vae))
         check_guidance(unet)
 
-    def component(self, source: Source, name: str, generator: torch.Generator) -> Component:
-        """Text encoder, U-Net, and both halves of the VAE."""
+    def component(self, checkpoint: Checkpoint, name: str, generator: torch.Generator) -> Component:
+        """The text encoder, the U-Net, or a half of the VAE."""
         if name == "text_encoder":
             outputs = ("last_hidden_state", "penultimate_hidden_state", "pooler_output")
-            return text_encoder(source, name, TextEncoder, outputs, generator)
+            return text_encoder(checkpoint, name, TextEncoder, outputs, generator)
         if name != "unet":
-            return autoencoder(source, name, generator)
-        example = self.denoiser_inputs(source, generator)
-        guidance = guidance_input(source, generator)
+            return autoencoder(checkpoint, name, generator)
+        example = self.denoiser_inputs(checkpoint, generator)
+        guidance = guidance_input(checkpoint, generator)
         vectors = tuple(guidance)
         example |= guidance
-        masks = ("inpaint",) if inpaints(source.configs["unet"], source.configs["vae"]) else ()
+        masks = ("inpaint",) if inpaints(checkpoint.configs["unet"], checkpoint.configs["vae"]) else ()
         roles = Roles("sample", "out_sample", ("encoder_hidden_states", *vectors), ("timestep",), vectors, masks)
-        unet = source.load(name)
+        unet = checkpoint.load(name)
         return Component(
             name,
             InpaintingDenoiser(unet) if masks else Denoiser(unet),
@@ -81,19 +78,19 @@ class StableDiffusion(Family):
             roles,
         )
 
-    def denoiser_inputs(self, source: Source, generator: torch.Generator) -> dict[str, Tensor]:
-        """Latents, timesteps and texts."""
-        length = int(source.configs["text_encoder"].get("max_position_embeddings", 77))
-        return unet_inputs(source, length, generator)
+    def denoiser_inputs(self, checkpoint: Checkpoint, generator: torch.Generator) -> dict[str, Tensor]:
+        """Latents, timesteps and text states."""
+        length = int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))
+        return unet_inputs(checkpoint, length, generator)
 
-    def lengths(self, source: Source) -> Mapping[str, Range]:
-        """Of texts in chunks, and of added embeddings."""
-        return clip_ranges(source, "text_encoder")
+    def lengths(self, checkpoint: Checkpoint) -> Mapping[str, Range]:
+        """Lengths of prompts in chunks, and numbers of added vectors."""
+        return clip_ranges(checkpoint, "text_encoder")
 
-    def settings(self, source: Source) -> dict[str, bool | int | float | str]:
-        """Kind of guidance alone."""
-        return {"guidance": guidance_kind(source)}
+    def settings(self, checkpoint: Checkpoint) -> dict[str, bool | int | float | str]:
+        """The kind of guidance."""
+        return {"guidance": guidance_kind(checkpoint)}
 
-    def usual(self, source: Source) -> tuple[int, float]:
-        """Those of latent consistency models for one that takes the scale in."""
-        return LCM_USUAL if guidance_kind(source) == "embedded" else super().usual(source)
+    def defaults(self, checkpoint: Checkpoint) -> tuple[int, float]:
+        """Steps and guidance scale; those of latent consistency models where the U-Net takes the scale."""
+        return LCM_DEFAULTS if guidance_kind(checkpoint) == "embedded" else super().defaults(checkpoint)

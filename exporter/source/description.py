@@ -1,4 +1,4 @@
-"""All that a model says of itself besides its weights: classes, configurations, scheduler, tokenizers, licence."""
+"""A model without its weights: classes, configurations, scheduler, tokenizers and licence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TokenizerFolder:
 
 @dataclass(frozen=True)
 class Description:
-    """A model but for its weights.
+    """A model without its weights.
 
     Attributes:
         index: ``model_index.json``.
@@ -64,7 +64,7 @@ class Description:
         configs: ``config.json`` by part.
         scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
         tokenizers: Where its tokenizers are.
-        licence: What the model card says of the licence, or ``"unknown"``.
+        licence: The licence that the model card names, or ``"unknown"``.
     """
 
     index: Mapping[str, Any]
@@ -76,11 +76,11 @@ class Description:
 
     @classmethod
     def read(cls, path: Path, name: str) -> Description:
-        """Of a diffusers directory.
+        """Read a diffusers directory.
 
         Args:
             path: The directory.
-            name: What messages call it.
+            name: Its name in messages.
 
         Raises:
             SourceError: naming the first thing that is missing, unknown or absurd.
@@ -104,10 +104,10 @@ class Description:
         tokenizers: Mapping[str, TokenizerFolder],
         licence: str,
     ) -> Description:
-        """One whose numbers are plausible and fit each other.
+        """Make one whose numbers are plausible and fit each other; takes the attributes.
 
         Raises:
-            SourceError: naming the first that does not.
+            SourceError: naming the first number that is not.
         """
         for name, config in configs.items():
             check_bounds(config, f"{name}/config.json")

@@ -24,7 +24,7 @@ _TOKENIZER = (
 
 
 def repository(path: Path) -> str | None:
-    """A path as the name of a model on a hub, such as ``org/model``; ``None`` if it cannot be one."""
+    """The name of a model on a hub that a path is, such as ``org/model``; ``None`` if it cannot be one."""
     name = path.as_posix()
     return name if not path.exists() and _NAME.fullmatch(name) else None
 
@@ -56,15 +56,15 @@ def model_files(variant: str | None = None) -> list[str]:
 
 
 def download(name: str, files: Files, *, variant: str | None = None, revision: str | None = None) -> Path:
-    """Fetch what a repository has of some files, unless the cache has it.
+    """Fetch those files that a repository has, unless the cache has them.
 
     Where the hub is chosen, how it is signed in to, and whether it may be asked at all (``HF_ENDPOINT``, ``HF_TOKEN``,
     ``HF_HUB_OFFLINE``) is the hub client's matter.
 
     Args:
-        name: Of the repository, such as ``org/model``.
-        files: Which.
-        variant: Which weights, such as ``"fp16"``.
+        name: Name of the repository, such as ``org/model``.
+        files: Gives the patterns of the files.
+        variant: Variant of the weights, such as ``"fp16"``.
         revision: Branch, tag or commit; by default the main branch.
 
     Returns:
@@ -87,7 +87,7 @@ def download(name: str, files: Files, *, variant: str | None = None, revision: s
         utils.disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files(variant)))
-    except Exception as error:  # besides its own, the client lets exceptions of its HTTP library through
+    except Exception as error:  # the client lets exceptions of its HTTP library through
         raise SourceError(f"{name!r} does not exist here, and {_reason(error, revision)}") from error
     finally:
         if quiet:

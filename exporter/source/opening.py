@@ -25,14 +25,14 @@ from .weights import PICKLED, opened, read_weights, weight_files
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source does not say itself.
+    """Settings that a source does not have itself, and which of its files to read.
 
     Attributes:
         config: For a single file: a diffusers directory, or the name of one on a hub, whose configurations, scheduler
             and tokenizers the weights go with; none of its weights are read.
         tokenizer: For a single file without ``config``: a folder of CLIP's tokenizer, or the name of one on a hub.
-        prediction: For a single file: what the denoiser predicts, ``"epsilon"`` or ``"v_prediction"``.
-        variant: For a directory or a hub: which files of weights, such as ``"fp16"``.
+        prediction: For a single file: the denoiser's prediction, ``"epsilon"`` or ``"v_prediction"``.
+        variant: For a directory or a hub: the variant of the files of weights, such as ``"fp16"``.
         revision: For a hub: branch, tag or commit.
     """
 
@@ -52,7 +52,11 @@ class Reading:
             raise InvalidRequestError("a config has tokenizers; give it or a tokenizer, not both")
 
     def refuse(self, kind: str, *names: str) -> None:
-        """Refuse what does not concern a kind of source.
+        """Refuse settings that do not concern a kind of source.
+
+        Args:
+            kind: The kind with its article, for the message.
+            names: Attributes that must be ``None``.
 
         Raises:
             InvalidRequestError: if one of ``names`` is given.
@@ -67,7 +71,7 @@ def open_source(path: Path, reading: Reading | None = None) -> Source:
 
     Args:
         path: A diffusers directory, a checkpoint in a single safetensors file, or the name of a model on a hub.
-        reading: What it does not say itself.
+        reading: Settings that it does not have itself; ``None`` stands for none.
 
     Raises:
         SourceError: if the source, a configuration file or the weights are missing, damaged or of a kind that is
@@ -184,7 +188,7 @@ def _open_file(path: Path, reading: Reading) -> Source:
             header.licence,
         )
         hint = "; for a model of other sizes give --config DIR, a diffusers directory with its configuration"
-    checkpoint = single_file.Checkpoint(header, described.family, described.configs, hint)
+    checkpoint = single_file.SingleFileWeights(header, described.family, described.configs, hint)
     contents: dict[str, Path | bytes] = {
         "configs": json.dumps([described.configs, described.scheduler, described.index], sort_keys=True).encode(),
         "padding": json.dumps({name: folder.padding for name, folder in described.tokenizers.items()}).encode(),
@@ -196,13 +200,13 @@ def _open_file(path: Path, reading: Reading) -> Source:
     return _source(name, described, _fingerprint(contents), checkpoint, notes)
 
 
-def _directory(path: Path, files: hub.Files, what: str) -> Path:
+def _directory(path: Path, files: hub.Files, title: str) -> Path:
     """A directory here, or one that a hub has."""
     if path.is_dir():
         return path
     if not path.exists() and (repository := hub.repository(path)):
         return hub.download(repository, files)
-    raise SourceError(f"the {what} {str(path)!r} {'is no directory' if path.exists() else 'does not exist'}")
+    raise SourceError(f"the {title} {str(path)!r} {'is no directory' if path.exists() else 'does not exist'}")
 
 
 def _fingerprint(contents: Mapping[str, Path | bytes]) -> str:

@@ -1,4 +1,4 @@
-"""What a directory that Optimum exported holds: a folder with a graph for each component, and configurations."""
+"""Directories that Optimum exported: a folder with a graph for each component, and configurations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GraphFolders:
     Attributes:
         path: The directory.
         components: Inputs and outputs that each component must have.
-        tools: What the configurations say of the libraries that made them, with versions.
+        tools: Libraries that made the graphs, with versions, as far as the configurations name them.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class GraphFolders:
     tools: tuple[tuple[str, str], ...]
 
     def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """There are no weights.
+        """Refuse: there are no weights.
 
         Raises:
             SourceError: always.
@@ -68,7 +68,7 @@ def describe(path: Path, name: str) -> tuple[Description, GraphFolders]:
 
     Args:
         path: The directory.
-        name: What messages call it.
+        name: Its name in messages.
 
     Raises:
         SourceError: naming the first thing that is missing, unknown or absurd.

@@ -1,4 +1,4 @@
-"""Checkpoints in a single safetensors file with the original names: what they are, and which tensor goes where."""
+"""Checkpoints in a single safetensors file with the original names: their model, and the place of each tensor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .single_file_names import Names, Target, clip, openclip, openclip_projected
 from .weights import empty_module, first_line, opened, read_tensors
 
 PREDICTIONS = ("epsilon", "v_prediction")
-"""What models in a single file may predict."""
+"""Predictions of models that come in a single file."""
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -40,7 +40,7 @@ _PLACES: Mapping[str, tuple[tuple[str, Names], ...]] = {
 }
 
 # Left out: averages of the weights in training, tables that follow from the schedule, the discriminator of the
-# autoencoder's training, what of CLIP no part uses, and marks.
+# autoencoder's training, tensors of CLIP that no part uses, and marks.
 _UNUSED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.")
 _UNUSED = frozenset(
     {
@@ -56,12 +56,12 @@ _UNUSED = frozenset(
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; no weight is read.
+    """Names, shapes and metadata of a safetensors file; no weight is read.
 
     Attributes:
         path: The file.
-        shapes: By tensor.
-        metadata: Texts that whoever wrote it put there.
+        shapes: Shapes by name of the tensor.
+        metadata: Texts that the program which wrote the file put there.
     """
 
     path: Path
@@ -83,15 +83,15 @@ class Header:
 
     @property
     def licence(self) -> str:
-        """What the metadata say of the licence, or ``"unknown"``."""
+        """The licence that the metadata name, or ``"unknown"``."""
         return " ".join(self.metadata.get("modelspec.license", "").split())[:200] or "unknown"
 
     def has(self, prefix: str) -> bool:
-        """Whether a name begins so."""
+        """Whether a tensor's name begins with a prefix."""
         return any(name.startswith(prefix) for name in self.shapes)
 
     def _require_model(self) -> None:
-        """Tell apart what people have in such files besides models."""
+        """Refuse files of other things than models, each by its own name."""
         kinds = {
             "LoRA weights, which change a model": ("lora_", "lycoris_"),
             "one part of a model, with diffusers' names": ("down_blocks.", "encoder.down_blocks.", "text_model."),
@@ -115,16 +115,16 @@ class Header:
 def recognise(header: Header, prediction: str | None = None) -> tuple[Published, tuple[str, ...]]:
     """Find out which published model a file has the layout of.
 
-    Whether a model predicts noise or velocity does not show in its weights. What is asked for counts, then what the
-    file says (a tensor ``v_pred``, as trainers of velocity models write it, or the metadata of Stability's
-    ModelSpec), then what is usual: velocity for 2.x, noise for all others.
+    Whether a model predicts noise or velocity does not show in its weights. ``prediction`` decides; without it the file
+    (a tensor ``v_pred``, as trainers of velocity models write it, or the metadata of Stability's ModelSpec); without
+    that the layout: velocity for 2.x, noise for all others.
 
     Args:
-        header: Of the file.
+        header: The header of the file.
         prediction: One of :data:`PREDICTIONS`, or ``None``.
 
     Returns:
-        The model, and what was assumed, a sentence each.
+        The model, and the assumptions that were made, a sentence each.
 
     Raises:
         SourceError: if it has no text encoder that is known.
@@ -138,14 +138,14 @@ def recognise(header: Header, prediction: str | None = None) -> tuple[Published,
     found = next((prefix for prefix in layouts if header.has(prefix)), None)
     if found is None:
         raise SourceError(f"{header.path.name} holds no text encoder: no tensor's name begins with {_CLIP} or the like")
-    make, usual = layouts[found]
+    make, default = layouts[found]
     said = {"v": "v_prediction", "epsilon": "epsilon"}.get(header.metadata.get("modelspec.prediction_type", ""))
     said = "v_prediction" if "v_pred" in header.shapes else said
-    published = make(prediction or said or usual)
+    published = make(prediction or said or default)
     notes = [f"{header.path.name} has the layout of {published.title}"]
     if prediction is None and said is None:
-        other = next(each for each in PREDICTIONS if each != usual)
-        notes.append(f"assumed that it predicts {usual}, which the file does not say; else give --prediction {other}")
+        other = next(each for each in PREDICTIONS if each != default)
+        notes.append(f"assumed that it predicts {default}, which the file does not say; else give --prediction {other}")
     first = header.shapes.get(f"{_UNET}input_blocks.0.0.weight", ())
     if len(first) == 4:  # models for inpainting and editing take more, and are refused by their number
         configs = {**published.configs, "unet": {**published.configs["unet"], "in_channels": first[1]}}
@@ -153,14 +153,14 @@ def recognise(header: Header, prediction: str | None = None) -> tuple[Published,
     return published, tuple(notes)
 
 
-class Checkpoint:
-    """Weights in a single file, once each has found its place.
+class SingleFileWeights:
+    """Weights in a single file, each of which has its place in a part of the model.
 
     Args:
-        header: Of the file.
-        family: Of the model.
-        configs: Of its parts.
-        hint: What to do about shapes that do not fit, as the end of a message.
+        header: The header of the file.
+        family: The family of the model.
+        configs: Configurations of its parts.
+        hint: Advice for shapes that do not fit, as the end of a message.
 
     Raises:
         SourceError: if a tensor is missing, of another shape, or has no place.
@@ -225,7 +225,7 @@ class Checkpoint:
                 raise SourceError(f"{file} has the tensor {key!r}, for which its {name} has no place{self._hint}")
             if tuple(tensor.shape) != expected[target_name]:
                 raise SourceError(
-                    f"{file}: {key!r} comes to the shape {list(tensor.shape)}, expected {list(expected[target_name])}"
+                    f"{file}: {key!r} gives the shape {list(tensor.shape)}, expected {list(expected[target_name])}"
                     f"{self._hint}"
                 )
         if missing := sorted(expected.keys() - found.keys()):

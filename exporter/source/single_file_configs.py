@@ -1,4 +1,4 @@
-"""Configurations of the published models whose checkpoints come in a single file, which does not have them.
+"""Configurations of the published models whose checkpoints come in a single file without configurations.
 
 Facts: the configuration files beside the original checkpoints (CompVis/stable-diffusion ``v1-inference.yaml``,
 Stability-AI/stablediffusion ``v2-inference-v.yaml``, Stability-AI/generative-models ``sd_xl_base.yaml`` and
@@ -20,8 +20,8 @@ class Published:
     """A published model, but for its weights.
 
     Attributes:
-        title: What it is called.
-        index: What diffusers would have in ``model_index.json``.
+        title: Its name in messages.
+        index: Contents of ``model_index.json``.
         configs: ``config.json`` by part.
         scheduler: ``scheduler_config.json``.
         padding: Tokenizers, with the token to pad with where that is not the tokenizer's own.
@@ -46,7 +46,7 @@ def _clip(width: int, layers: int, heads: int, act: str, projection: int) -> dic
         "layer_norm_eps": 1e-5,
         "projection_dim": projection,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # transformers reads it as: the end is where the highest id is, which CLIP's end token has
+        "eos_token_id": 2,  # transformers then takes the highest id for the end, as CLIP's end token has it
         "pad_token_id": 1,
     }
 
@@ -73,7 +73,7 @@ def _vae(scaling: float, side: int) -> dict[str, Any]:
 
 
 def _unet(side: int, widths: list[int], heads: int | list[int], context: int, attends: str) -> dict[str, Any]:
-    """``attends`` says of each level, from the picture's size down, whether it has attention."""
+    """``attends`` says of each level, from the image's size down, whether it has attention."""
     levels = [letter == "x" for letter in attends]
     return {
         "sample_size": side // 8,
@@ -192,7 +192,7 @@ def stable_diffusion_xl_refiner(prediction: str) -> Published:
 
 
 def _sizes(width: int) -> dict[str, Any]:
-    """How SDXL is told sizes and crop beside the pooled text."""
+    """Entries of SDXL's U-Net for sizes and crop, which it takes with the pooled text state."""
     return {
         "use_linear_projection": True,
         "addition_embed_type": "text_time",

@@ -22,8 +22,8 @@ class Target:
     """Where (a part of) a tensor goes.
 
     Attributes:
-        name: In the module.
-        change: What makes the module's tensor of the file's.
+        name: Its name in the module.
+        change: Makes the module's tensor of the file's.
     """
 
     name: str
@@ -31,8 +31,8 @@ class Target:
 
 
 Names = Callable[[str, Config], list[Target] | None]
-"""From a name, without the prefix of its part, and the part's configuration to targets: ``[]`` if the tensor is not
-needed, ``None`` if the layout has no such name."""
+"""Gives the targets of a tensor by its name, without the prefix of its part, and by the part's configuration: ``[]`` if
+the tensor is not needed, ``None`` if the layout has no such name."""
 
 _RESNET_OF_UNET = {
     "in_layers.0": "norm1",
@@ -64,7 +64,7 @@ _OPENCLIP_LAYER = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)
 
 
 def unet(name: str, config: Config) -> list[Target] | None:
-    """``model.diffusion_model``."""
+    """Targets of a U-Net's tensors, ``model.diffusion_model``."""
     block, leaf, kind = _split(name, _unet_blocks(config))
     if block is None:
         return None
@@ -75,7 +75,7 @@ def unet(name: str, config: Config) -> list[Target] | None:
 
 
 def vae(name: str, config: Config) -> list[Target] | None:
-    """``first_stage_model``."""
+    """Targets of a VAE's tensors, ``first_stage_model``."""
     block, leaf, kind = _split(name, _vae_blocks(config))
     if block is None:
         return None
@@ -87,17 +87,17 @@ def vae(name: str, config: Config) -> list[Target] | None:
 
 
 def clip(name: str, config: Config) -> list[Target] | None:
-    """A CLIP text encoder of transformers, whose names did not change."""
+    """Targets of a CLIP text encoder of transformers, whose names did not change."""
     return [Target(name)]
 
 
 def openclip(name: str, config: Config) -> list[Target] | None:
-    """A text encoder of OpenCLIP whose projection is not used."""
+    """Targets of a text encoder of OpenCLIP whose projection is not used."""
     return [] if name == "text_projection" else openclip_projected(name, config)
 
 
 def openclip_projected(name: str, config: Config) -> list[Target] | None:
-    """A text encoder of OpenCLIP with its projection, which transformers has transposed."""
+    """Targets of a text encoder of OpenCLIP with its projection, which transformers has transposed."""
     if name in ("logit_scale", "attn_mask"):
         return []
     if name == "text_projection":
@@ -108,7 +108,7 @@ def openclip_projected(name: str, config: Config) -> list[Target] | None:
         return None
     layer, inner, layers = int(found[1]), found[2], int(config.get("num_hidden_layers", 12))
     if layer == layers:
-        return []  # SD 2.x takes what enters the last layer, which diffusers therefore leaves out
+        return []  # SD 2.x takes the states that enter the last layer, which diffusers therefore leaves out
     target = f"encoder.layers.{layer}"
     if inner in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = inner.rpartition("_")[2]
@@ -118,7 +118,7 @@ def openclip_projected(name: str, config: Config) -> list[Target] | None:
 
 
 def _third(index: int) -> Callable[[Tensor], Tensor]:
-    """Query, key or value of a matrix that has all three."""
+    """Cuts query, key or value, by index, out of a matrix that has all three."""
 
     def cut(tensor: Tensor) -> Tensor:
         width = len(tensor) // 3
@@ -143,7 +143,7 @@ def _split(name: str, blocks: Mapping[str, str]) -> tuple[str | None, str, str]:
 
 
 def _unet_blocks(config: Config) -> dict[str, str]:
-    """The original's blocks of a U-Net, and diffusers'."""
+    """Blocks of a U-Net by their original names, with those of diffusers."""
     down, up = (list(config[f"{side}_block_types"]) for side in ("down", "up"))
     layers = config.get("layers_per_block", 2)
     each = list(layers) if isinstance(layers, list | tuple) else [layers] * len(down)
@@ -183,7 +183,7 @@ def _unet_blocks(config: Config) -> dict[str, str]:
 
 
 def _vae_blocks(config: Config) -> dict[str, str]:
-    """The original's blocks of an autoencoder, and diffusers'."""
+    """Blocks of an autoencoder by their original names, with those of diffusers."""
     levels, layers = len(config["block_out_channels"]), int(config.get("layers_per_block", 1))
     blocks = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
@@ -199,7 +199,7 @@ def _vae_blocks(config: Config) -> dict[str, str]:
         theirs, ours = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
         blocks |= {f"{theirs}.block.{layer}": f"{ours}.resnets.{layer}" for layer in range(layers)}
         blocks[f"{theirs}.downsample.conv"] = f"{ours}.downsamplers.0.conv"
-        # The decoder's levels are numbered from the picture up, diffusers' from the latents.
+        # The decoder's levels are numbered from the image up, diffusers' from the latents.
         theirs, ours = f"decoder.up.{levels - 1 - level}", f"decoder.up_blocks.{level}"
         blocks |= {f"{theirs}.block.{layer}": f"{ours}.resnets.{layer}" for layer in range(layers + 1)}
         blocks[f"{theirs}.upsample.conv"] = f"{ours}.upsamplers.0.conv"

@@ -1,46 +1,42 @@
-"""Reading a model without trusting it: a diffusers directory, a single-file checkpoint, or what a hub has of either.
+"""A checked model: a diffusers directory, a single-file checkpoint, or a model on a hub.
 
-Nothing in a source decides what code runs: class names are looked up in a table here, configuration files
-contribute numbers and names of known layers alone, and weights come from safetensors. A source is read completely
-and checked against its own configuration before anything is built from it.
+A source is read without trusting it, and nothing in it decides what code runs: class names are compared with those of a
+table, configuration files contribute numbers and names of known layers alone, and weights come from safetensors. A
+source is read completely, and checked against its own configuration, before anything is built from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from latentrt.engines.errors import SourceError
-from latentrt.runtime.bundle.manifest import IMAGE_ENCODER, SAFETY_CHECKER, STAGES, TINY_DECODER, controlled
 
 from ..families import Family
 from .description import TokenizerFolder
 from .tokenizers import KINDS, read_tokenizer
 from .weights import assign, empty_module
 
-if TYPE_CHECKING:
-    from ..adapters.controlnet import ControlNet
-    from ..adapters.ip_adapter import IpAdapter
-    from ..adapters.lora import Lora
-    from ..adapters.safety_checker import SafetyChecker
-    from ..adapters.tiny_vae import TinyVae
-
 
 class Weights(Protocol):
-    """Where weights come from."""
+    """Reads the weights of a model, part by part."""
 
     def read(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of a part with the names that its class has for them, see
-        :func:`latentrt.exporter.source.weights.read_tensors`.
+        """Tensors of a part with the names that its class has for them.
+
+        Args:
+            name: The part.
+            dtype: As for :func:`latentrt.exporter.source.weights.read_tensors`.
 
         Raises:
             SourceError: if they are missing, damaged or not finite.
         """
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,22 +44,16 @@ class Source:
     """A checked model.
 
     Attributes:
-        name: What it is called: its directory, its file without the ending, or its name on a hub.
+        name: The name of its directory, of its file without the ending, or the one that it has on a hub.
         family: The family that it belongs to.
         index: ``model_index.json``.
         configs: ``config.json`` of each part with weights, by name.
         scheduler: ``scheduler_config.json``, without a bound that diffusers writes as ``-Infinity``.
-        licence: What the model card says of the licence, or ``"unknown"``.
+        licence: The licence that the model card names, or ``"unknown"``.
         fingerprint: SHA-256 over all that decides the export.
-        weights: Where its weights come from.
-        tokenizers: Where its tokenizers are.
-        notes: What was assumed, a sentence each.
-        loras: Fused into the weights of the parts, see :mod:`latentrt.exporter.adapters.lora`.
-        tiny_vae: A decoder beside the model's own.
-        controlnets: Beside its denoiser.
-        ip_adapter: In its denoiser.
-        safety_checker: Looks at pictures.
-        dtype: What weights are loaded as.
+        weights: Reads its weights.
+        tokenizers: Folders of its tokenizers, by name.
+        notes: Assumptions that reading it took, a sentence each.
     """
 
     name: str
@@ -76,60 +66,34 @@ class Source:
     weights: Weights
     tokenizers: Mapping[str, TokenizerFolder]
     notes: tuple[str, ...] = ()
-    loras: tuple[Lora, ...] = ()
-    tiny_vae: TinyVae | None = None
-    controlnets: tuple[ControlNet, ...] = ()
-    ip_adapter: IpAdapter | None = None
-    safety_checker: SafetyChecker | None = None
-    dtype: torch.dtype = torch.float32
 
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Components that are exported, in the order in which a bundle has them."""
-        beside = [name for net in self.controlnets for name in net.components]
-        tiny = [] if self.tiny_vae is None else [TINY_DECODER]
-        image_encoder = [] if self.ip_adapter is None else [IMAGE_ENCODER]
-        checker = [] if self.safety_checker is None else [SAFETY_CHECKER]
-        return (*self.family.components, *tiny, *image_encoder, *beside, *checker)
-
-    @property
-    def all_components(self) -> tuple[str, ...]:
-        """Every component of a bundle, the denoiser's stages too."""
-        return tuple(part for name in self.components for part in self.with_stages(name))
-
-    def with_stages(self, name: str) -> tuple[str, ...]:
-        """A component, and its stages if it is the denoiser or a ControlNet; with those, the denoiser has a twin."""
-        if any(name == net.body for net in self.controlnets):
-            return (name, *(f"{name}_{stage}" for stage in STAGES))
-        twin = controlled(name)
-        has_twin = self.controlnets and name == self.family.denoiser
-        return (*self.family.with_stages(name), *((twin, f"{twin}_{STAGES[-1]}") if has_twin else ()))
-
-    def load(self, name: str) -> nn.Module:
+    def load(self, part: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Build a part with weights, such as ``unet`` or ``vae``, on the CPU, in evaluation mode.
 
-        It is fp32 in spite of :attr:`dtype` if a weight leaves the range of that, or LoRAs are to be added.
+        Args:
+            part: Its name, a key of :attr:`configs`.
+            dtype: Element type of its weights; all are fp32 where one leaves the range of that type.
 
         Raises:
             SourceError: if configuration and weights do not fit each other, or a weight is not finite.
         """
-        part, config = self.family.parts[name], self.configs[name]
-        dtype = torch.float32 if self.loras else self.dtype
-        tensors = self.weights.read(name, dtype)
+        described, config = self.family.parts[part], self.configs[part]
+        tensors = self.weights.read(part, dtype)
         if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors.values()):
-            tensors = self.weights.read(name, torch.float32)
-        module = empty_module(part.build, config, name)
-        tensors = part.rename(tensors, module)
-        assign(module, tensors, name)
+            tensors = self.weights.read(part, torch.float32)
+        module = empty_module(described.build, config, part)
+        tensors = described.rename(tensors, module)
+        assign(module, tensors, part)
         if any(buffer.is_meta for buffer in module.buffers()):  # tables that are not stored, such as position ids
-            module = part.build(config)
-            assign(module, tensors, name)
-        for lora in self.loras:
-            lora.fuse(name, module)
+            module = described.build(config)
+            assign(module, tensors, part)
         return module.eval().requires_grad_(False)
 
     def load_tokenizer(self, name: str = "tokenizer") -> PreTrainedTokenizerBase:
         """Build a tokenizer from its vocabulary files.
+
+        Args:
+            name: A key of :attr:`tokenizers`.
 
         Raises:
             SourceError: if a file is missing or damaged, or the text encoder does not know all of its tokens.

@@ -1,4 +1,4 @@
-"""Reading a source's tokenizers: by kind, which files one is made of and which class of transformers reads them."""
+"""Reading a source's tokenizers: for each kind its files, and the class of transformers that reads them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_tokenizer(directory: Path, kind: str, label: str, padding: str | None =
     Args:
         directory: Where they are.
         kind: A key of :data:`KINDS`.
-        label: What messages call it.
+        label: Its name in messages.
         padding: Token to pad with in place of the one that the files name.
 
     Raises:

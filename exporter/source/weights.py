@@ -31,7 +31,7 @@ def read_json(path: Path, meaning: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        meaning: What it means that the file is missing, for the message.
+        meaning: The meaning of a missing file, for the message.
 
     Raises:
         SourceError: if it is missing, too large, or no JSON object.
@@ -98,7 +98,7 @@ def _shards(index_path: Path) -> list[Path]:
 def read_weights(
     directory: Path, stem: str, variant: str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """All tensors of a component. Takes what :func:`weight_files` and :func:`read_tensors` take.
+    """All tensors of a component, by name. It takes the arguments of :func:`weight_files` and :func:`read_tensors`.
 
     Raises:
         SourceError: if a file is truncated or damaged, a tensor stands twice, or a value is not finite.
@@ -119,10 +119,10 @@ def read_tensors(
     """Tensors of an opened file.
 
     Args:
-        content: What :func:`opened` gives.
-        names: Which.
-        label: What messages call the file.
-        dtype: What floating-point tensors are given as; one that leaves its range is given as fp32. A tensor that the
+        content: The file, as :func:`opened` gives it.
+        names: Names of the tensors.
+        label: Name of the file in messages.
+        dtype: Element type for floating-point tensors; one that leaves its range is given as fp32. A tensor that the
             file has in this type takes no memory of its own.
 
     Raises:
@@ -142,11 +142,11 @@ def read_tensors(
 
 @contextlib.contextmanager
 def opened(file: Path, label: str | None = None) -> Iterator[Any]:
-    """Open a safetensors file, and translate what goes wrong while it is open.
+    """Open a safetensors file, and translate errors while it is open.
 
     Args:
         file: The file.
-        label: What messages call it; by default its name after that of its directory.
+        label: Its name in messages; by default its name after that of its directory.
 
     Raises:
         SourceError: if it is damaged, or claims more than it holds.
@@ -204,6 +204,6 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], component: str) -> Non
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of bounded length."""
+    """The message of an exception, in one line of bounded length."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

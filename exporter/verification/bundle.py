@@ -1,22 +1,21 @@
-"""A bundle's graphs beside torch, one after the other."""
+"""Comparing a bundle's graphs with torch, one after the other."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.engines.errors import BundleError
-from latentrt.runtime.bundle.manifest import STAGES, Graph, controlled
+from latentrt.runtime.bundle.manifest import STAGES, Graph
 from latentrt.runtime.bundle.reader import Bundle
 
-from ..adapters.controlled import controlled_component
 from ..components import Component
 from ..graphs.targets import QUANTIZED
-from ..model import load_component
+from ..model import Model
 from ..progress import Reporter, Silent
-from ..source.source import Source
 from .components import check_component, check_stages
 from .emulate import EmulatedEngine, widened_copy
 
@@ -27,7 +26,7 @@ def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Pat
     """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings.
 
     Args:
-        component: What it was exported from.
+        component: The component that it was exported from.
         graph: Its entry in the manifest.
         directory: The bundle.
         scratch: Where to put a copy of the graph; ``None`` is beside it.
@@ -47,7 +46,11 @@ def stages_psnr(
 ) -> float:
     """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings.
 
-    Takes what :func:`graph_psnr` takes.
+    Args:
+        component: The component that they were exported from.
+        stages: Entries of its stages in the manifest, by name.
+        directory: The bundle.
+        scratch: Where to put copies of the graphs; ``None`` is beside them.
 
     Raises:
         VerificationError: if it is below the gate of its precision.
@@ -61,48 +64,76 @@ def stages_psnr(
         return round(min(check_stages(component, engines, precision).psnr, _MOST), 2)
 
 
-def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = None) -> dict[str, float]:
-    """Compare every graph of a bundle with the source that it should come from. Nothing is written to the bundle.
+def verify_bundle(bundle: Bundle, model: Model, reporter: Reporter | None = None) -> dict[str, float]:
+    """Compare every graph of a bundle with the model that it should come from. Nothing is written to the bundle.
+
+    Args:
+        bundle: The bundle.
+        model: The model, with the adapters that the bundle was built with.
+        reporter: Receives the progress; ``None`` reports to nobody.
 
     Returns:
         PSNR in dB by graph.
 
     Raises:
-        BundleError: if the bundle comes from another source.
+        BundleError: if the bundle comes from another source, or from other adapters.
         VerificationError: if a graph falls below the gate of its precision.
     """
-    reporter = reporter or Silent()
-    if bundle.manifest.source.fingerprint != source.fingerprint:
-        raise BundleError(
-            f"{bundle.path.name} was not built from {source.name}: the fingerprints of the weights differ"
-        )
+    if bundle.manifest.source.fingerprint != model.fingerprint:
+        raise BundleError(f"{bundle.path.name} was not built from {model.name}: the fingerprints of the weights differ")
     figures: dict[str, float] = {}
-    components = bundle.manifest.components
     with tempfile.TemporaryDirectory(prefix="latentrt-verify-") as scratch:
-        denoiser = source.family.denoiser
-        for name in (*source.components, controlled(denoiser)):
-            if name not in components:
-                continue
-            twin = name not in source.components
-            component = controlled_component(source) if twin else load_component(source, name)
-            for form, graph in components[name].graphs.items():
-                if graph.file in figures:
-                    continue  # serves several forms
-                reporter.stage(f"{name}: {form}")
-                bundle.graph_path(name, form)  # looks into the graph before ONNX Runtime opens it
-                figures[graph.file] = graph_psnr(component, graph, bundle.path, Path(scratch))
-                reporter.result(f"{figures[graph.file]:.1f} dB")
-            for form in components[f"{name}_step"].graphs if f"{name}_step" in components else ():
-                # A twin for ControlNets has a step of its own, and otherwise the denoiser's stages.
-                parts = {f"{name}_{s}": f"{denoiser if twin and s != STAGES[-1] else name}_{s}" for s in STAGES}
-                parts = {as_: part for as_, part in parts.items() if part in components}
-                stages = {as_: c.graphs[form] for as_, p in parts.items() if form in (c := components[p]).graphs}
-                precision = stages[f"{name}_step"].precision
-                reporter.stage(f"{name}: {form}, stages of the loop")
-                for part in stages:
-                    bundle.graph_path(parts[part], form)
-                psnr = stages_psnr(component, stages, bundle.path, Path(scratch))
-                new = [f"{name}_step"] if twin or precision in QUANTIZED else stages
-                figures |= {stages[part].file: psnr for part in new}
-                reporter.result(f"{psnr:.1f} dB")
+        verification = _Verification(bundle, model, reporter or Silent(), Path(scratch), figures)
+        for name in (*model.components, *model.twins):
+            if name in bundle.manifest.components:
+                verification.verify(name)
     return figures
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """A bundle that is being compared.
+
+    Attributes:
+        bundle: The bundle.
+        model: The model that it comes from.
+        reporter: Receives the progress.
+        scratch: Folder for copies of graphs.
+        figures: PSNR in dB of the graphs that were compared.
+    """
+
+    bundle: Bundle
+    model: Model
+    reporter: Reporter
+    scratch: Path
+    figures: dict[str, float]
+
+    def verify(self, name: str) -> None:
+        """Compare a component's graphs, and its stages in each form that has them."""
+        component, components = self.model.load_component(name), self.bundle.manifest.components
+        for form, graph in components[name].graphs.items():
+            if graph.file in self.figures:
+                continue  # serves several forms
+            self.reporter.stage(f"{name}: {form}")
+            self.bundle.graph_path(name, form)  # looks into the graph before ONNX Runtime opens it
+            self.figures[graph.file] = graph_psnr(component, graph, self.bundle.path, self.scratch)
+            self.reporter.result(f"{self.figures[graph.file]:.1f} dB")
+        last = f"{name}_{STAGES[-1]}"
+        for form in components[last].graphs if last in components else ():
+            self._verify_stages(component, name, form)
+
+    def _verify_stages(self, component: Component, name: str, form: str) -> None:
+        """Compare a guided step through the stages with torch."""
+        components, denoiser = self.bundle.manifest.components, self.model.family.denoiser
+        last, twin = f"{name}_{STAGES[-1]}", name in self.model.twins
+        # A twin has a last stage of its own, and otherwise the denoiser's stages.
+        parts = {f"{name}_{s}": f"{denoiser if twin and s != STAGES[-1] else name}_{s}" for s in STAGES}
+        parts = {as_: part for as_, part in parts.items() if part in components and form in components[part].graphs}
+        stages = {as_: components[part].graphs[form] for as_, part in parts.items()}
+        self.reporter.stage(f"{name}: {form}, stages of the loop")
+        for part in parts.values():
+            self.bundle.graph_path(part, form)
+        psnr = stages_psnr(component, stages, self.bundle.path, self.scratch)
+        shared = twin or stages[last].precision in QUANTIZED  # the other stages have figures already
+        self.figures.update({stages[part].file: psnr for part in ([last] if shared else stages)})
+        self.reporter.result(f"{psnr:.1f} dB")

@@ -1,4 +1,4 @@
-"""Does an exported component compute what its source computes? Measured in decibels, and gated."""
+"""Comparing an exported component with torch: its results must agree to a gate in decibels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def psnr(reference: Array, received: Array) -> float:
 
 
 def reference_outputs(component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
-    """What torch computes in fp32."""
+    """Results of torch in fp32, by the names of the component's outputs."""
     with torch.no_grad():
         results = component.module(*(inputs[name] for name in component.example))
     results = results if isinstance(results, tuple) else (results,)

@@ -1,4 +1,4 @@
-"""Pictures as hardware of reduced precision would draw them, computed by ONNX Runtime on a CPU."""
+"""Images as hardware of reduced precision draws them, computed by ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class EmulatedEngine(BaseEngine):
 
     Args:
         path: The graph.
-        graph: Its entry in the manifest; what is of half precision there is fp32 here.
-        label: What messages call the engine.
+        graph: Its entry in the manifest; inputs and outputs of half precision there are fp32 here.
+        label: Name of the engine in messages.
     """
 
     def __init__(self, path: Path, graph: Graph, label: str) -> None:
@@ -79,8 +79,8 @@ def widened_copy(
 
     Args:
         path: The graph. One that has no value of half precision is not copied, unless ``lowered`` is given.
-        rounded: Round every value to what it was, see :func:`~latentrt.exporter.passes.widen.widen`.
-        lowered: Round what the model computes to this type, as an engine does that lowers fp32 by itself.
+        rounded: Round every value to its type in the graph, see :func:`~latentrt.exporter.passes.widen.widen`.
+        lowered: Round the model's values to this type, as an engine does that lowers fp32 by itself.
         scratch: Where to put it; ``None`` is beside the graph.
         weights: Widen the weights in it, or each where it is used, see :func:`~latentrt.exporter.passes.widen.widen`;
             then the copy is beside the graph and uses its file of weights.

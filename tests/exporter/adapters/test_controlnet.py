@@ -14,14 +14,27 @@ from safetensors.numpy import load_file, save_file
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.engines.trt import Range
-from latentrt.exporter.adapters.controlled import control_ranges
-from latentrt.exporter.adapters.controlnet import ControlNetFile, residual_shapes, with_controlnets
-from latentrt.exporter.adapters.ip_adapter import IpAdapterFiles, with_ip_adapter
-from latentrt.exporter.model import load_component
+from latentrt.exporter.adapters.base import AdapterFiles
+from latentrt.exporter.adapters.controlnet import ControlNetFile, ControlNetFiles
+from latentrt.exporter.adapters.ip_adapter import IpAdapterFiles
+from latentrt.exporter.adapters.registry import open_model
+from latentrt.exporter.adapters.residuals import residual_shapes
+from latentrt.exporter.model import Model
 from latentrt.exporter.passes.residuals import chain_residuals, take_residuals
 from latentrt.exporter.source.opening import open_source
+from latentrt.exporter.source.source import Source
 from latentrt.runtime import Bundle
 from latentrt.runtime.cli import main
+
+
+def steered(source: Source, files: AdapterFiles) -> Model:
+    """A source with one kind of adapter."""
+    return open_model(source, [files])
+
+
+def edges(path: Path, count: int = 1) -> ControlNetFiles:
+    """A ControlNet of this name, once or several times."""
+    return ControlNetFiles((ControlNetFile("edges", path),) * count)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +64,7 @@ def test_a_controlnet_that_does_not_fit(tiny: Any, tmp_path: Path, change: dict[
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(SourceError, match=message):
-        with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", copy)])
+        steered(open_source(tiny.source("sd1")), edges(copy))
 
 
 def test_controlnets_are_named(tiny: Any, tmp_path: Path) -> None:
@@ -65,14 +78,14 @@ def test_controlnets_are_named(tiny: Any, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="give one as NAME=DIR"):
             ControlNetFile(name, path)
     with pytest.raises(InvalidRequestError, match="two ControlNets are called 'edges'"):
-        with_controlnets(source, [ControlNetFile("edges", path)] * 2)
+        steered(source, edges(path, 2))
     with pytest.raises(SourceError, match="does not exist"):
-        with_controlnets(source, [ControlNetFile("edges", tmp_path / "none")])
-    assert with_controlnets(source, []) is source
+        steered(source, edges(tmp_path / "none"))
+    assert ControlNetFiles.parse({}) is None
     with pytest.raises(SourceError, match=r"it is one for another model|but that of sdxl is"):
-        with_controlnets(open_source(tiny.source("sdxl")), [ControlNetFile("edges", path)])
-    with pytest.raises(InvalidRequestError, match="family stable-diffusion-xl-refiner are not supported"):
-        with_controlnets(open_source(tiny.source("sdxl-refiner")), [ControlNetFile("edges", path)])
+        steered(open_source(tiny.source("sdxl")), edges(path))
+    with pytest.raises(InvalidRequestError, match="family stable-diffusion-xl-refiner is not supported"):
+        steered(open_source(tiny.source("sdxl-refiner")), edges(path))
 
 
 def test_weights_of_a_controlnet_are_checked(tiny: Any, tmp_path: Path) -> None:
@@ -81,9 +94,9 @@ def test_weights_of_a_controlnet_are_checked(tiny: Any, tmp_path: Path) -> None:
     file = copy / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     save_file({name: values for name, values in tensors.items() if "mid_block" not in name}, file)
-    source = with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", copy)])
+    source = steered(open_source(tiny.source("sd1")), edges(copy))
     with pytest.raises(SourceError, match=r"weights of edges do not fit its config\.json"):
-        load_component(source, "controlnet_edges")
+        source.load_component("controlnet_edges")
 
 
 def test_residuals_follow_the_levels() -> None:
@@ -97,10 +110,11 @@ def test_residuals_follow_the_levels() -> None:
 
 def test_compiled_engines_of_controlnets_have_ranges(tiny: Any) -> None:
     """Every stage has one for each of its symbols; lengths of lower levels are rounded up."""
-    source = with_controlnets(open_source(tiny.source("sd1")), [ControlNetFile("edges", tiny.controlnet("sd1"))])
+    model = steered(open_source(tiny.source("sd1")), edges(tiny.controlnet("sd1")))
     step = {"latent_height": Range(9, 17, 33), "latent_width": Range(16, 16, 16), "batch": Range(1, 1, 2)}
     ranges = {"unet_prompt": {"batch": Range(1, 1, 1)}, "unet_schedule": {"batch": Range(1, 20, 64)}, "unet_step": step}
-    found = control_ranges(source, ranges, {"height": Range(18, 34, 66), "width": Range(32, 32, 32)})
+    ranges["vae_encoder"] = {"height": Range(18, 34, 66), "width": Range(32, 32, 32)}
+    found = model.adapters[0].ranges(ranges)
     parts = ("image", "prompt", "schedule", "step")
     assert set(found) == {"unet_control_step", *(f"controlnet_edges_{part}" for part in parts)}
     assert found["unet_control_step"]["latent_height_1"] == Range(5, 9, 17)
@@ -167,16 +181,14 @@ def test_an_ip_adapter_that_does_not_fit(tiny: Any, tmp_path: Path, name: str, c
     tensors.pop(name, None)
     save_file({**tensors, **({} if change is None else {name: change})}, tmp_path / "ip.safetensors")
     with pytest.raises(SourceError, match=message):
-        with_ip_adapter(
-            open_source(tiny.source("sd1")), IpAdapterFiles(tmp_path / "ip.safetensors", given / "image_encoder")
-        )
+        steered(open_source(tiny.source("sd1")), IpAdapterFiles(tmp_path / "ip.safetensors", given / "image_encoder"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"architectures": ["CLIPModel"]}, r"'architectures' is \['CLIPModel'\]"),
-        ({"image_size": 4096}, "pictures have 4096 pixels a side"),
+        ({"image_size": 4096}, "images have 4096 pixels a side"),
         ({"patch_size": 64}, "patches 64"),
         ({"projection_dim": 48}, "'image_proj.proj.weight' has the shape"),
         ({"num_hidden_layers": 10**4}, "which no model has"),
@@ -191,23 +203,22 @@ def test_an_image_encoder_that_does_not_fit(tiny: Any, tmp_path: Path, change: d
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(SourceError, match=message):
-        with_ip_adapter(open_source(tiny.source("sd1")), IpAdapterFiles(given / "ip-adapter.safetensors", copy))
+        steered(open_source(tiny.source("sd1")), IpAdapterFiles(given / "ip-adapter.safetensors", copy))
 
 
 def test_an_ip_adapter_comes_with_its_encoder(tiny: Any, tmp_path: Path) -> None:
     """One without the other, pickled files, and models that take none are refused; none at all is fine."""
     given, source = tiny.ip_adapter("sd1"), open_source(tiny.source("sd1"))
-    assert IpAdapterFiles.given(None, None) is None
+    assert IpAdapterFiles.parse({}) is None
     with pytest.raises(InvalidRequestError, match="goes with its image encoder"):
-        IpAdapterFiles.given(given / "ip-adapter.safetensors", None)
+        IpAdapterFiles.parse({"ip_adapter": [str(given / "ip-adapter.safetensors")]})
     (tmp_path / "ip.bin").write_bytes(b"")
     with pytest.raises(SourceError, match=r"does not end with \.safetensors"):
-        with_ip_adapter(source, IpAdapterFiles(tmp_path / "ip.bin", given / "image_encoder"))
+        steered(source, IpAdapterFiles(tmp_path / "ip.bin", given / "image_encoder"))
     with pytest.raises(SourceError, match="does not exist"):
-        with_ip_adapter(source, IpAdapterFiles(tmp_path / "none.safetensors", given / "image_encoder"))
+        steered(source, IpAdapterFiles(tmp_path / "none.safetensors", given / "image_encoder"))
     with pytest.raises(SourceError, match=r"the image encoder .* does not exist"):
-        with_ip_adapter(source, IpAdapterFiles(given / "ip-adapter.safetensors", tmp_path / "none"))
+        steered(source, IpAdapterFiles(given / "ip-adapter.safetensors", tmp_path / "none"))
     files = IpAdapterFiles(given / "ip-adapter.safetensors", given / "image_encoder")
     with pytest.raises(InvalidRequestError, match="takes its guidance in"):
-        with_ip_adapter(open_source(tiny.source("lcm")), files)
-    assert with_ip_adapter(source, None) is source
+        steered(open_source(tiny.source("lcm")), files)

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.exporter.adapters.lora import with_loras
-from latentrt.exporter.adapters.tiny_vae import with_tiny_vae
+from latentrt.exporter.adapters.lora import LoraFiles
+from latentrt.exporter.adapters.registry import open_model
+from latentrt.exporter.adapters.tiny_vae import TinyVaeFiles
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.source.optimum import GraphFolders
 from latentrt.runtime.lora.reading import LoraFile
@@ -51,7 +52,7 @@ def test_fused_weights_are_those_of_diffusers(
     """Every layout, for linear layers and convolutions of denoiser and text encoders, with and without alphas."""
     source = open_source(tiny.source(kind))
     file = lora_files.write(getattr(lora_files, layout)(source), tmp_path / "style.safetensors")
-    fused = with_loras(source, [LoraFile(file, 0.7)])
+    fused = open_model(source, [LoraFiles((LoraFile(file, 0.7),))])
     pipe = fused_by_diffusers(tiny.source(kind), file, 0.7)
     for part in lora_files.parts(source):
         ours, before = fused.load(part).state_dict(), source.load(part).state_dict()
@@ -86,7 +87,7 @@ def test_alphas_of_the_header_count(tiny: Any, lora_files: Any, tmp_path: Path) 
         file,
         {"lora_adapter_metadata": json.dumps(settings), "format": "pt"},
     )
-    ours = with_loras(source, [LoraFile(file)]).load("unet").state_dict()
+    ours = open_model(source, [LoraFiles((LoraFile(file),))]).load("unet").state_dict()
     expected = fused_by_diffusers(tiny.source("sd1"), file, 1.0).unet.state_dict()
     for name in ours:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -96,13 +97,14 @@ def test_several_are_added_up_and_told(tiny: Any, lora_files: Any, tmp_path: Pat
     """Two at half strength are one at full; files and scales are in the fingerprint."""
     source, file = open_source(tiny.source("sd1")), tmp_path / "style.safetensors"
     lora_files.write(lora_files.peft(source), file)
-    one, two = (with_loras(source, files) for files in ([LoraFile(file)], [LoraFile(file, 0.5)] * 2))
+    one, two = (open_model(source, [LoraFiles(files)]) for files in ((LoraFile(file),), (LoraFile(file, 0.5),) * 2))
     ours, expected = two.load("unet").state_dict(), one.load("unet").state_dict()
     for name, weight in expected.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
     assert len({source.fingerprint, one.fingerprint, two.fingerprint}) == 3
-    assert [(lora.adapter.name, lora.adapter.scale) for lora in two.loras] == [("style.safetensors", 0.5)] * 2
-    assert with_loras(source, []) is source
+    assert [(record.name, record.scale) for record in two.records] == [("style.safetensors", 0.5)] * 2
+    assert open_model(source).fingerprint == source.fingerprint
+    assert LoraFiles.parse({"lora": []}) is None
 
 
 KEY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -153,10 +155,10 @@ def test_a_file_that_cannot_be_fused(
     save_file(tensors, file)
     if message is None:  # fits, but leaves the range of numbers
         with pytest.raises(SourceError, match=r"with style.safetensors the weights of unet.down.* are not finite"):
-            with_loras(source, [LoraFile(file, 100)]).load("unet")
+            open_model(source, [LoraFiles((LoraFile(file, 100),))]).load("unet")
         return
     with pytest.raises(SourceError, match=message) as caught:
-        with_loras(source, [LoraFile(file)])
+        open_model(source, [LoraFiles((LoraFile(file),))])
     assert "\n" not in str(caught.value)
 
 
@@ -177,16 +179,18 @@ def test_a_file_that_is_none(tiny: Any, tmp_path: Path) -> None:
         "dora.safetensors": "has DoRA",
     }.items():
         with pytest.raises(SourceError, match=message):
-            with_loras(source, [LoraFile(tmp_path / name)])
+            open_model(source, [LoraFiles((LoraFile(tmp_path / name),))])
 
 
 def test_graphs_of_others_have_no_weights_to_fuse_into(tiny: Any, tmp_path: Path) -> None:
     """A source that is run as it is takes neither a LoRA nor a tiny decoder."""
     graphs = dataclasses.replace(open_source(tiny.source("sd1")), weights=object.__new__(GraphFolders))
-    with pytest.raises(InvalidRequestError, match="sd1 holds graphs that are run as they are; a LoRA is fused"):
-        with_loras(graphs, [LoraFile(tmp_path / "style.safetensors")])
+    with pytest.raises(
+        InvalidRequestError, match="sd1 holds graphs that are run as they are; a LoRA goes with weights"
+    ):
+        open_model(graphs, [LoraFiles((LoraFile(tmp_path / "style.safetensors"),))])
     with pytest.raises(InvalidRequestError, match="sd1 holds graphs that are run as they are; a tiny VAE goes"):
-        with_tiny_vae(graphs, tmp_path)
+        open_model(graphs, [TinyVaeFiles(tmp_path)])
 
 
 def test_a_file_with_its_scale() -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.exporter.adapters.safety_checker import SafetyChecker, with_safety_checker
+from latentrt.exporter.adapters.registry import open_model
+from latentrt.exporter.adapters.safety_checker import SafetyChecker, SafetyCheckerFiles
+from latentrt.exporter.components import Component
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.targets import Form
 from latentrt.exporter.source.opening import open_source
@@ -31,9 +33,15 @@ def directory(tiny: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny.safety_checker(), tmp_path / "checker"))
 
 
-def scores(directory: Path, pixels: torch.Tensor) -> torch.Tensor:
-    """What is exported, computed by torch."""
-    component = SafetyChecker.open(directory).component(torch.Generator())
+def loaded(tiny: Any, directory: Path) -> Component:
+    """The component that is exported, beside some model."""
+    model = open_model(open_source(tiny.source("sd1")), [SafetyCheckerFiles(directory)])
+    return model.load_component("safety_checker")
+
+
+def scores(tiny: Any, directory: Path, pixels: torch.Tensor) -> torch.Tensor:
+    """The component's results, computed by torch."""
+    component = loaded(tiny, directory)
     with torch.no_grad():
         found: torch.Tensor = torch.cat(component.module(pixels), dim=1)
     return found
@@ -53,17 +61,16 @@ def test_a_checker_goes_with_models_of_every_family(tiny: Any) -> None:
     """It is one component more, part of the fingerprint, and none where none is given."""
     for kind in ("sd1", "sdxl", "flux-schnell"):
         plain = open_source(tiny.source(kind))
-        source = with_safety_checker(plain, tiny.safety_checker())
-        assert source.components == (*plain.components, "safety_checker")
+        source = open_model(plain, [SafetyCheckerFiles(tiny.safety_checker())])
+        assert source.components == (*plain.family.components, "safety_checker")
         assert source.fingerprint != plain.fingerprint
-        assert with_safety_checker(plain, None) is plain
         assert source.notes == plain.notes
 
 
 def test_old_and_new_layouts_are_one(tiny: Any, directory: Path, tmp_path: Path) -> None:
     """The published checkpoint's names, its two configurations, and its place in a model's directory are understood."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = scores(tiny.safety_checker(), pixels)
+    expected = scores(tiny, tiny.safety_checker(), pixels)
     renamed(directory, lambda key: f"vision_model.{key}" if key.startswith("vision_model.") else key)
     positions = {"vision_model.vision_model.embeddings.position_ids": torch.arange(17)[None]}
     save_file(load_file(directory / "model.safetensors") | positions, directory / "model.safetensors")
@@ -79,12 +86,12 @@ def test_old_and_new_layouts_are_one(tiny: Any, directory: Path, tmp_path: Path)
     )
     preparation.unlink()
     for path in (model, model / "safety_checker"):
-        torch.testing.assert_close(scores(path, pixels), expected, rtol=0, atol=0)
+        torch.testing.assert_close(scores(tiny, path, pixels), expected, rtol=0, atol=0)
         assert SafetyChecker.open(path).notes == ()
     shutil.rmtree(model / "feature_extractor")
-    source = with_safety_checker(open_source(tiny.source("sd1")), model)
+    source = open_model(open_source(tiny.source("sd1")), [SafetyCheckerFiles(model)])
     assert source.notes[-1].startswith(
-        "safety_checker has no preprocessor_config.json; its pictures are prepared as CLIP"
+        "safety_checker has no preprocessor_config.json; its images are prepared as CLIP"
     )
 
 
@@ -94,14 +101,14 @@ def test_other_means_are_part_of_the_graph(directory: Path, tiny: Any) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     processor = CLIPImageProcessor.from_pretrained(directory)
     theirs = processor(Image.fromarray(picture), return_tensors="pt").pixel_values
-    found = scores(directory, torch.from_numpy(clip_pixels(picture, 32)))
-    torch.testing.assert_close(found, scores(tiny.safety_checker(), theirs), rtol=0, atol=1e-5)
+    found = scores(tiny, directory, torch.from_numpy(clip_pixels(picture, 32)))
+    torch.testing.assert_close(found, scores(tiny, tiny.safety_checker(), theirs), rtol=0, atol=1e-5)
 
 
 @pytest.mark.heavy
-def test_scores_are_fp32_in_half_precision(directory: Path, tmp_path: Path) -> None:
+def test_scores_are_fp32_in_half_precision(directory: Path, tiny: Any, tmp_path: Path) -> None:
     """The tower is fp16, while thresholds and what follows the embedding keep their bits."""
-    component = SafetyChecker.open(directory).component(torch.Generator().manual_seed(0))
+    component = loaded(tiny, directory)
     graph = export_component(component, Form(23, "fp16"), tmp_path)
     assert [each.dtype for each in (*graph.inputs, *graph.outputs)] == ["float16", "float32", "float32"]
     assert graph_psnr(component, graph, tmp_path) > 40
@@ -147,7 +154,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         r"'architectures' is \['CLIPModel'\], expected \['StableDiffusionSafetyCheck",
     ),
     (config(vision_config=3), "'vision_config' is 3, expected the configuration of CLIP's vision tower"),
-    (config(vision_config={**VISION, "image_size": 4096}), "pictures have 4096 pixels a side"),
+    (config(vision_config={**VISION, "image_size": 4096}), "images have 4096 pixels a side"),
     (config(vision_config={**VISION, "num_hidden_layers": 10**4}), "'num_hidden_layers' is 10000, which no model has"),
     (config(vision_config={**VISION, "num_attention_heads": 5}), "does not describe a model"),
     (config(projection_dim="wide"), "'projection_dim' is 'wide', expected a whole number"),
@@ -188,11 +195,13 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message[:40] for _, message in DAMAGE])
-def test_a_checker_that_is_none_or_damaged(directory: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_checker_that_is_none_or_damaged(
+    directory: Path, tiny: Any, damage: Callable[[Path], object], message: str
+) -> None:
     """One sentence names what is wrong."""
     damage(directory)
     with pytest.raises(SourceError, match=message):
-        SafetyChecker.open(directory).component(torch.Generator())
+        loaded(tiny, directory)
 
 
 def test_graphs_of_others_take_none(tiny: Any) -> None:
@@ -202,4 +211,4 @@ def test_graphs_of_others_take_none(tiny: Any) -> None:
     with pytest.raises(
         InvalidRequestError, match="graphs that are run as they are; a safety checker goes with weights"
     ):
-        with_safety_checker(graphs, tiny.safety_checker())
+        open_model(graphs, [SafetyCheckerFiles(tiny.safety_checker())])

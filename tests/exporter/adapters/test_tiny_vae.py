@@ -14,9 +14,9 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from latentrt.engines.errors import InvalidRequestError, SourceError
-from latentrt.exporter.adapters.safety_checker import with_safety_checker
-from latentrt.exporter.adapters.tiny_vae import with_tiny_vae
-from latentrt.exporter.model import load_component
+from latentrt.exporter.adapters.registry import open_model
+from latentrt.exporter.adapters.safety_checker import SafetyCheckerFiles
+from latentrt.exporter.adapters.tiny_vae import TinyVaeFiles
 from latentrt.exporter.source.opening import open_source
 from latentrt.runtime import Pipeline
 from latentrt.runtime.cli import main
@@ -80,7 +80,7 @@ def test_a_bundle_is_verified_with_its_tiny_decoder(
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["quality"]["vae_decoder_tiny/model.onnx"] > 60
     source, checker = tiny.source("lcm"), tiny.safety_checker()
-    with_decoder = with_safety_checker(with_tiny_vae(open_source(source), directory), checker)
+    with_decoder = open_model(open_source(source), [SafetyCheckerFiles(checker), TinyVaeFiles(directory)])
     assert manifest["source"]["fingerprint"] == with_decoder.fingerprint
     command = ["verify", str(bundle), "--source", str(source), "--safety-checker", str(checker)]
     assert main([*command, "--tiny-vae", str(directory)]) == 0
@@ -120,7 +120,7 @@ def test_previews_come_from_the_own_decoder_where_there_is_no_other(tiny: Any) -
         ({"num_decoder_blocks": "many"}, "'num_decoder_blocks' is 'many', expected 1 to 7 whole numbers"),
         ({"num_decoder_blocks": [1, 10**5]}, r"'num_decoder_blocks' is \[1, 100000\]"),
         ({"latent_channels": 10**9}, "'latent_channels' is 1000000000, which no model has"),
-        ({"scaling_factor": 0}, "'scaling_factor' is 0, expected a number"),
+        ({"scaling_factor": 0}, "'scaling_factor' is 0, expected 1e-06 to 1e"),
         ({"shift_factor": "much"}, "'shift_factor' is 'much', expected a number"),
         ({"decoder_block_out_channels": [8, 8]}, "weights of taesd do not fit its config.json"),
         ({"act_fn": "boom"}, "taesd/config.json does not describe a model"),
@@ -135,14 +135,14 @@ def test_a_tiny_autoencoder_that_does_not_fit(
     (copy / "config.json").write_text(json.dumps(config | change))
     source = open_source(tiny.source("sd1"))
     with pytest.raises(SourceError, match=message):
-        load_component(with_tiny_vae(source, copy), "vae_decoder_tiny")
+        open_model(source, [TinyVaeFiles(copy)]).load_component("vae_decoder_tiny")
 
 
 def test_a_directory_that_is_no_autoencoder(tiny: Any, tmp_path: Path) -> None:
     """Missing, a file, or without weights."""
     source = open_source(tiny.source("sd1"))
     with pytest.raises(SourceError, match="does not exist"):
-        with_tiny_vae(source, tmp_path / "none")
+        open_model(source, [TinyVaeFiles(tmp_path / "none")])
     with pytest.raises(SourceError, match="json is missing: a directory of an AutoencoderTiny is expected"):
-        with_tiny_vae(source, tmp_path)
-    assert with_tiny_vae(source, None) is source
+        open_model(source, [TinyVaeFiles(tmp_path)])
+    assert TinyVaeFiles.parse({}) is None

@@ -19,6 +19,7 @@ from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.exporter.builder.adoption import WARNING
 from latentrt.exporter.builder.build import build_bundle
 from latentrt.exporter.builder.request import BuildRequest
+from latentrt.exporter.model import Model
 from latentrt.exporter.source.opening import Reading, open_source
 from latentrt.exporter.verification.bundle import verify_bundle
 from latentrt.runtime import Bundle, Pipeline
@@ -160,7 +161,7 @@ def test_what_such_graphs_cannot_do(exports: Exports, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="no use for a variant"):
         open_source(source, Reading(variant="fp16"))
     with pytest.raises(SourceError, match="no weights of text_encoder to compare or export"):
-        verify_bundle(Bundle.open(exports.bundle("sd1")), open_source(source))
+        verify_bundle(Bundle.open(exports.bundle("sd1")), Model(open_source(source)))
     assert not any(tmp_path.iterdir())
 
 

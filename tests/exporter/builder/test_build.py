@@ -34,7 +34,7 @@ from latentrt.exporter.families.stable_diffusion import StableDiffusion
 from latentrt.exporter.graphs import export as onnx_export
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.targets import Form
-from latentrt.exporter.model import load_component
+from latentrt.exporter.model import Model
 from latentrt.exporter.progress import Silent
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.source.source import Source
@@ -138,7 +138,7 @@ def test_vae_and_text_encoder(tiny_sources: dict[str, Path], tiny_bundles: dict[
 @pytest.mark.heavy
 def test_half_precision(tiny_sources: dict[str, Path], tmp_path: Path) -> None:
     """An fp16 graph holds fp16 weights, agrees with torch in fp32, and leaves the module as it was."""
-    component = load_component(open_source(tiny_sources["sd1"]), "text_encoder")
+    component = Model(open_source(tiny_sources["sd1"])).load_component("text_encoder")
     before = {name: tensor.clone() for name, tensor in component.module.state_dict().items()}
     graph = export_component(component, Form(20, "fp16"), tmp_path)
     assert graph.file == "text_encoder/model.opset20-fp16.onnx"
@@ -167,12 +167,12 @@ def test_large_weights_in_a_file_of_their_own(
         feeds = {"input_ids": np.zeros((1, 77), np.int64), "extra_embeddings": np.zeros((1, 32), np.float32)}
         assert engine.run(feeds)["pooler_output"].shape == (1, 32)
     assert min(report.quality.values()) >= GATES["fp32"]
-    assert verify_bundle(bundle, open_source(tiny_source)).keys() == {graph.file}
+    assert verify_bundle(bundle, Model(open_source(tiny_source))).keys() == {graph.file}
 
 
 def test_module_that_cannot_be_exported(tiny_source: Path, tmp_path: Path) -> None:
     """What the exporter raises becomes one sentence that names the component."""
-    component = load_component(open_source(tiny_source), "text_encoder")
+    component = Model(open_source(tiny_source)).load_component("text_encoder")
 
     def fail(input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> None:
         raise RuntimeError("no such operator\nand much more")
@@ -187,7 +187,7 @@ def test_module_that_cannot_be_exported(tiny_source: Path, tmp_path: Path) -> No
 def test_unknown_component(tiny_source: Path) -> None:
     """A component that a pipeline does not have is refused by name."""
     with pytest.raises(SourceError, match="no component 'safety_checker'"):
-        load_component(open_source(tiny_source), "safety_checker")
+        Model(open_source(tiny_source)).load_component("safety_checker")
 
 
 # --- half precision that overflows
@@ -209,7 +209,7 @@ def exported_in_fp16(
     monkeypatch.setattr(reporter, "result", told.append)
     graphs: dict[str, dict[str, Graph]] = {part: {} for part in COMPONENTS}
     made = Construction(
-        open_source(source), directory, verify, reporter, graphs, {}, lambda: pytest.fail("not asked for")
+        Model(open_source(source)), directory, verify, reporter, graphs, {}, lambda: pytest.fail("not asked for")
     )
     made.export(name, [Form(20, "fp16")])
     return made, " ".join(told)
@@ -217,7 +217,7 @@ def exported_in_fp16(
 
 def test_weight_beyond_fp16_is_found(tiny_source: Path) -> None:
     """The first weight that fp16 cannot hold is named by its path."""
-    component = load_component(open_source(tiny_source), "text_encoder")
+    component = Model(open_source(tiny_source)).load_component("text_encoder")
     assert heavy_weight(component) is None
     name = "layers.2.mlp.fc2.bias"
     ((path, weight),) = [(path, each) for path, each in component.module.named_parameters() if path.endswith(name)]
@@ -235,7 +235,7 @@ def test_weights_in_half_precision_give_the_same_graph(
         (tmp_path / each).mkdir()
     exported_in_fp16(tiny_source, name, tmp_path / "compared", monkeypatch)
     load, read = Source.load, []
-    monkeypatch.setattr(Source, "load", lambda self, name: read.append(self.dtype) or load(self, name))
+    monkeypatch.setattr(Source, "load", lambda self, part, dtype: read.append(dtype) or load(self, part, dtype))
     exported_in_fp16(tiny_source, name, tmp_path / "plain", monkeypatch, verify=False)
     assert read == [torch.float16]
     first, second = (
@@ -320,15 +320,15 @@ def test_gate(tiny_source: Path, tmp_path: Path, copied_exports: list[str], monk
 @pytest.mark.heavy
 def test_verify_bundle(tiny_source: Path, tiny_bundle: Path) -> None:
     """A bundle passes against its own source, and is refused against another or with a graph of another model."""
-    figures = verify_bundle(Bundle.open(tiny_bundle), open_source(tiny_source))
+    figures = verify_bundle(Bundle.open(tiny_bundle), Model(open_source(tiny_source)))
     assert figures.keys() == set(FILES)
     weights = tiny_bundle / "text_encoder" / "model.onnx.data"
     weights.write_bytes(bytes(weights.stat().st_size))
     with pytest.raises(VerificationError, match="text_encoder"):
-        verify_bundle(Bundle.open(tiny_bundle), open_source(tiny_source))
+        verify_bundle(Bundle.open(tiny_bundle), Model(open_source(tiny_source)))
     change_weights(tiny_source)
     with pytest.raises(BundleError, match="was not built from"):
-        verify_bundle(Bundle.open(tiny_bundle), open_source(tiny_source))
+        verify_bundle(Bundle.open(tiny_bundle), Model(open_source(tiny_source)))
 
 
 # --- what is built again
@@ -496,8 +496,8 @@ def test_damage_is_found_before_anything_is_exported(
         ({"ranges": {"depth": Range.fixed(1)}}, "unknown profile entry 'depth'"),
         ({"ranges": {"batch": Range(1, 1, 10**6)}}, "exceeds 4096"),
         ({"ranges": {"height": Range.fixed(10**6)}}, "exceeds 16384"),
-        ({"precision": "int8", "calibration": None, "verify": False}, "int8 learns its ranges from pictures"),
-        ({"precision": "fp16", "engines": ["tensorrt-rtx"], "calibration": None}, "no pictures are drawn"),
+        ({"precision": "int8", "calibration": None, "verify": False}, "int8 learns its ranges from images"),
+        ({"precision": "fp16", "engines": ["tensorrt-rtx"], "calibration": None}, "no images are drawn"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from latentrt.engines.errors import SourceError
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.stages import export_stages
 from latentrt.exporter.graphs.targets import Form
-from latentrt.exporter.model import load_component
+from latentrt.exporter.model import Model
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.verification.bundle import stages_psnr
 from latentrt.exporter.verification.components import GATES
@@ -70,7 +70,7 @@ def test_a_tokenizer_with_more_tokens_than_its_encoder(source: Path, edit_json: 
 @pytest.mark.heavy
 def test_half_precision_is_well_typed(tiny: Any, tmp_path: Path) -> None:
     """In fp16 the U-Net's graphs pass ONNX's strict type check and TensorRT-RTX's parser, and compute the same."""
-    part, form = load_component(open_source(tiny.source("sdxl")), "unet"), Form(23, "fp16")
+    part, form = Model(open_source(tiny.source("sdxl"))).load_component("unet"), Form(23, "fp16")
     whole = export_component(part, form, tmp_path)
     stages = export_stages(part, whole, form, tmp_path)
     dtypes = {spec.name: spec.dtype for spec in whole.inputs}

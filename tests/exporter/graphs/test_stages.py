@@ -21,7 +21,7 @@ from latentrt.engines.onnxrt import OnnxRuntimeEngine
 from latentrt.exporter.components import Component
 from latentrt.exporter.graphs.stages import export_stages
 from latentrt.exporter.graphs.targets import Form
-from latentrt.exporter.model import load_component
+from latentrt.exporter.model import Model
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.verification.components import check_stages
 from latentrt.runtime.bundle.manifest import Graph
@@ -63,7 +63,7 @@ def staged(request: pytest.FixtureRequest, tiny: Any) -> Staged:
     family = family_of(bundle.manifest)
     graphs = {name: bundle.graph(name, FORM.name) for name in family.stages()}
     return Staged(
-        load_component(source, family.denoiser), bundle.graph(family.denoiser, FORM.name), graphs, bundle.path
+        Model(source).load_component(family.denoiser), bundle.graph(family.denoiser, FORM.name), graphs, bundle.path
     )
 
 
@@ -127,7 +127,7 @@ def test_weights_are_there_once(tiny_bundles: dict[str, Path]) -> None:
 @pytest.mark.heavy
 def test_a_stage_that_computes_something_else_is_refused(tiny_source: Path, tiny_bundles: dict[str, Path]) -> None:
     """A step of another model falls below the gate, with a sentence of its own."""
-    part = load_component(open_source(tiny_source), "unet")
+    part = Model(open_source(tiny_source)).load_component("unet")
     for weight in part.module.parameters():
         weight.data *= 1.1
     with ExitStack() as stack:
@@ -146,7 +146,7 @@ def test_what_cannot_be_split(tiny_source: Path, tiny_bundle: Path) -> None:
     """A component without roles, and roles that do not fit the graph, are named in one sentence."""
     bundle = Bundle.open(tiny_bundle)
     before = sorted(tiny_bundle.rglob("*"))
-    part, whole = load_component(open_source(tiny_source), "unet"), bundle.graph("unet", FORM.name)
+    part, whole = Model(open_source(tiny_source)).load_component("unet"), bundle.graph("unet", FORM.name)
     with pytest.raises(ExportError, match="unet has no stages: it is not a denoiser"):
         export_stages(replace(part, roles=None), whole, FORM, bundle.path)
     assert part.roles is not None

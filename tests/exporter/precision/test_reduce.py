@@ -15,6 +15,7 @@ from latentrt.engines.errors import BundleError, InvalidRequestError, Verificati
 from latentrt.exporter.builder.build import BuildReport, build_bundle
 from latentrt.exporter.builder.request import BuildRequest
 from latentrt.exporter.graphs.targets import PORTABLE, TARGETS, Form, exported_form, form_for, next_higher
+from latentrt.exporter.model import Model
 from latentrt.exporter.passes.quantize import find_layers
 from latentrt.exporter.precision import quality
 from latentrt.exporter.precision.bisect import find_drift
@@ -185,7 +186,7 @@ def test_nothing_is_done_twice(reduced: BuildReport, emoji_source: Path) -> None
 def test_verify_compares_reduced_graphs_and_writes_nothing(reduced: BuildReport, emoji_source: Path) -> None:
     """Every graph is compared once with torch, quantised ones through all their roundings; the bundle is left alone."""
     before = sorted(path.name for path in (reduced.path / "unet").iterdir())
-    figures = verify_bundle(Bundle.open(reduced.path), open_source(emoji_source))
+    figures = verify_bundle(Bundle.open(reduced.path), Model(open_source(emoji_source)))
     assert 18 <= figures["unet/step.opset20-int8.onnx"] < 60
     assert figures["unet/step.onnx"] > 80
     assert sorted(path.name for path in (reduced.path / "unet").iterdir()) == before

@@ -25,10 +25,10 @@ from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.exporter.families import PIPELINES
 from latentrt.exporter.graphs.export import export_component
 from latentrt.exporter.graphs.targets import PORTABLE
-from latentrt.exporter.model import load_component
+from latentrt.exporter.model import Model
 from latentrt.exporter.source import single_file
 from latentrt.exporter.source.opening import Reading, open_source
-from latentrt.exporter.source.single_file import Checkpoint, Header, recognise
+from latentrt.exporter.source.single_file import Header, SingleFileWeights, recognise
 from latentrt.exporter.source.single_file_configs import Published
 from latentrt.runtime import Bundle
 from latentrt.runtime.cli import main
@@ -133,10 +133,10 @@ def test_graphs_are_those_of_the_directory(checkpoints: Files, tiny: Any, shared
     """
     bundle, directory = Bundle.open(tiny.bundle("sd1")), open_source(tiny.source("sd1"))
     source = open_source(checkpoints("sd1"), Reading(config=tiny.source("sd1")))
-    for name in source.components:
-        keys = {shared_exports.key(load_component(each, name), PORTABLE) for each in (source, directory)}
+    for name in source.family.components:
+        keys = {shared_exports.key(Model(each).load_component(name), PORTABLE) for each in (source, directory)}
         assert len(keys) == 1, name
-    graph = export_component(load_component(source, "text_encoder"), PORTABLE, tmp_path)
+    graph = export_component(Model(source).load_component("text_encoder"), PORTABLE, tmp_path)
     assert graph == bundle.graph("text_encoder", PORTABLE.name)
     for file in (graph.file, *graph.external):
         assert (tmp_path / file).read_bytes() == bundle.file(file).read_bytes()
@@ -252,7 +252,7 @@ def test_published_models(original_layout: Any, kind: str) -> None:
     projection = 768 * 768 if kind == "sd1" else 0  # which transformers' CLIPTextModel does not have
     assert (sum(held) + projection) / 1e6 == pytest.approx(TOWERS[kind], abs=0.006)
     if found.index["_class_name"] in PIPELINES:
-        Checkpoint(header, PIPELINES[found.index["_class_name"]], found.configs, "")
+        SingleFileWeights(header, PIPELINES[found.index["_class_name"]], found.configs, "")
 
 
 # Sizes of pictures, and what only half precision and scaling are about.
@@ -381,12 +381,12 @@ def test_options_that_do_not_suit(checkpoints: Files, tiny: Any, tmp_path: Path)
     [
         ({CONV_IN: None}, "lacks 'conv_in.weight' of its unet"),
         ({"first_stage_model.quant_conv.bias": None}, "lacks 'quant_conv.bias' of its vae"),
-        ({CONV_IN: torch.zeros(32, 4, 1, 1)}, f"{CONV_IN!r} comes to the shape [32, 4, 1, 1], expected [32, 4, 3, 3]"),
-        ({CONV_IN: torch.zeros(7)}, "comes to the shape [7]"),
+        ({CONV_IN: torch.zeros(32, 4, 1, 1)}, f"{CONV_IN!r} gives the shape [32, 4, 1, 1], expected [32, 4, 3, 3]"),
+        ({CONV_IN: torch.zeros(7)}, "gives the shape [7]"),
         ({CONV_IN: torch.full((32, 4, 3, 3), math.nan)}, "holds NaN or infinity"),
         ({CONV_IN: torch.full((32, 4, 3, 3), math.inf)}, "holds NaN or infinity"),
         ({CONV_IN: torch.zeros(32, 4, 3, 3, dtype=torch.int8)}, "quantised weights are not supported"),
-        ({"first_stage_model.encoder.mid.attn_1.q.weight": torch.zeros(3)}, "comes to the shape [3]"),
+        ({"first_stage_model.encoder.mid.attn_1.q.weight": torch.zeros(3)}, "gives the shape [3]"),
         ({"model.diffusion_model.input_blocks.0.0.scale": torch.zeros(1)}, "for which its unet has no place"),
         ({"model.diffusion_model.input_blocks.99.0.weight": torch.zeros(1)}, "has the tensor"),
         ({"model.diffusion_model.weight": torch.zeros(1)}, "has the tensor 'model.diffusion_model.weight'"),

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError, SourceError
-from latentrt.exporter.adapters.lora import with_loras
+from latentrt.exporter.adapters.lora import LoraFiles
+from latentrt.exporter.adapters.registry import open_model
 from latentrt.exporter.source.opening import open_source
 from latentrt.runtime import Bundle, Pipeline, Result, StepInfo
 from latentrt.runtime.cli import main
@@ -175,7 +176,7 @@ def test_weights_are_those_that_are_fused_at_build(tiny: Any, bundle: Path, file
     family = family_of(opened.manifest)
     graphs = {name: opened.graph(name, FORM) for name in ("text_encoder", "unet", "unet_prompt", "unet_step")}
     changed = changed_weights(opened, family, graphs, [read_lora(target_of(opened, family), each) for each in loras])
-    fused = with_loras(open_source(tiny.source("sd1")), loras)
+    fused = open_model(open_source(tiny.source("sd1")), [LoraFiles(tuple(loras))])
     before = open_source(tiny.source("sd1"))
     for part in ("text_encoder", "unet"):
         own, plain = fused.load(part).state_dict(), before.load(part).state_dict()
