@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
 from ..bundle.manifest import Manifest
+from ..request.request import Request
 from ..samplers import Plan, flow_shift_mu
 from .base import Family
-
-if TYPE_CHECKING:
-    from ..request.request import Request
 
 SOLVERS = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde", "unipc", "deis")
 """Samplers of other models that run flow models too, where they are told so."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .flow import FlowFamily
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 
 class Flux(FlowFamily):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .flow import FlowFamily
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _STATE, _EARLIER_STATE = "penultimate_hidden_state", "antepenultimate_hidden_state"
 _CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"

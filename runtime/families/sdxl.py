@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
 _NEGATIVE = ("negative_original_size", "negative_target_size")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from ..engine_calls import Conditioning
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .sdxl import StableDiffusionXl
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning
-    from ..request.request import Request
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 """Scores of a request that gives none, as in diffusers."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..bundle.manifest import Manifest
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..samplers import Plan
 from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _PENULTIMATE = "penultimate_hidden_state"
 
