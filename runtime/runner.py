@@ -221,7 +221,7 @@ class ModelRunner:
         """The payload of all latents, as the request of a run wants it, and which entries are flagged."""
         kind, request = self._settings.kind, run.request
         begin = time.perf_counter()
-        payload = kind.empty(request) if request.output == "latent" else self._decoded(run, latents)
+        payload = kind.empty(self._family, request) if request.output == "latent" else self._decoded(run, latents)
         decoded = time.perf_counter()
         payload, flagged = kind.check_safety(self.opened, payload, request.safety)
         timings.vae_decoder = decoded - begin

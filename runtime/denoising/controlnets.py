@@ -52,7 +52,7 @@ class ControlledStepper(EngineStepper):
 
     def takes(self, run: Run) -> bool:
         """Whether a ControlNet steers the run's next step."""
-        return bool(run.active_controls)
+        return bool(run.controls) and any(each.steers[run.index] for each in run.controls)
 
     def group(self, run: Run) -> tuple[str, ...]:
         """The ControlNets that steer: their engines are called for all shares at once."""

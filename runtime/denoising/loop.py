@@ -101,14 +101,11 @@ class Loop(ABC):
             EngineError: if an engine fails, or computes values that are not finite; no run has moved then.
         """
         check_together(runs)
-        self._take_step(
-            [
-                call
-                for shares in split_into_calls(runs, self.max_batch)
-                for grouped in group_by_stepper(shares, self.steppers)
-                for call in self._calls(*grouped)
-            ]
-        )
+        calls: list[Call] = []
+        for shares in split_into_calls(runs, self.max_batch):
+            for stepper, together in group_by_stepper(shares, self.steppers):
+                calls += self._calls(stepper, together)
+        self._take_step(calls)
         for run in runs:
             if run.begun is not None and run.begun.kept is not None:
                 run.registers = run.begun.kept.restore(run.plan, run.index, run.registers)

@@ -132,8 +132,9 @@ class EngineStepper(Stepper):
 
     def step(self, shares: Sequence[Share], feeds: Mapping[str, Array]) -> Floats:
         """Call the engine."""
-        known = {**feeds, **self.extra(shares, feeds)}
-        return output_of(self.engine, self.label, self._output, known)
+        if extra := self.extra(shares, feeds):
+            feeds = {**feeds, **extra}
+        return output_of(self.engine, self.label, self._output, feeds)
 
     def step_on_device(
         self, share: Share, changing: Mapping[str, Array], constant: Callable[[], Mapping[str, Array]]
@@ -142,7 +143,7 @@ class EngineStepper(Stepper):
         engine = self.engine
         bound = bound_to(engine, share.run, constant)
         feeds = {name: values for name, values in changing.items() if name not in bound}
-        feeds |= self.extra_on_device(share, changing)
+        feeds.update(self.extra_on_device(share, changing))
         return output_named(engine.run(cast_feeds(engine, feeds)), self.label, self._output)
 
 
@@ -168,6 +169,10 @@ class DenoiserStepper(EngineStepper):
         """Every step."""
         return True
 
+    def step(self, shares: Sequence[Share], feeds: Mapping[str, Array]) -> Floats:
+        """Call the engine; it takes nothing else."""
+        return output_of(self._engine, self.label, self._output, feeds)
+
 
 def group_by_stepper(shares: Sequence[Share], steppers: Sequence[Stepper]) -> list[tuple[Stepper, list[Share]]]:
     """Shares of one call, split into calls that one stepper can make, in the order of their first shares.
@@ -176,11 +181,17 @@ def group_by_stepper(shares: Sequence[Share], steppers: Sequence[Stepper]) -> li
         shares: The shares.
         steppers: Those of the loop; the first that takes a run's next step gets its shares. The last takes all.
     """
-    if len(steppers) == 1:
-        return [(steppers[0], list(shares))]
+    if len(shares) == 1:  # most calls: no group has to be told from another
+        return [(_stepper_of(shares[0].run, steppers), list(shares))]
     found: dict[tuple[Stepper, Hashable], list[Share]] = {}
     for share in shares:
-        run = share.run
-        stepper = next(each for each in steppers if each.takes(run))
-        found.setdefault((stepper, stepper.group(run)), []).append(share)
+        stepper = _stepper_of(share.run, steppers)
+        found.setdefault((stepper, stepper.group(share.run)), []).append(share)
     return [(stepper, together) for (stepper, _), together in found.items()]
+
+
+def _stepper_of(run: Run, steppers: Sequence[Stepper]) -> Stepper:
+    for stepper in steppers[:-1]:
+        if stepper.takes(run):
+            return stepper
+    return steppers[-1]

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import Manifest
-from ..families import family_of
 from ..images.masks import InputImages
 from ..request.options import MAX_PIXELS
 from ..request.request import Request
@@ -56,7 +55,7 @@ class Batch:
             InvalidRequestError: see :func:`latentrt.runtime.inputs.create.create_request`.
         """
         rest, pictures = take_pictures(options, manifest)
-        rest, latents = take_latents(rest, family_of(manifest))
+        rest, latents = take_latents(rest, manifest)
         rest, controls = take_controls(rest, manifest)
         rest, prompted = take_image_prompt(rest, manifest)
         request = create_request(manifest, prompt, **rest)

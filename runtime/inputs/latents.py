@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import InvalidRequestError
 
-from ..families import Family
+from ..bundle.manifest import Manifest
+from ..families import family_of
 
 
-def take_latents(options: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+def take_latents(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
     """Separate latents from the other options of a request; they decide its size, and its number of images at least.
 
     Args:
         options: With or without ``latents``, ``[k, ...]``, such as ``[k, channels, h, w]``.
-        family: The bundle's.
+        manifest: The bundle's.
 
     Returns:
         The other options, with those that the latents decide, such as ``width`` and ``height``, and ``images``; and the
@@ -43,7 +44,7 @@ def take_latents(options: Mapping[str, Any], family: Family) -> tuple[dict[str, 
         latents = np.array(given, np.float32)
     except (TypeError, ValueError):
         raise InvalidRequestError(f"latents are a {type(given).__name__}, expected an array of numbers") from None
-    decided = family.options_of_latents(latents.shape)
+    decided = family_of(manifest).options_of_latents(latents.shape)
     if 0 in latents.shape:
         raise InvalidRequestError(f"latents have the shape {list(latents.shape)}, expected no length of 0")
     if not np.isfinite(latents).all():

@@ -20,6 +20,7 @@ from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import TINY_DECODER, Manifest
 from ..engine_calls import Floats
+from ..families import Family
 from ..request.request import Request
 from ..vae.decoding import decode_latents
 from ..vae.tiling import Tiling
@@ -58,7 +59,7 @@ class OutputKind(ABC):
     """Whether :meth:`preview` can show unfinished latents."""
 
     @abstractmethod
-    def shape(self, request: Request) -> tuple[int, ...]:
+    def shape(self, family: Family, request: Request) -> tuple[int, ...]:
         """The shape of a request's payload; the first dimension is the number of its images (or clips, or sounds)."""
 
     @abstractmethod
@@ -103,9 +104,9 @@ class OutputKind(ABC):
                 "leave it out"
             )
 
-    def empty(self, request: Request) -> NDArray[Any]:
+    def empty(self, family: Family, request: Request) -> NDArray[Any]:
         """The payload of a request that ends in latents: no entry."""
-        return np.empty((0, *self.shape(request)[1:]), self.dtype)
+        return np.empty((0, *self.shape(family, request)[1:]), self.dtype)
 
     def check_safety(
         self, engine: Callable[[str], Engine], payload: NDArray[Any], safety: str
@@ -140,7 +141,7 @@ class ImageOutput(OutputKind):
     dtype = "uint8"
     previews = True
 
-    def shape(self, request: Request) -> tuple[int, ...]:
+    def shape(self, family: Family, request: Request) -> tuple[int, ...]:
         """Images, height, width, and the three colours."""
         return request.images, request.height, request.width, 3
 
@@ -176,7 +177,7 @@ class ImageOutput(OutputKind):
 
 
 OUTPUT_KINDS: dict[str, OutputKind] = {kind.name: kind for kind in (ImageOutput(),)}
-"""Output kinds by the name that a family has for its own."""
+"""Output kinds by the name that families have for them; a further kind is one more entry."""
 
 
 def output_kind(name: str) -> OutputKind:

@@ -209,7 +209,9 @@ def test_wrong_batches_are_refused(pipe: Pipeline, prompts: Any, options: dict[s
 @pytest.mark.parametrize("most", [0, -1, 1.5, True])
 def test_a_wrong_limit_is_refused(tiny_bundles: dict[str, Path], most: Any) -> None:
     """A limit is a number of pictures, and one, and not less than what engines are made for."""
-    with pytest.raises(InvalidRequestError, match=r"max_batch is .*, expected (a whole number|1 or more images, or None)"):
+    with pytest.raises(
+        InvalidRequestError, match=r"max_batch is .*, expected (a whole number|1 or more images, or None)"
+    ):
         Pipeline.load(tiny_bundles["sd1"], "onnxruntime", max_batch=most)
     with pytest.raises(InvalidRequestError, match="max_batch is 1, and engines for 2 images are asked for"):
         Pipeline.load(tiny_bundles["sd1"], "onnxruntime", max_batch=1, fixed_size=(None, None, 2))
