@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 
 from latentrt.engines import Engine
 from latentrt.engines.checks import check_choice, check_integer
-from latentrt.engines.errors import EngineClosedError, InvalidRequestError
+from latentrt.engines.errors import InvalidRequestError
 
 from .bundle.reader import Bundle
 from .components.engine_choice import EngineChoice, EngineSettings, FixedSize
-from .components.lora_switching import LoraEngines, read_loras
-from .components.offloading import Offloader, trim_memory
+from .components.offloading import Offloader
 from .components.opened import OpenedEngines
 from .components.opening import LOOPS as LOOPS
 from .components.opening import embedding_widths, load_tokenizers, open_bundle
@@ -32,12 +30,12 @@ from .families import family_of
 from .inputs.batch import Batch
 from .inputs.create import fixed_size_of
 from .inputs.prepared import PreparedRequests, RequestPreparer
-from .lora.reading import AppliedLora, Lora, Loras
+from .lora.reading import AppliedLora, Loras
 from .output.kinds import output_kind
 from .output.previews import PreviewOptions, take_previews
 from .output.result import Result, StepInfo
 from .request.options import RequestOptions
-from .runner import ModelRunner, RunnerSettings
+from .runner import ModelRunner, RunnerSettings, RunnerSwitch
 from .text.textual_inversion import read_embeddings
 from .vae.tiling import Tiling
 
@@ -113,42 +111,33 @@ class Pipeline:
         self.tokenizers = load_tokenizers(bundle, self.family, self.embeddings)
         kind = output_kind(self.family.output_kind)
         self._preparer = RequestPreparer(self.family, kind, self.tokenizers, self.embeddings, fixed_size)
-        self._settings = RunnerSettings(self.family, kind, self.embeddings, prompt_cache, self.max_batch, offloader)
-        self._switch = None if settings is None else LoraEngines(bundle, self.family, settings, offloader, engines)
-        self._shut, self._switching = threading.Event(), threading.RLock()
-        self._runner = self._new_runner(engines, (), set())  # replaced as a whole, so reading it needs no lock
-        self._aside: ModelRunner | None = None  # with the LoRAs that a request named last
-
-    def _new_runner(self, engines: Mapping[str, Engine], loras: Sequence[Lora], changed: set[str]) -> ModelRunner:
-        """A runner on these engines, which opens others with these LoRAs."""
-        opener = None if self._switch is None else self._switch.opener(loras, changed)
-        opened = OpenedEngines(engines, self.manifest.components, opener, self._shut)
-        return ModelRunner(self._settings, opened, tuple(lora.applied for lora in loras), changed)
+        shared = RunnerSettings(self.family, kind, self.embeddings, prompt_cache, self.max_batch, offloader)
+        self._runners = RunnerSwitch(bundle, shared, engines, settings)
 
     @property
     def engines(self) -> Mapping[str, Engine]:
         """Opened engines by component; :attr:`opened` opens others that the bundle has."""
-        return self._runner.engines
+        return self._runners.current.engines
 
     @property
     def opened(self) -> OpenedEngines:
         """Gives the engine of a component, opened now if no request needed it before."""
-        return self._runner.opened
+        return self._runners.current.opened
 
     @property
     def loop(self) -> Loop:
         """The denoising loop of requests that begin now."""
-        return self._runner.loop
+        return self._runners.current.loop
 
     @property
     def loras(self) -> tuple[AppliedLora, ...]:
         """LoRAs that are on, in their order."""
-        return self._runner.loras
+        return self._runners.current.loras
 
     @property
     def cached_prompts(self) -> int:
         """How many encoded texts are kept."""
-        return len(self._runner.prompts)
+        return len(self._runners.current.prompts)
 
     @classmethod
     def load(
@@ -301,19 +290,20 @@ class Pipeline:
         rest, previews = take_previews(options)
         if previews is not None:
             self._preparer.check_previews()
-        runner, rest = self._runner_for(rest)
-        prepared = self._prepare(runner, create, prompts, rest)
+        runner, prepared = self._prepare(create, prompts, rest)
         steps = runner.stream(prepared)
         if previews is None:
             return steps
         return previews.of(steps, functools.partial(runner.preview_for, prepared.batch.requests[0]))
 
     def _prepare(
-        self, runner: ModelRunner, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]
-    ) -> PreparedRequests:
-        """Check everything that can be checked without an engine."""
-        self._require_open()
-        return self._preparer.prepare(create, prompts, options, runner.loop, runner.loras)
+        self, create: Callable[..., Batch], prompts: object, options: Mapping[str, Any]
+    ) -> tuple[ModelRunner, PreparedRequests]:
+        """Check everything that can be checked without an engine, for the runner with the LoRAs of the request."""
+        rest = {name: value for name, value in options.items() if name != "loras"}
+        runner = self._runners.runner_for(options.get("loras"))
+        self._runners.require_open()
+        return runner, self._preparer.prepare(create, prompts, rest, runner.loop, runner.loras)
 
     def start(self, prompt: str, **options: Unpack[DrawOptions]) -> Run:
         """Begin a request that :meth:`advance` takes further, together with others.
@@ -328,11 +318,11 @@ class Pipeline:
             ...     return [pipe.finish(run) for run in runs]
         """
         try:
-            runner, rest = self._runner_for(options)
-            (run,) = runner.start(self._prepare(runner, Batch.single, prompt, rest))
+            runner, prepared = self._prepare(Batch.single, prompt, options)
+            (run,) = runner.start(prepared)
             return run
         finally:
-            self._runner.release()
+            self._runners.current.release()
 
     def advance(self, runs: Sequence[Run]) -> None:
         """Take every run one step further, with one call of the denoiser for all, or as few as ``max_batch`` allows.
@@ -345,7 +335,7 @@ class Pipeline:
             InvalidRequestError: if a run is done or there twice, or sizes differ.
             EngineError: if the engine fails or computes values that are not finite; no run of that call has moved then.
         """
-        self._require_open()
+        self._runners.require_open()
         apart: dict[Advancer, list[Run]] = {}
         for run in runs:
             apart.setdefault(run.loop or self.loop, []).append(run)
@@ -355,7 +345,7 @@ class Pipeline:
             for loop, together in apart.items():
                 loop.advance(together)
         except BaseException:
-            self._runner.release()
+            self._runners.current.release()
             raise
 
     def finish(self, run: Run) -> NDArray[Any]:
@@ -367,7 +357,7 @@ class Pipeline:
             InvalidRequestError: if the run is not done.
             EngineError: if an engine fails.
         """
-        return self._runner.finish(run)
+        return self._runners.current.finish(run)
 
     def set_loras(self, loras: Loras) -> None:
         """Put LoRAs on in place of those that are: on the bundle's own weights, whatever was on before.
@@ -386,44 +376,14 @@ class Pipeline:
             InvalidRequestError: for a scale that is no number, or a plan that was not built to be refitted.
             EngineError: if an engine does not open.
         """
-        with self._switching:
-            self._runner = self._runner_with(loras)
-        trim_memory()  # the memory of the weights before, unless a request in flight holds it
-
-    def _runner_for(self, options: Mapping[str, Any]) -> tuple[ModelRunner, dict[str, Any]]:
-        """The runner with the LoRAs that a request names, or that are on, and the request's other options."""
-        rest = {name: value for name, value in options.items() if name != "loras"}
-        if options.get("loras") is None:
-            return self._runner, rest
-        with self._switching:
-            runner = self._runner_with(options["loras"])
-            if runner.loras != self.loras:
-                self._aside = runner
-            return runner, rest
-
-    def _runner_with(self, given: Loras) -> ModelRunner:
-        """A runner with these LoRAs and no others; it shares all engines with the present one that they leave alone."""
-        self._require_open()
-        loras = read_loras(self.bundle, self.family, given)
-        wanted = tuple(lora.applied for lora in loras)
-        for known in (self._runner, self._aside):
-            if known is not None and known.loras == wanted:
-                return known
-        if self._switch is None:
-            raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
-        engines, changed = self._switch.open(self._runner.engines, loras, self._runner.changed)
-        return self._new_runner(engines, loras, changed)
-
-    def _require_open(self) -> None:
-        if self._shut.is_set():
-            raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
+        self._runners.put_on(loras)
 
     def preview(self, step: StepInfo, vae_tiling: Tiling | None = None) -> NDArray[np.uint8]:
         """Images of the latents after a step, uint8 ``[images, height, width, 3]``, with the noise that is left.
 
         A tiny decoder draws them where the bundle has one. No safety checker checks them.
         """
-        return self._runner.preview(step, vae_tiling)
+        return self._runners.current.preview(step, vae_tiling)
 
     def decode(self, latents: Floats, vae_tiling: Tiling | None = None, decoder: str | None = None) -> NDArray[Any]:
         """Latents, as a step yields them, to the output: of images, pixels ``[images, height, width, 3]``.
@@ -439,14 +399,11 @@ class Pipeline:
             InvalidRequestError: if there is no such decoder.
             EngineError: if the engine fails, or computes values that are not finite.
         """
-        return self._runner.decode(latents, vae_tiling, decoder)
+        return self._runners.current.decode(latents, vae_tiling, decoder)
 
     def close(self) -> None:
         """Close the engines; a second call does nothing. Requests in flight fail."""
-        self._aside = None
-        self._runner.close()
-        if self._switch is not None:
-            self._switch.close()
+        self._runners.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,11 +1,12 @@
-"""The model runner: draws prepared requests with one set of weights."""
+"""The model runner, which draws with one set of weights, and the switch that replaces it when LoRAs are put on."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.errors import InvalidRequestError
+from latentrt.engines.errors import EngineClosedError, InvalidRequestError
 
 from .bundle.manifest import IMAGE_ENCODER, SAFETY_CHECKER
-from .components.offloading import Offloader
+from .bundle.reader import Bundle
+from .components.engine_choice import EngineSettings
+from .components.lora_switching import LoraEngines, read_loras
+from .components.offloading import Offloader, trim_memory
 from .components.opened import OpenedEngines
 from .components.opening import make_loop
 from .denoising.latent_preparation import begin_from, start_run
@@ -25,7 +29,7 @@ from .engine_calls import Conditioning, Floats
 from .families import Family, Text
 from .inputs.batch import Batch
 from .inputs.prepared import PreparedRequests
-from .lora.reading import AppliedLora
+from .lora.reading import AppliedLora, Lora, Loras
 from .output.kinds import Decoding, OutputKind
 from .output.result import Result, StepInfo, Timings, stacked_registers
 from .output.safety_checker import check_images
@@ -266,3 +270,80 @@ class ModelRunner:
         """Close the engines, and forget the encoded texts. Requests in flight fail."""
         self.opened.close()
         self.prompts.clear()
+
+
+class RunnerSwitch:
+    """The runner of a pipeline, replaced as a whole when LoRAs are put on. Serves many threads.
+
+    Args:
+        bundle: The bundle.
+        settings: What all runners share.
+        engines: Opened engines by component.
+        made: How the engines were made; ``None`` where the caller opened them: then no others can be.
+
+    Attributes:
+        current: The runner with the LoRAs that are on. It is replaced, never changed, so reading it needs no lock.
+        aside: The runner with the LoRAs that a request named last, if these are others.
+    """
+
+    def __init__(
+        self, bundle: Bundle, settings: RunnerSettings, engines: Mapping[str, Engine], made: EngineSettings | None
+    ) -> None:
+        self._bundle, self._settings = bundle, settings
+        self._closed, self._lock = threading.Event(), threading.RLock()
+        self._loras = None
+        if made is not None:
+            self._loras = LoraEngines(bundle, settings.family, made, settings.offloader, engines)
+        self.current = self._new(engines, (), set())
+        self.aside: ModelRunner | None = None
+
+    def _new(self, engines: Mapping[str, Engine], loras: Sequence[Lora], changed: set[str]) -> ModelRunner:
+        """A runner on these engines, which opens others with these LoRAs."""
+        opener = None if self._loras is None else self._loras.opener(loras, changed)
+        opened = OpenedEngines(engines, self._bundle.manifest.components, opener, self._closed)
+        return ModelRunner(self._settings, opened, tuple(lora.applied for lora in loras), changed)
+
+    def require_open(self) -> None:
+        """Refuse to go on once the engines were closed.
+
+        Raises:
+            EngineClosedError: if they were.
+        """
+        if self._closed.is_set():
+            raise EngineClosedError("the pipeline is closed; load the bundle again with Pipeline.load")
+
+    def put_on(self, loras: Loras) -> None:
+        """Replace the current runner, see :meth:`latentrt.runtime.pipeline.Pipeline.set_loras`."""
+        with self._lock:
+            self.current = self._with(loras)
+        trim_memory()  # the memory of the weights before, unless a request in flight holds it
+
+    def runner_for(self, loras: Loras | None) -> ModelRunner:
+        """The runner of a request: with the LoRAs that it names, or the current one if it names none."""
+        if loras is None:
+            return self.current
+        with self._lock:
+            runner = self._with(loras)
+            if runner.loras != self.current.loras:
+                self.aside = runner
+            return runner
+
+    def _with(self, given: Loras) -> ModelRunner:
+        """A runner with these LoRAs and no others; it shares all engines with the current one that they leave alone."""
+        self.require_open()
+        loras = read_loras(self._bundle, self._settings.family, given)
+        wanted = tuple(lora.applied for lora in loras)
+        for known in (self.current, self.aside):
+            if known is not None and known.loras == wanted:
+                return known
+        if self._loras is None:
+            raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
+        engines, changed = self._loras.open(self.current.engines, loras, self.current.changed)
+        return self._new(engines, loras, changed)
+
+    def close(self) -> None:
+        """Close all engines; a second call does nothing. Requests in flight fail."""
+        self.aside = None
+        self.current.close()
+        if self._loras is not None:
+            self._loras.close()

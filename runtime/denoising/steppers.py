@@ -181,7 +181,7 @@ def group_by_stepper(shares: Sequence[Share], steppers: Sequence[Stepper]) -> li
         shares: The shares.
         steppers: Those of the loop; the first that takes a run's next step gets its shares. The last takes all.
     """
-    if len(shares) == 1:  # most calls: no group has to be told from another
+    if len(shares) == 1:  # the most common call, with nothing to group
         return [(_stepper_of(shares[0].run, steppers), list(shares))]
     found: dict[tuple[Stepper, Hashable], list[Share]] = {}
     for share in shares:
