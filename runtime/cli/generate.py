@@ -21,6 +21,7 @@ from ..inputs.refine import HAND_OVER, hand_over_options
 from ..inputs.request_file import KEYWORD as REQUEST_KEYWORD
 from ..inputs.request_file import RequestFile, document, read_png, read_request, record
 from ..lora.reading import LoraFile, Loras
+from ..output.kinds import OUTPUT_KINDS
 from ..output.previews import PREVIEW_EVERY, Preview
 from ..output.result import Result, StepInfo
 from ..pipeline import LOOPS, Pipeline
@@ -196,7 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
     if share is not None:  # opened once the base is closed: neither needs the other's memory
         with _loaded(arguments, arguments.refiner, asked) as pipe:
             parts.append(_Part.drawn(pipe, prompt, {**rest, **previews, "latents": part.result.latents}))
-    request, images = part.result.request, parts[-1].result.images
+    request, last = part.result.request, parts[-1].result
     extra = _extra(request)
     if len(parts) > 1:
         extra = {**_extra(parts[1].result.request), **extra, "Refiner": parts[1].model, "Hand over": f"{share:g}"}
@@ -213,8 +214,8 @@ def run(arguments: argparse.Namespace) -> int:
         clip_skip=request.clip_skip,
         extra=extra,
     )
-    pixels = sheet(images, columns=min(4, request.images)) if request.images > 1 else images[0]
-    write_png(arguments.output, pixels, parameters.to_text(), _recorded(parts, asked, share))
+    texts = _recorded(parts, asked, share)
+    OUTPUT_KINDS[last.kind].write(arguments.output, last.payload, parameters.to_text(), texts)
     if arguments.json:
         told = [each.told() for each in parts]
         print_json({"output": str(arguments.output), **told[0], **({"refiner": told[1]} if len(told) > 1 else {})})
