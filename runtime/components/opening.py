@@ -194,7 +194,7 @@ def load_tokenizers(bundle: Bundle, family: Family, embeddings: Embeddings) -> d
     tokenizers = {}
     for name in {family.encoders[encoder]: None for encoder in family.text_encoders}:
         if name not in bundle.manifest.tokenizers:
-            raise BundleError(f"{bundle.path} has no tokenizer named {name!r}, which text to image needs")
+            raise BundleError(f"{bundle.path} has no tokenizer named {name!r}, which its text encoders need")
         settings = bundle.manifest.tokenizers[name]
         bundle.file(f"{settings.directory}/{TOKENIZER_FILE}")
         tokenizers[name] = load_tokenizer(
