@@ -1,4 +1,4 @@
-"""What a bundle can do: what its manifest, its family and its compiled engines say, in one place."""
+"""The abilities of a bundle, collected from its manifest, its family and its compiled engines."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .samplers import SAMPLERS
 
 
 def abilities(bundle: Bundle) -> dict[str, Any]:
-    """What may be asked of a bundle.
+    """Everything that a request, or :meth:`~latentrt.runtime.pipeline.Pipeline.load`, may ask of a bundle.
 
     Returns:
-        What :meth:`~latentrt.runtime.families.Family.abilities` says, and ``tasks``, ``controlnets``, ``ip_adapter``
-        and ``safety_checker`` (whether there is one), ``samplers``, ``sizes`` (what sides are multiples of, the
-        longest, and the most pixels of a request), ``loops``, and for each of ``engines`` that could run the bundle its
-        precisions. Whether an engine runs on this machine is another question.
+        The entries of :meth:`~latentrt.runtime.families.Family.abilities`, and ``tasks``, ``controlnets``,
+        ``ip_adapter`` and ``safety_checker`` (whether there is one), ``samplers``, ``sizes`` (the number that sides are
+        multiples of, the longest side, and the most pixels of a request), ``loops``, and ``engines``: by each engine
+        that could run the bundle its precisions, whether or not it runs on this machine.
 
     Raises:
         BundleError: if the family is unknown.
@@ -52,13 +52,13 @@ def abilities(bundle: Bundle) -> dict[str, Any]:
 
 
 def _takes_whole_timesteps(manifest: Manifest, family: Family) -> bool:
-    """Whether the denoiser's graphs, which others exported, take timesteps as whole numbers."""
+    """Whether the denoiser's graphs take timesteps as whole numbers, as some do that others exported."""
     graphs = manifest.components[family.denoiser].graphs.values() if family.denoiser in manifest.components else ()
     return any(spec.name == "timestep" and spec.dtype.startswith("int") for graph in graphs for spec in graph.inputs)
 
 
 def _samplers(manifest: Manifest, family: Family, *, whole: bool) -> list[str]:
-    """Samplers that understand the model's scheduler and what it predicts, and visit whole timesteps where need be."""
+    """Samplers that fit the model's scheduler and prediction type; with ``whole`` those that visit whole timesteps."""
     found, usual = [], create_request(manifest, "", seed=0)
     for name in SAMPLERS:
         try:
@@ -84,7 +84,7 @@ def _engines(bundle: Bundle) -> Mapping[str, list[str]]:
 
 
 def _serves(bundle: Bundle, engine: str, precision: str) -> bool:
-    """Whether the bundle has all that an engine would open."""
+    """Whether the bundle has every graph or plan that an engine opens."""
     components = components_for(bundle)
     if engine in SDK_MODULES:
         return all(precision in planned(bundle, engine, component) for component in components)

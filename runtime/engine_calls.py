@@ -12,20 +12,26 @@ from latentrt.engines import Array, Engine
 from latentrt.engines.device import to_numpy
 from latentrt.engines.errors import BundleError, EngineError
 
-Floats = NDArray[np.float32]
+Floats: TypeAlias = NDArray[np.float32]
+"""Values on the host, in single precision."""
 
+Conditioning: TypeAlias = Mapping[str, Array]
+"""The denoiser's inputs that follow from one text: tensors by name, with a leading dimension of 1."""
 
 _DTYPES = {name: np.dtype(name) for name in ("float32", "float16", "int64", "int32")}
 
 
 def cast_feeds(engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Inputs in the element types that an engine takes."""
+    """Inputs, each cast to the element type that the engine takes; arrays on a device stay there where none is needed.
+
+    Inputs that the engine does not know pass as they are: the engine names them in its error.
+    """
     specs = engine.inputs
     return {name: _cast(array, specs[name].dtype) if name in specs else array for name, array in feeds.items()}
 
 
 def _cast(array: Any, dtype: str) -> Array:
-    if array.dtype is _DTYPES.get(dtype):  # of the usual ones there is one object each
+    if array.dtype is _DTYPES.get(dtype):  # numpy has one object for each common dtype, and comparing it is cheap
         return cast(Array, array)
     if not isinstance(array, np.ndarray):
         if str(array.dtype) == dtype:
@@ -42,9 +48,15 @@ def output_of(engine: Engine, component: str, output: str, feeds: Mapping[str, A
 def outputs_of(engine: Engine, component: str, names: Sequence[str], feeds: Mapping[str, Array]) -> dict[str, Floats]:
     """Outputs of an engine in float32, on the host; every input is cast to the element type that its graph takes.
 
+    Args:
+        engine: The opened engine.
+        component: The component's name, for messages.
+        names: The outputs to return.
+        feeds: Inputs by name.
+
     Raises:
         BundleError: if the engine lacks one of the outputs.
-        EngineError: if the engine fails, or an output holds NaN or infinity, which would end in a black picture.
+        EngineError: if the engine fails, or an output holds NaN or infinity, which would end in a black image.
     """
     found = engine.run(cast_feeds(engine, feeds))
     values = {name: to_numpy(output_named(found, component, name)).astype(np.float32, copy=False) for name in names}
@@ -54,7 +66,7 @@ def outputs_of(engine: Engine, component: str, names: Sequence[str], feeds: Mapp
 
 
 def output_named(outputs: Mapping[str, Array], component: str, output: str) -> Array:
-    """One of the outputs.
+    """One of an engine's outputs, wherever it is.
 
     Raises:
         BundleError: if there is no such output.
@@ -65,10 +77,10 @@ def output_named(outputs: Mapping[str, Array], component: str, output: str) -> A
 
 
 def require_finite(values: Floats, component: str) -> None:
-    """Refuse what would end in a black picture.
+    """Refuse NaN and infinity, which would end in a black image.
 
     Raises:
-        EngineError: if there is a NaN or an infinity.
+        EngineError: naming the component that computed them.
     """
     if not np.isfinite(values).all():
         raise EngineError(
@@ -78,24 +90,5 @@ def require_finite(values: Floats, component: str) -> None:
 
 
 def to_host(outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs of an engine, on the host."""
+    """Outputs of an engine, copied from the device where they are on one."""
     return {name: to_numpy(values) for name, values in outputs.items()}
-
-
-Floats = NDArray[np.float32]
-
-
-Floats = NDArray[np.float32]
-
-
-Floats = NDArray[np.float32]
-
-
-Conditioning: TypeAlias = Mapping[str, Array]
-"""What one text comes to for the denoiser: tensors by name, with a leading dimension of 1."""
-
-
-Floats = NDArray[np.float32]
-
-
-Floats = NDArray[np.float32]

@@ -168,7 +168,7 @@ def _notes(pipeline: Pipeline, terms: Terms) -> list[str]:
         notes.append(f"The run was to last {duration:g} s; MLPerf asks for {OFFICIAL_SECONDS:g} s.")
     if percentile is not None:
         notes.append(f"{100 * percentile:g} % of the queries had to be in time; MLPerf asks for 99 %.")
-    if len(pipeline._texts):  # nobody else needs to know
+    if pipeline.cached_prompts:
         notes.append("Texts that were encoded for one query were kept for the next, which MLPerf's rules forbid.")
     return notes
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from latentrt.engines import Array, TensorSpec
 from latentrt.engines.base import BaseEngine
-from latentrt.runtime.denoising.controlnets import ControlNets
+from latentrt.runtime.denoising.controlnets import ControlledStepper
 from latentrt.runtime.denoising.fused import FusedLoop
 from latentrt.runtime.denoising.latent_preparation import start_run
 from latentrt.runtime.request.control import Control
@@ -138,16 +138,15 @@ def measure(controlnets: int, *, ip_adapter: bool, steps: int, warm_up: int = 3)
     for engine in engines.values():
         engine.open()
     loop = FusedLoop(engines["unet_step"], engines["unet_prompt"], engines["unet_schedule"])
-    loop.control = nets = ControlNets(engines.__getitem__, tuple(engines), "unet", fused=True)
+    loop.add_stepper(ControlledStepper(engines.__getitem__, tuple(engines), "unet", fused=True))
     plan = compile_plan("euler", {"_class_name": "EulerDiscreteScheduler"}, warm_up + steps)
     controls = tuple(Control("", name) for name in names)
     pixels = 8 * _SIDE
     request = Request("", "", warm_up + steps, 7.5, 0, "euler", pixels, pixels, 1, 0, control=controls)
     raw = {"encoder_hidden_states": np.zeros((1, 77, 768), np.float32)}
-    texts = [{**loop.condition(raw), **nets.condition(controls, raw)} for _ in range(2)]
+    texts = [loop.condition_for(request, raw) for _ in range(2)]
     run = start_run(request, plan, texts, (1, 4, _SIDE, _SIDE))
-    loop.begin(run)
-    nets.begin(run, [np.zeros((pixels, pixels, 3), np.uint8)] * controlnets)
+    loop.begin_with(run, [np.zeros((pixels, pixels, 3), np.uint8)] * controlnets)
     seconds, crowd = [], np.zeros(_CACHES // 4, np.float32)
     while not run.done:
         crowd += 1

@@ -20,6 +20,7 @@ from ..inputs.refine import HAND_OVER, hand_over_options
 from ..inputs.request_file import KEYWORD as REQUEST_KEYWORD
 from ..inputs.request_file import RequestFile, document, read_png, read_request, record
 from ..lora.reading import LoraFile, Loras
+from ..output.kinds import OUTPUT_KINDS
 from ..output.previews import PREVIEW_EVERY, Preview
 from ..output.result import Result, StepInfo
 from ..pipeline import LOOPS, Pipeline
@@ -134,14 +135,14 @@ def run(arguments: argparse.Namespace) -> int:
     if share is not None:  # opened once the base is closed: neither needs the other's memory
         with _loaded(arguments, arguments.refiner, asked) as pipe:
             parts.append(_Part.drawn(pipe, prompt, {**rest, **previews, "latents": part.result.latents}))
-    request, images = part.result.request, parts[-1].result.images
+    request, last = part.result.request, parts[-1].result
     parameters = generation_parameters(request, part.model)
     if len(parts) > 1:
         extra = {**extra_parameters(parts[1].result.request), **parameters.extra}
         extra |= {"Refiner": parts[1].model, "Hand over": f"{share:g}"}
         parameters = dataclasses.replace(parameters, extra=extra)
-    pixels = sheet(images, columns=min(4, request.images)) if request.images > 1 else images[0]
-    write_png(arguments.output, pixels, parameters.to_text(), _recorded(parts, asked, share))
+    texts = _recorded(parts, asked, share)
+    OUTPUT_KINDS[last.kind].write(arguments.output, last.payload, parameters.to_text(), texts)
     if arguments.json:
         reports = [each.report() for each in parts]
         of_refiner = {"refiner": reports[1]} if len(reports) > 1 else {}

@@ -1,10 +1,10 @@
-"""LoRAs that are put on and taken off while a pipeline serves: the engines of the components that they change."""
+"""Switching LoRAs while a pipeline serves: the engines of the components that they change."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from latentrt.engines import Array, Engine
 from latentrt.engines.onnxrt import OnnxRuntimeEngine
@@ -19,10 +19,10 @@ from .opening import open_engines
 
 
 def read_loras(bundle: Bundle, family: Family, given: Loras) -> list[Lora]:
-    """LoRAs that a caller gave, checked against the bundle's model.
+    """Read the LoRAs that a caller gives, and check them against the bundle's model.
 
     Raises:
-        InvalidRequestError: if what is given is no list of files and scales.
+        InvalidRequestError: if ``given`` is no list of files and scales.
         SourceError: if a file is damaged, no LoRA, or one for another model.
         BundleError: if the bundle does not say which layers it has.
     """
@@ -37,9 +37,9 @@ class LoraEngines:
     Args:
         bundle: The bundle.
         family: Its family.
-        settings: What engines are made with.
-        turns: What opens and closes them, if they take turns.
-        engines: What is open, without any LoRA.
+        settings: How engines are made.
+        offloader: Opens and closes the engines, if only one may be open at a time.
+        engines: The open engines, without any LoRA.
     """
 
     def __init__(
@@ -47,26 +47,31 @@ class LoraEngines:
         bundle: Bundle,
         family: Family,
         settings: EngineSettings,
-        turns: Offloader | None,
+        offloader: Offloader | None,
         engines: Mapping[str, Engine],
     ) -> None:
-        self._bundle, self._family, self._settings, self._turns = bundle, family, settings, turns
-        self._plain = dict(engines) if settings.switchable else {}  # stay open, whatever is put on
+        self._bundle, self._family, self._settings = bundle, family, settings
+        self._offloader = offloader
+        self._plain = dict(engines) if settings.switchable else {}  # stay open, whichever LoRAs are on
         self._memory = SpareMemory()
         self._known: weakref.WeakSet[Engine] = weakref.WeakSet()  # which requests under way may still use
 
     def open(
-        self, engines: Mapping[str, Engine], loras: Sequence[Lora], changed: set[str]
+        self, engines: Mapping[str, Engine], loras: Sequence[Lora], changed: Collection[str]
     ) -> tuple[dict[str, Engine], set[str]]:
-        """Engines as they are with other LoRAs; those that neither these nor the ones before change are the same.
+        """Open engines with other LoRAs; components that neither these nor the LoRAs before change keep their engines.
 
         Args:
-            engines: What is open.
-            loras: Are to be on.
-            changed: Components among these that have other weights than the bundle's.
+            engines: The open engines by component.
+            loras: The LoRAs to put on.
+            changed: Components among these whose weights are not the bundle's.
 
         Returns:
-            The engines, and which components have other weights than the bundle's now.
+            The engines by component, and the components whose weights are not the bundle's any more.
+
+        Raises:
+            InvalidRequestError: for a plan that was not built to be refitted.
+            EngineError: if an engine does not open.
         """
         graphs = {name: graph_for(self._bundle, name, self._settings) for name in engines}
         weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
@@ -76,7 +81,7 @@ class LoraEngines:
         return {**engines, **opened}, set(weights)
 
     def _opened(self, components: Sequence[str], weights: Mapping[str, Mapping[str, Array]]) -> dict[str, Engine]:
-        """Engines of components with these weights: those that are open anyway, where nothing else is needed."""
+        """Engines of components with these weights; an engine that is open anyway serves where it can."""
         found: dict[str, Engine] = {}
         for name in components:
             plain = self._plain.get(name)
@@ -86,12 +91,15 @@ class LoraEngines:
                 found[name] = engine = plain.with_weights(weights[name]).open()
                 weakref.finalize(engine, self._memory.keep, name, list(weights[name].values()))
         rest = [name for name in components if name not in found]
-        return {**found, **open_engines(self._bundle, rest, self._settings, self._turns, weights)}
+        return {**found, **open_engines(self._bundle, rest, self._settings, self._offloader, weights)}
 
     def opener(self, loras: Sequence[Lora], changed: set[str]) -> Callable[[str], Engine]:
-        """Opens the engine of a component that a request needs for the first time since these LoRAs were put on.
+        """A function that opens the engine of one more component with LoRAs.
 
-        The component becomes one of those that were ``changed``, if they do change it.
+        Args:
+            loras: The LoRAs that are on.
+            changed: The components whose weights are not the bundle's; the function adds the component if the LoRAs
+                change it.
         """
         return functools.partial(self._open_one, loras, changed)
 
@@ -99,7 +107,7 @@ class LoraEngines:
         graphs = {component: graph_for(self._bundle, component, self._settings)}
         weights = changed_weights(self._bundle, self._family, graphs, loras, self._memory)
         if self._settings.switchable and component not in self._plain:
-            self._plain |= open_engines(self._bundle, [component], self._settings, self._turns)
+            self._plain |= open_engines(self._bundle, [component], self._settings, self._offloader)
         engine = self._opened([component], weights)[component]
         self._known.add(engine)
         changed.update(weights)

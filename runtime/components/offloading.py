@@ -1,4 +1,4 @@
-"""Components that take turns in memory: each is opened when it is called, and closed when another one is."""
+"""Offloading: each component is opened when it is called, and closed when another one is called."""
 
 from __future__ import annotations
 
@@ -22,26 +22,34 @@ class Offloader:
         self._open: Engine | None = None
 
     def run(self, engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Open an engine, unless it is, and run it; it stays open for its next call.
+        """Run an engine, which is opened unless it is the open one, and stays open for its next call.
 
-        What comes out is on the host: an engine's device memory may go when the next one has its turn.
+        Args:
+            engine: The engine.
+            feeds: Inputs by name.
+
+        Returns:
+            Outputs by name, on the host: an engine's device memory may be freed when another engine runs.
+
+        Raises:
+            EngineError: if the engine does not open or fails.
         """
         with self._lock:
             if self._open is not engine:
-                self.rest()
+                self.release()
                 engine.open()
                 self._open = engine
             try:
                 return {name: to_numpy(values) for name, values in engine.run(feeds).items()}
             except BaseException:
-                self.rest()
+                self.release()
                 raise
 
-    def rest(self, engine: Engine | None = None) -> None:
-        """Close the engine that is open.
+    def release(self, engine: Engine | None = None) -> None:
+        """Close the open engine, and return its memory to the system.
 
         Args:
-            engine: The only one to close; ``None`` closes whichever it is.
+            engine: The engine to close if it is the open one; ``None`` closes whichever is open.
         """
         with self._lock:
             if self._open is not None and engine in (None, self._open):
@@ -51,33 +59,33 @@ class Offloader:
 
 
 class OffloadedEngine(BaseEngine):
-    """An engine that is opened for its turn only.
+    """An engine that is open only while it is the one in use.
 
-    ``open`` opens nothing yet, and tells inputs and outputs from the manifest.
+    ``open`` opens nothing yet; inputs and outputs are those of the manifest.
 
     Args:
         engine: The engine, not opened.
-        graph: What it computes.
-        turns: Shared by all engines of which one may be open at a time.
-        label: What messages call it.
+        graph: The graph that it computes.
+        offloader: Shared by all engines of which one may be open at a time.
+        label: Its name in messages.
     """
 
-    def __init__(self, engine: Engine, graph: Graph, turns: Offloader, label: str) -> None:
+    def __init__(self, engine: Engine, graph: Graph, offloader: Offloader, label: str) -> None:
         super().__init__(getattr(engine, "label", label))
-        self._engine, self._graph, self._turns = engine, graph, turns
+        self._engine, self._graph, self._offloader = engine, graph, offloader
 
     def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
         inputs, outputs = ({spec.name: spec for spec in specs} for specs in (self._graph.inputs, self._graph.outputs))
         return inputs, outputs
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        return self._turns.run(self._engine, feeds)
+        return self._offloader.run(self._engine, feeds)
 
     def _close(self) -> None:
-        self._turns.rest(self._engine)
+        self._offloader.release(self._engine)
 
 
 def trim_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps blocks of up to 32 MiB, and weights are full of them."""
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MiB, and many weights are smaller."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)

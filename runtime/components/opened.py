@@ -1,4 +1,4 @@
-"""Opened engines of a bundle, those among them that not every request needs opened when one first does."""
+"""The opened engines of a bundle; those that not every request needs are opened when one first needs them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class OpenedEngines:
     """Engines by component. Serves many threads.
 
     Args:
-        engines: Those that are open already.
+        engines: Engines that are open already.
         components: Components that the bundle has.
-        opener: Opens the engine of another; ``None`` opens none.
-        closed: Is set once nothing may be opened any more; several of these may share it.
+        opener: Opens the engine of another component; ``None`` opens none.
+        closed: An event that is set once no engine may be opened any more; several objects may share it.
 
     Attributes:
-        engines: What is open.
+        engines: The engines that are open, by component.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class OpenedEngines:
         """The engine of a component, opened now if no request needed it before.
 
         Raises:
-            BundleError: if the bundle lacks it, or the engines were opened by somebody else.
-            EngineClosedError: if they were closed.
-            EngineUnavailableError: if the engine cannot run it here.
+            BundleError: if the bundle lacks the component, or the caller opened the engines without it.
+            EngineClosedError: if the engines were closed.
+            EngineUnavailableError: if the engine cannot run here.
         """
         if (engine := self.engines.get(component)) is not None:
             return engine
@@ -53,7 +53,7 @@ class OpenedEngines:
             return self.engines[component]
 
     def close(self) -> None:
-        """Close every engine, and open none any more."""
+        """Close every engine; no other is opened after that."""
         with self._lock:
             self._closed.set()
             for engine in self.engines.values():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentrt.engines import Array
 
@@ -15,23 +16,32 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Share:
-    """The pictures of a run that one call of the denoiser takes further: ``first`` up to, but without, ``last``."""
+    """The images of a run that one call of the denoiser advances: ``first`` up to, but without, ``last``."""
 
     run: Run
     first: int
     last: int
 
     def __len__(self) -> int:
-        """How many pictures."""
+        """How many images."""
         return self.last - self.first
 
     @property
     def whole(self) -> bool:
-        """Whether these are all the pictures of the run."""
+        """Whether these are all the images of the run."""
         return len(self) == self.run.request.images
 
+    def rows(self, first: int = 0) -> NDArray[np.int64]:
+        """The sample of each of the denoiser's rows, int64: the unconditional half, if there is one, comes first.
+
+        Args:
+            first: Number of this share's first sample within the call.
+        """
+        samples = first + np.arange(len(self))
+        return np.concatenate([samples, samples]) if self.run.guided else samples
+
     def conditioning_rows(self) -> dict[str, Array]:
-        """Their conditioning, one row a picture and half."""
+        """Their conditioning, one row an image and half."""
         return self.run.conditioning_rows(self.first, self.last)
 
     def noise(self) -> Floats | None:
@@ -41,9 +51,9 @@ class Share:
 
 
 def split_into_calls(runs: Sequence[Run], most: int | None) -> list[list[Share]]:
-    """Which pictures go into which call, in order: no more than ``most`` in one, and as few calls as that allows.
+    """Split the images of runs, in order, into calls of at most ``most`` images, and into as few as that allows.
 
-    Runs with texts of different lengths do not share one.
+    Runs whose texts have different lengths do not share a call.
     """
     calls: list[list[Share]] = [[]]
     room = most
@@ -62,18 +72,8 @@ def split_into_calls(runs: Sequence[Run], most: int | None) -> list[list[Share]]
     return [call for call in calls if call]
 
 
-def group_by_controlnets(shares: Sequence[Share]) -> list[list[Share]]:
-    """Shares in calls of the same ControlNets each."""
-    if not any(share.run.controls for share in shares):
-        return [list(shares)]
-    found: dict[tuple[str, ...], list[Share]] = {}
-    for share in shares:
-        found.setdefault(tuple(each.name for each in share.run.active_controls), []).append(share)
-    return list(found.values())
-
-
 def joined(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
-    """The parts' tensors one behind the other; those of a single part as they are."""
+    """The parts' tensors, concatenated along the first dimension; those of a single part are not copied."""
     listed = list(parts)
     if len(listed) == 1:
         return dict(listed[0])
@@ -81,5 +81,5 @@ def joined(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
 
 
 def _fit(one: Run, other: Run) -> bool:
-    """Whether the conditioning of two runs can be put together: lengths of texts are the same."""
+    """Whether the conditioning of two runs can be concatenated: their texts have the same lengths."""
     return all(rows.shape[1:] == other.rows[name].shape[1:] for name, rows in one.rows.items() if name in other.rows)

@@ -15,23 +15,23 @@ from .run import Run
 
 @dataclass(frozen=True)
 class _Bound:
-    """What an engine's inputs are bound to. The run is held weakly, for one that is dropped must be gone."""
+    """The inputs that an engine holds. The run is referenced weakly: a run that its owner drops must be freed."""
 
     run: weakref.ref[Run]
     guided: bool
     names: frozenset[str]
 
 
-_local = threading.local()  # bound inputs are a thread's own, and an engine's, whichever loop bound them
+_local = threading.local()  # bound inputs belong to a thread and an engine, whichever loop bound them
 
 
 def bound_to(engine: Engine, run: Run, constant: Callable[[], Mapping[str, Array]]) -> frozenset[str]:
-    """Bind what the steps of a whole run have in common to an engine, unless it is bound already.
+    """Bind the inputs that all steps of a run share to an engine, unless they are bound already.
 
     Args:
         engine: The engine.
         run: The run.
-        constant: Gives these inputs, which stay the same as long as guidance is on or off.
+        constant: Makes these inputs, which stay the same as long as guidance is on or off.
 
     Returns:
         Their names.

@@ -11,12 +11,12 @@ from latentrt.engines import Array, Engine
 from latentrt.engines.device import to_numpy
 from latentrt.engines.errors import BundleError
 
-from ..engine_calls import Conditioning, Floats, cast_feeds, output_named, output_of, require_finite, to_host
-from .batching import Share, group_by_controlnets, joined, split_into_calls
-from .binding import bound_to
-from .loop import Loop, check_together
+from ..engine_calls import Conditioning, Floats, cast_feeds, require_finite, to_host
+from .batching import Share, joined
+from .loop import Call, Loop
 from .run import Run
 from .schedule_stage import schedule_rows, schedule_table
+from .steppers import OUTPUTS, DenoiserStepper, Stepper
 
 FINITE_CHECK_EVERY = 8
 """Steps between checks for NaN and infinity of a state that stays on a device."""
@@ -25,8 +25,8 @@ FINITE_CHECK_EVERY = 8
 class FusedLoop(Loop):
     """The denoiser in stages: prompt and schedule once a request, and steps that are one engine call each.
 
-    With an engine on a device, a run that is taken further alone keeps its registers there: what a step hands out is
-    what the next one takes in. What stays the same from step to step is bound once.
+    With an engine on a device, a run that advances alone keeps its registers there: what a step hands out is what the
+    next one takes. What stays the same from step to step is bound once.
 
     Args:
         step: Opened engine of the fused step.
@@ -37,6 +37,9 @@ class FusedLoop(Loop):
 
     Raises:
         BundleError: if the step is not a fused one.
+
+    Attributes:
+        on_device: Whether a run that advances alone keeps its registers on the engine's device.
     """
 
     name = "fused"
@@ -49,13 +52,13 @@ class FusedLoop(Loop):
         denoiser: str = "unet",
         max_batch: int | None = None,
     ) -> None:
-        super().__init__(max_batch)
-        self._step, self._prompt, self._schedule = step, prompt, schedule
         self._label = f"{denoiser}_step"
+        super().__init__(DenoiserStepper(step, self._label, OUTPUTS[self.name]), max_batch)
+        self._step, self._prompt, self._schedule = step, prompt, schedule
         if prompt is not None:
             self.prompt_inputs = frozenset(prompt.inputs)
-        self._on_device = getattr(step, "on_device", False)
-        # What both halves share, as latents: a mask, and what is outside of it.
+        self.on_device = bool(getattr(step, "on_device", False))
+        # Inputs that both halves share, as they share the latents: a mask, and the image outside of it.
         self._of_samples = frozenset(
             name for name, spec in step.inputs.items() if name not in _STEP and spec.shape[:1] == ("batch",)
         )
@@ -68,11 +71,16 @@ class FusedLoop(Loop):
             )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
-        """Run the prompt stage."""
+        """Run the prompt stage.
+
+        Raises:
+            BundleError: if the steps need more than the stages compute.
+            EngineError: if the engine fails.
+        """
         found: dict[str, Array] = dict(conditioning)
         if self._prompt is not None:
             known = {name: values for name, values in found.items() if name in self._prompt.inputs}
-            # To the host, where texts are cached and put together for a run; that is once a text.
+            # To the host, where encoded texts are cached and put together for a run; that is once a text.
             found |= to_host(self._prompt.run(cast_feeds(self._prompt, known)))
         wanted = {*self._step.inputs, *self._vectors} - self._from_schedule - set(_STEP)
         if missing := sorted(wanted - found.keys()):
@@ -87,18 +95,17 @@ class FusedLoop(Loop):
             return
         run.schedule = schedule_table(self._schedule, run)
 
-    def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further."""
-        check_together(runs)
-        calls = [part for call in split_into_calls(runs, self.max_batch) for part in group_by_controlnets(call)]
-        if self._on_device and len(calls) == len(calls[0]) == 1:
-            self._advance_on_device(runs[0])
+    def _take_step(self, calls: Sequence[Call]) -> None:
+        """Make the calls: one for a whole run stays on the device."""
+        if self.on_device and len(calls) == len(calls[0][1]) == 1:
+            stepper, (share,) = calls[0]
+            self._advance_on_device(stepper, share)
             return
         # A batch of several goes through the host: its rows come from runs whose states lie apart, and the next call
         # may have others. That costs two copies of the latents a step, which is little beside the denoiser.
-        self._advance(calls)
+        super()._take_step(calls)
 
-    def _computed(self, shares: Sequence[Share]) -> list[Floats]:
+    def _computed(self, stepper: Stepper, shares: Sequence[Share]) -> list[Floats]:
         count = max(share.run.plan.registers for share in shares)
         parts, samples, rows = [], 0, 0
         for share in shares:
@@ -106,52 +113,42 @@ class FusedLoop(Loop):
             parts.append(state | self._constant(share, samples, rows))
             samples += len(share)
             rows += len(parts[-1]["rows"])
-        feeds, engine, label = joined(parts), self._step, self._label
-        if self.control is not None and shares[0].run.active_controls:
-            feeds |= self.control.residuals(shares, feeds)
-            engine, label = self.control.twin, self.control.label
-        result = output_of(engine, label, "updated_registers", feeds)
+        result = stepper.step(shares, joined(parts))
         new, first = [], 0
         for share in shares:
             new.append(result[first : first + len(share), : share.run.plan.registers])
             first += len(share)
         return new
 
-    def _advance_on_device(self, run: Run) -> None:
-        share = Share(run, 0, run.request.images)
-        controlled = self.control is not None and bool(run.active_controls)
-        engine, label = self._step, self._label
-        if self.control is not None and controlled:
-            engine, label = self.control.twin, self.control.label
-        bound = bound_to(engine, run, lambda: self._bindable(share))
+    def _advance_on_device(self, stepper: Stepper, share: Share) -> None:
+        run = share.run
         # Array stands for device arrays too.
         changing = self._changing(share, run.plan.registers, cast(Floats, run.registers))
-        feeds = {name: values for name, values in changing.items() if name not in bound}
-        if self.control is not None and controlled:
-            feeds |= self.control.residuals_on_device(share, changing, self._constant(share, 0, 0)["rows"])
-        outputs = engine.run(cast_feeds(engine, feeds))
-        result = output_named(outputs, label, "updated_registers")
+        result = stepper.step_on_device(share, changing, lambda: self._bindable(share))
         # Every register is a sum over all registers, the prediction and the noise, and zero times NaN or infinity is
         # NaN: what was not finite once never becomes finite again. So the last step shows it all; the looks in between
         # only end a lost run early.
         if (run.index + 1) % FINITE_CHECK_EVERY == 0 or run.index + 1 == len(run):
-            require_finite(to_numpy(result), label)
+            require_finite(to_numpy(result), stepper.label)
         if str(result.dtype) != "float32":
             result = to_numpy(result).astype(np.float32)
         run.registers = result
         run.index += 1
 
     def _bindable(self, share: Share) -> dict[str, Array]:
-        """What the steps of a whole run have in common."""
+        """Inputs that all steps of a whole run share."""
         feeds = self._constant(share, 0, 0)
         if not np.any(share.run.plan.uses_noise):
             feeds["noise"] = np.zeros(share.run.latent_shape, np.float32)
         return feeds
 
     def _changing(self, share: Share, registers: int, state: Floats) -> dict[str, Array]:
-        """Inputs that every step has anew for one share of a call, with room for as many ``registers`` as asked for.
+        """Inputs that every step has anew for one share of a call.
 
-        Its ``state`` may be on a device if that is its own number.
+        Args:
+            share: The share.
+            registers: Number of registers of the call; a share with fewer is padded with zeros.
+            state: Registers of the share; they may be on a device if they need no padding.
         """
         run, samples = share.run, len(share)
         own, index = run.plan.registers, run.index
@@ -183,7 +180,7 @@ class FusedLoop(Loop):
         feeds: dict[str, Array] = {
             "guidance": np.full(samples, guidance, np.float32),
             "guidance_rescale": np.full(samples, rescale, np.float32),
-            "rows": first_sample + (np.concatenate([each, each]) if run.guided else each),
+            "rows": share.rows(first_sample),
             "unconditional": first_row + each,
             "conditional": first_row + (each + samples if run.guided else each),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,16 +14,12 @@ from ..samplers.noise import Noise, TorchGenerator, varied_noise
 from ..samplers.plan import Plan
 from .run import InpaintBlend, PreparedLatents, Run
 
-if TYPE_CHECKING:
-    from ..request.request import Request
-    from ..samplers import Plan
-
 
 def start_run(
     request: Request,
     plan: Plan,
     conditioning: Sequence[Conditioning],
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     generator: Noise | None = None,
     latents: Floats | None = None,
     begun: PreparedLatents | None = None,
@@ -34,11 +29,12 @@ def start_run(
     Args:
         request: The request.
         plan: Its sampler's plan.
-        conditioning: Its texts, the unconditional one first if the request is guided.
-        shape: Of the latents: images, channels, height, width.
-        generator: Source of all its noise; ``None`` is one of its own, of the request's seed.
-        latents: Unit normal noise in place of the seed's; or, with ``denoising_start``, what the run goes on from.
-        begun: What it begins with instead of all that, if it was given a picture.
+        conditioning: The conditioning of its texts, the unconditional one first if the request is guided.
+        shape: The shape of its latents, the images first, such as images, channels, height, width.
+        generator: The source of all its noise; ``None`` is a generator of its own, with the request's seed.
+        latents: Unit normal noise in place of the seed's; or, with ``denoising_start``, the latents that the run goes
+            on from.
+        begun: The latents that it begins with instead of all that, if the request has an image.
     """
     generator = generator or TorchGenerator(request.seed)
     registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)
@@ -62,38 +58,38 @@ def begin_from(
     plan: Plan,
     given: InputImages,
     latent: Latent,
+    shape: tuple[int, ...],
     stream: Noise,
     encode: Callable[[Floats], Floats],
     *,
     inpaints: bool = False,
 ) -> PreparedLatents:
-    """The latents that a run begins with, with noise drawn in the order of diffusers' pipelines.
+    """The latents that a run begins with if its request has an image, with noise drawn in diffusers' order.
 
     Args:
         request: The request.
         plan: Its sampler's plan, without the steps that the strength leaves out.
-        given: Its pictures.
+        given: Its image, and maybe a mask.
         latent: The model's latent space.
-        stream: Source of all the run's noise.
+        shape: The shape of the run's latents, the images first.
+        stream: The source of all the run's noise.
         encode: The VAE's encoder: pixels ``[1, 3, height, width]`` from -1 to 1 to mean and log variance.
-        inpaints: Whether the denoiser takes the mask and what is outside of it as inputs.
+        inpaints: Whether the denoiser takes the mask, and the image outside of it, as inputs.
+
+    Raises:
+        EngineError: if the encoder fails.
     """
     pixels = given.image.astype(np.float32).transpose(2, 0, 1)[None] / np.float32(255) * 2 - 1
     pure = given.mask is not None and request.strength == 1
     sample = None if pure and inpaints else _encoded(encode(pixels), latent, stream)
-    shape = (
-        request.images,
-        latent.channels,
-        request.height // latent.vae_scale_factor,
-        request.width // latent.vae_scale_factor,
-    )
     noise = varied_noise(stream, shape, request.variation_seed, request.variation_strength)
     latents = noise * np.float32(plan.init_scale) if pure or sample is None else plan.noised(0, sample, noise)
     if given.mask is None:
         return PreparedLatents(latents, paste=given.paste)
     mask = given.mask[:: latent.vae_scale_factor, :: latent.vae_scale_factor].astype(np.float32)[None, None]
     if not inpaints:
-        # diffusers encodes what is outside of the mask for these models too, and has no use for it.
+        # diffusers encodes the image outside of the mask for these models too, and does not use it; the draw that this
+        # takes is drawn here as well, so that the noise after it is the same.
         stream.randn((1, *shape[1:]))
         assert sample is not None
         return PreparedLatents(latents, InpaintBlend(sample, noise, mask), given.paste)

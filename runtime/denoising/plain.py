@@ -10,13 +10,14 @@ from latentrt.engines import Array, Engine
 from latentrt.engines.device import to_numpy
 from latentrt.engines.errors import InvalidRequestError
 
-from ..engine_calls import Conditioning, Floats, output_of
+from ..engine_calls import Conditioning, Floats
 from ..samplers.plan import Plan, step
-from .batching import Share, group_by_controlnets, joined, split_into_calls
-from .loop import Loop, check_together
+from .batching import Share, joined
+from .loop import Call, Loop
 from .run import Run
+from .steppers import OUTPUTS, DenoiserStepper, Stepper
 
-_WHOLE = 1e-3  # what a timestep may be off a whole number by rounding
+_WHOLE = 1e-3  # how far rounding may take a timestep from a whole number
 
 
 class PlainLoop(Loop):
@@ -31,15 +32,19 @@ class PlainLoop(Loop):
     name = "plain"
 
     def __init__(self, engine: Engine, denoiser: str = "unet", max_batch: int | None = None) -> None:
-        super().__init__(max_batch)
-        self._engine, self._denoiser = engine, denoiser
+        super().__init__(DenoiserStepper(engine, denoiser, OUTPUTS[self.name]), max_batch)
+        self._denoiser = denoiser
         # Graphs that others exported may take one timestep for all rows, and that as a whole number.
         timestep = engine.inputs.get("timestep")
         self._one_timestep = timestep is not None and not timestep.shape
         self._whole = timestep is not None and timestep.dtype.startswith("int")
 
     def check(self, plan: Plan) -> None:
-        """Refuse timesteps between two whole ones where the denoiser's graph takes whole ones."""
+        """Refuse timesteps between two whole ones where the denoiser's graph takes whole ones.
+
+        Raises:
+            InvalidRequestError: naming the first such timestep.
+        """
         if self._whole and (between := between_whole(plan)) is not None:
             raise InvalidRequestError(
                 f"the sampler visits the timestep {between:.2f}, but the {self._denoiser} of this bundle takes "
@@ -47,28 +52,22 @@ class PlainLoop(Loop):
             )
 
     def condition(self, conditioning: Conditioning) -> dict[str, Array]:
-        """Nothing is computed ahead."""
+        """The same conditioning: nothing is computed ahead."""
         return dict(conditioning)
 
     def begin(self, run: Run) -> None:
-        """Nothing is computed ahead."""
+        """Do nothing: nothing is computed ahead."""
 
-    def advance(self, runs: Sequence[Run]) -> None:
-        """Take every run a step further, with one call for each timestep where the graph takes but one."""
-        check_together(runs)
-        calls = [part for call in split_into_calls(runs, self.max_batch) for part in group_by_controlnets(call)]
-        self._advance([part for call in calls for part in self._apart(call)])
-
-    def _apart(self, shares: Sequence[Share]) -> list[list[Share]]:
-        """What one call takes, as many calls where its rows must have the same timestep."""
+    def _calls(self, stepper: Stepper, shares: list[Share]) -> list[Call]:
+        """One call, or one for each timestep where the graph takes a single timestep for all rows."""
         if not self._one_timestep:
-            return [list(shares)]
+            return [(stepper, shares)]
         found: dict[float, list[Share]] = {}
         for share in shares:
             found.setdefault(float(share.run.plan.timesteps[share.run.index]), []).append(share)
-        return list(found.values())
+        return [(stepper, together) for together in found.values()]
 
-    def _computed(self, shares: Sequence[Share]) -> list[Floats]:
+    def _computed(self, stepper: Stepper, shares: Sequence[Share]) -> list[Floats]:
         samples, timesteps = [], []
         for share in shares:
             run = share.run
@@ -80,11 +79,7 @@ class PlainLoop(Loop):
         times = np.rint(times) if self._whole else times
         feeds = {"sample": np.concatenate(samples), "timestep": times[:1].reshape(()) if self._one_timestep else times}
         feeds |= joined(share.conditioning_rows() for share in shares)
-        engine, label = self._engine, self._denoiser
-        if self.control is not None and shares[0].run.active_controls:
-            feeds |= self.control.plain(shares, feeds)
-            engine, label = self.control.twin, self.control.label
-        predictions = output_of(engine, label, "out_sample", feeds)
+        predictions = stepper.step(shares, feeds)
         new, first = [], 0
         for share in shares:
             run, rows = share.run, len(share) * (2 if share.run.guided else 1)
@@ -96,6 +91,7 @@ class PlainLoop(Loop):
 
     @staticmethod
     def _guided(prediction: Floats, run: Run) -> Floats:
+        """Combine both halves of a prediction by the scale of guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
         if not run.guided:
             return prediction
         unconditional, conditional = np.split(prediction, 2)
@@ -111,7 +107,7 @@ def between_whole(plan: Plan) -> float | None:
 
 
 def _contrast_factor(combined: Floats, conditional: Floats, share: float) -> Floats:
-    """Factor ``[images, 1, 1, 1]`` that brings a ``share`` of the guided prediction to the conditional one's contrast.
+    """Factor ``[images, 1, ...]`` that brings a ``share`` of the guided prediction to the conditional one's contrast.
 
     Lin et al. 2023 (arXiv 2305.08891), equations 15 and 16.
     """

@@ -1,10 +1,10 @@
-"""Requests in flight, and which of their pictures go into one call of the denoiser."""
+"""A request in flight: its state from its first latents to its last."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -17,8 +17,13 @@ from ..request.request import Request
 from ..samplers.noise import Noise
 from ..samplers.plan import Plan
 
-if TYPE_CHECKING:
-    from .loop import Loop
+
+class Advancer(Protocol):
+    """The loop of a run, as far as the run's holder needs to know it."""
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """Take every run one step further."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,11 @@ class ControlState:
     """A ControlNet of a request in flight.
 
     Attributes:
-        name: Which.
-        embedded: What its control image comes to, float32 ``[images, channels, h, w]``.
-        scales: How much of each of its residuals, float32 ``[residuals]``.
-        steers: Whether it does, for each row of the plan.
-        schedule: As of :class:`Run`.
+        name: The ControlNet's name in the bundle.
+        embedded: The control image after the ControlNet's image stage, float32 ``[images, channels, h, w]``.
+        scales: The factor on each of its residuals, float32 ``[residuals]``.
+        steers: Whether the ControlNet acts, for each row of the plan.
+        schedule: The ControlNet's share of :attr:`Run.schedule`.
     """
 
     name: str
@@ -47,19 +52,20 @@ class Run:
     Attributes:
         request: The request.
         plan: The sampler's plan.
-        conditioning: Its texts: the unconditional one first if the request is guided, the conditional one last.
-        generator: Source of all its noise.
-        registers: float32 ``[images, R, channels, h, w]``; the first register is the latent. After a step of an engine
-            that works on a device they stay there.
-        index: Number of the plan's row to run next.
+        conditioning: The conditioning of its texts: the unconditional one first if the request is guided, the
+            conditional one last.
+        generator: The source of all its noise.
+        registers: float32 ``[images, R, ...]``, where ``...`` is the shape of one latent, such as ``channels, h, w``;
+            the first register is the latent. After a step of an engine that works on a device they stay there.
+        index: The plan's row to run next.
         rows: The denoiser's conditioning for one call: all unconditional rows, then all conditional ones.
-        schedule: What the schedule stage computed: by name ``[rows of the plan, 1 or texts, ...]``.
-        begun: What it began with, if it was given a picture.
+        schedule: The output of the schedule stage: by name ``[rows of the plan, 1 or texts, ...]``.
+        begun: The latents that it began with, if the request has an image.
         controls: Its ControlNets.
         kept: Inputs that its steps have in common, once they were put together.
-        loop: What takes it further, with the weights that were in place when it began.
-        flagged: Which of its pictures the safety checker takes for unsafe, once it was finished; ``None`` where it had
-            none looked at.
+        loop: The loop that advances it, with the weights that were in place when it began.
+        flagged: Which of its images the safety checker takes for unsafe, once the run was finished; ``None`` where
+            nothing was checked.
     """
 
     request: Request
@@ -73,7 +79,7 @@ class Run:
     begun: PreparedLatents | None = None
     controls: Sequence[ControlState] = field(default=(), repr=False)
     kept: dict[Hashable, Mapping[str, Array]] = field(default_factory=dict, init=False, repr=False)
-    loop: Loop | None = field(default=None, repr=False)
+    loop: Advancer | None = field(default=None, repr=False)
     flagged: tuple[bool, ...] | None = field(default=None, init=False)
     _drawn: tuple[int, Floats] | None = field(default=None, init=False, repr=False)
 
@@ -88,12 +94,12 @@ class Run:
 
     @property
     def latents(self) -> Floats:
-        """float32 ``[images, channels, h, w]``; a view that the next step leaves behind, or a copy from the device."""
+        """float32 ``[images, ...]``; a view that the next step leaves behind, or a copy from the device."""
         return to_numpy(self.registers)[:, 0]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Images, channels, height and width of the latents; nothing is copied to learn it."""
+        """The shape of :attr:`latents`, the images first; nothing is copied to learn it."""
         return (self.registers.shape[0], *self.registers.shape[2:])
 
     @property
@@ -109,9 +115,9 @@ class Run:
         return tuple(each for each in self.controls if each.steers[self.index])
 
     def draw(self) -> Floats | None:
-        """Noise for the next step, float32 ``[images, channels, h, w]``; ``None`` where the plan draws none.
+        """Noise for the next step, float32 of :attr:`latent_shape`; ``None`` where the plan draws none.
 
-        It stays the same until the step was taken: one that failed may be taken again.
+        It stays the same until the step was taken: a step that failed may be taken again.
         """
         if not self.plan.uses_noise[self.index]:
             return None
@@ -120,7 +126,12 @@ class Run:
         return self._drawn[1]
 
     def conditioning_rows(self, first: int, last: int) -> dict[str, Array]:
-        """Conditioning of the next call for pictures ``first`` to ``last``, one row a picture and half."""
+        """Conditioning of the next call, one row an image and half.
+
+        Args:
+            first: The first image.
+            last: The image after the last.
+        """
         images = self.request.images
         halves = (0, images) if self.guided else (images,) if self.request.guided else (0,)
         if last - first == images:  # the halves lie side by side
@@ -133,34 +144,43 @@ class Run:
 
 @dataclass(frozen=True)
 class InpaintBlend:
-    """What a run leaves as it was.
+    """The part of an image that inpainting leaves unchanged.
 
     Attributes:
-        sample: Latents of the picture, float32 ``[1, channels, h, w]``.
-        noise: Unit noise of the run, float32 ``[images, channels, h, w]``.
-        mask: float32 ``[1, 1, h, w]``: 1 where the picture is painted, 0 where it is kept.
+        sample: Latents of the image, float32 ``[1, ...]``.
+        noise: Unit normal noise of the run, float32 ``[images, ...]``.
+        mask: float32, broadcast over latents, ``[1, 1, h, w]``: 1 where the image is painted, 0 where it is kept.
     """
 
     sample: Floats = field(repr=False)
     noise: Floats = field(repr=False)
     mask: Floats = field(repr=False)
 
-    def restore(self, run: Run) -> None:
-        """Bring what is kept back into a run's latents, with the noise of its next row; they come to the host."""
-        registers = np.array(to_numpy(run.registers), np.float32)
-        outside = run.plan.noised(run.index, self.sample, self.noise)
-        registers[:, 0] = (1 - self.mask) * outside + self.mask * registers[:, 0]
-        run.registers = registers
+    def restore(self, plan: Plan, index: int, registers: Floats | DeviceArray) -> Floats:
+        """Put the image back outside the mask, with the noise level that the latents have before a row.
+
+        Args:
+            plan: The run's plan.
+            index: The row that comes next, or the number of rows.
+            registers: float32 ``[images, R, ...]``; they stay unchanged.
+
+        Returns:
+            The new registers, on the host.
+        """
+        found = np.array(to_numpy(registers), np.float32)
+        outside = plan.noised(index, self.sample, self.noise)
+        found[:, 0] = (1 - self.mask) * outside + self.mask * found[:, 0]
+        return found
 
 
 @dataclass(frozen=True)
 class PreparedLatents:
-    """What a run begins with.
+    """The latents that a run begins with, where its request has an image.
 
     Attributes:
-        latents: Its first register, float32 ``[images, channels, h, w]``.
-        kept: What it brings back after every step.
-        paste: What happens to its pictures in the end.
+        latents: Its first register, float32 ``[images, ...]``.
+        kept: The part of the image to put back after every step.
+        paste: How the final images are put into the image that was given.
         conditioning: Inputs of a denoiser that was made for inpainting, one row each.
     """
 

@@ -13,13 +13,19 @@ from .batching import joined
 from .run import Run
 
 TIMESTEPS_AT_ONCE = 64
-"""Most rows that the schedule stage is given in one call."""
+"""Most rows of one call of a schedule stage."""
 
 
 def schedule_table(schedule: Engine, run: Run) -> dict[str, Array]:
-    """Run a schedule stage on all timesteps of a run: by name ``[rows of the plan, 1 or texts, ...]``.
+    """Run a schedule stage on all timesteps of a run.
 
-    It may take vectors of the conditioning in; what it computes then differs between the texts.
+    A stage that takes vectors of the conditioning computes something else for each text.
+
+    Returns:
+        By name ``[rows of the plan, 1 or texts, ...]``, on the host.
+
+    Raises:
+        EngineError: if the engine fails.
     """
     vectors = [name for name in schedule.inputs if name != "timestep"]
     texts = run.conditioning if vectors else run.conditioning[-1:]
@@ -35,7 +41,13 @@ def schedule_table(schedule: Engine, run: Run) -> dict[str, Array]:
 
 
 def schedule_rows(run: Run, table: Mapping[str, Array], samples: int) -> dict[str, Array]:
-    """What a schedule stage computed for the next step, for each row of some pictures."""
+    """The entries of a schedule stage's table for a run's next step, one row an image and half.
+
+    Args:
+        run: The run.
+        table: The output of :func:`schedule_table`.
+        samples: Number of images.
+    """
     found: dict[str, Array] = {}
     for name, values in table.items():
         halves = values[run.index]  # one for all rows, or one for each text

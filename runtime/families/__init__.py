@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
@@ -15,15 +15,15 @@ from .sdxl import StableDiffusionXl
 from .sdxl_refiner import StableDiffusionXlRefiner
 from .stable_diffusion import StableDiffusion
 
-FAMILIES: Mapping[str, type[Family]] = {
+FAMILIES: dict[str, type[Family]] = {
     family.name: family
     for family in (StableDiffusion, StableDiffusionXl, StableDiffusionXlRefiner, StableDiffusion3, Flux)
 }
-"""Families by the name that a manifest has."""
+"""Families by their name in a manifest; a further family is one more entry."""
 
 
 def family_of(manifest: Manifest) -> Family:
-    """What a bundle's family can do.
+    """The family of a bundle, for that bundle.
 
     Raises:
         BundleError: if the family is unknown, or the manifest's settings are not its own.
@@ -37,7 +37,7 @@ def family_of(manifest: Manifest) -> Family:
 
 
 def refuse_foreign(family: Family, options: Iterable[str]) -> None:
-    """Refuse options that a family does not have.
+    """Refuse options of a request that a family does not have.
 
     Args:
         family: The family.

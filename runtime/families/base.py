@@ -1,11 +1,11 @@
-"""What a family of models is to the runtime: from the texts of a request to what its denoiser is conditioned on."""
+"""The base class of families: everything that the runtime asks of one, from texts to the shape of its latents."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
 from ..bundle.manifest import STAGES, Manifest
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..samplers import Plan
 from ..text.chunks import cut, joined
 from ..text.tokenizers import PromptTokenizer
 
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
-
 GUIDANCE = ("classifier-free", "embedded", "none")
-"""How the scale of guidance acts: between two predictions, as an input of the denoiser, or not at all."""
+"""Where the scale of guidance acts: between two predictions, as an input of the denoiser, or nowhere."""
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -35,10 +33,10 @@ class Text:
         tokens: Token ids by text encoder, int64 ``[chunks, length]``; empty where no encoder is needed.
         outputs: By text encoder, names of the outputs that are taken of it.
         truncated: Tokens that did not fit and were cut off.
-        absent: Length of the zeros that stand for an encoder that the bundle does not have, or for a text that is not
-            encoded; 0 for the usual one.
-        weights: By text encoder what the states of its tokens are multiplied by, float32 ``[chunks, length]``; none
-            where all are 1.
+        absent: Length in tokens of the zeros that stand for an encoder that the bundle does not have, or for a text
+            that is not encoded; 0 is the tokenizers' own length.
+        weights: By text encoder the factors on the states of its tokens, float32 ``[chunks, length]``; no entry where
+            all are 1.
     """
 
     tokens: Mapping[str, NDArray[np.int64]]
@@ -49,12 +47,17 @@ class Text:
 
     @property
     def key(self) -> Hashable:
-        """The same for texts that are encoded alike."""
+        """A key that is equal for texts with equal encodings."""
         tokens = tuple((name, tuple(self.outputs[name]), ids.tobytes()) for name, ids in self.tokens.items())
         return tokens, self.absent, tuple((name, weights.tobytes()) for name, weights in self.weights.items())
 
     def joined(self, name: str, states: Floats) -> Floats:
-        """States ``[1, chunks * length, width]`` that a text encoder computed of all chunks, weighed."""
+        """The states of all chunks side by side, weighted: ``[1, chunks * length, width]``.
+
+        Args:
+            name: The text encoder.
+            states: Its states, ``[chunks, length, width]``.
+        """
         return joined(states, self.weights.get(name))
 
 
@@ -72,20 +75,24 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
-    """What a manifest calls it."""
+    """Its name in a manifest."""
     denoiser: ClassVar[str]
     """The denoiser's component; its stages are named after it."""
     encoders: ClassVar[Mapping[str, str]]
     """Text encoders, and the tokenizer of each."""
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
-    """What its models are for."""
+    """The tasks that its models were trained for."""
+    output_kind: ClassVar[str] = "image"
+    """What its latents are decoded to: a key of :data:`latentrt.runtime.output.kinds.OUTPUT_KINDS`."""
+    decoders: ClassVar[tuple[str, ...]] = ("vae_decoder",)
+    """Components that decode its latents; they are opened with every pipeline."""
     strength: ClassVar[float] = 0.8
-    """How much a picture that is given is changed unless a request says so, as in diffusers."""
+    """How much an image of a request is changed unless the request says so, as in diffusers."""
     options: frozenset[str] = frozenset()
     """Options of a request that not every family has, and this one does: of
     :data:`latentrt.runtime.request.options.FAMILY_OPTIONS`."""
     settings: ClassVar[Mapping[str, type]] = {}
-    """What its manifests must say under ``settings``, with types, besides ``guidance``."""
+    """The entries of a manifest's ``settings`` besides ``guidance``, with their types; all are required."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -127,6 +134,36 @@ class Family(ABC):
         """Most pixels that width or height may have; ``None`` is as many as any request."""
         return None
 
+    def latent_shape(self, request: Request) -> tuple[int, ...]:
+        """The shape of a request's latents: images, channels, height and width, or whatever the family has.
+
+        The first dimension is the number of images (or of clips, or of sounds) of the request.
+        """
+        latent = self.manifest.latent
+        factor = latent.vae_scale_factor
+        return request.images, latent.channels, request.height // factor, request.width // factor
+
+    def options_of_latents(self, shape: Sequence[int]) -> dict[str, int]:
+        """Options of a request whose latents have a shape: the inverse of :meth:`latent_shape`, without the number.
+
+        Args:
+            shape: The shape of the latents that a caller gives, the number of images first.
+
+        Returns:
+            By the name of each option that the shape decides, its value: ``height`` and ``width`` in pixels.
+
+        Raises:
+            InvalidRequestError: if no request of this model has such latents.
+        """
+        latent = self.manifest.latent
+        factor = latent.vae_scale_factor
+        if len(shape) != 4 or shape[1] != latent.channels:
+            raise InvalidRequestError(
+                f"latents have the shape {list(shape)}, expected [images, {latent.channels}, height / {factor}, "
+                f"width / {factor}]"
+            )
+        return {"height": shape[2] * factor, "width": shape[3] * factor}
+
     def plan(self, request: Request) -> Plan:
         """The sampler's plan for a request.
 
@@ -136,24 +173,24 @@ class Family(ABC):
         return request.compile_plan(self.manifest.scheduler, skipped_steps=self.skipped_steps(request))
 
     def skipped_steps(self, request: Request) -> int:
-        """Steps to leave out, so as to change a picture that is given no more than the request's strength says."""
+        """Steps to leave out, so as to change the request's image no more than its strength says."""
         if request.strength is None:
             return 0
         return request.steps - min(int(request.steps * request.strength), request.steps)
 
     @property
     def inpaints(self) -> bool:
-        """Whether the denoiser was made for inpainting: it takes the mask and what is outside of it."""
+        """Whether the denoiser was made for inpainting: it takes the mask, and the image outside of it, as inputs."""
         denoiser = self.manifest.components.get(self.denoiser)
         graphs = () if denoiser is None else denoiser.graphs.values()
         return any(spec.name == "inpaint" for graph in graphs for spec in graph.inputs)
 
     def abilities(self) -> dict[str, Any]:
-        """What a request may ask of the bundle: kind of guidance, options of its own, and settings."""
+        """The kind of guidance, the settings, and the request options that only some families have."""
         return {**self.manifest.settings, "options": sorted(self.options)}
 
     def check(self, request: Request) -> None:  # noqa: B027 - most families have nothing to add
-        """Refuse what the family cannot do, once every value is known to be one that some family takes.
+        """Refuse what the family cannot do; every value was found to be one that some family takes before.
 
         Raises:
             InvalidRequestError: naming the first option that does not fit.
@@ -173,11 +210,11 @@ class Family(ABC):
 
     @abstractmethod
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:
-        """The denoiser's inputs that follow from a text alone; they are kept for the text's next coming.
+        """The denoiser's inputs that follow from a text alone; they are cached by the text.
 
         Args:
             text: The text.
-            encoded: By text encoder the outputs that were asked for.
+            encoded: By text encoder the outputs that :attr:`Text.outputs` names.
         """
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
@@ -210,9 +247,11 @@ class Family(ABC):
         return all(any(spec.name == output for spec in graph.outputs) for graph in graphs)
 
     def zeros(self, name: str, tokens: int = 0) -> Floats:
-        """What stands for no text at all: one row of zeros for an input of the denoiser.
+        """One row of zeros for an input of the denoiser, which stands for no text at all.
 
-        A length that the graph leaves open is that of a text, in tokens: ``tokens``, or the usual one if that is 0.
+        Args:
+            name: The input.
+            tokens: The length of a text, for a length that the graph leaves open; 0 is the tokenizers' own.
 
         Raises:
             BundleError: if the denoiser has no such input.
@@ -244,7 +283,7 @@ class Family(ABC):
         lengths: Mapping[str, int] | None = None,
         syntax: str = "plain",
     ) -> Text:
-        """A text from what each encoder is to encode.
+        """Tokenise a text for every text encoder.
 
         Args:
             prompts: By text encoder its prompt.
@@ -268,9 +307,9 @@ class Family(ABC):
         return Text(tokens, outputs, truncated, weights=weights)
 
     def pad_to_same_chunks(self, texts: Sequence[Text], tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
-        """Texts of the same number of chunks, since both sides of guidance share a call of the denoiser.
+        """Pad texts to the same number of chunks, since both sides of guidance share a call of the denoiser.
 
-        Chunks of an empty prompt are put behind those that there are.
+        The padding is chunks of an empty prompt.
 
         Raises:
             InvalidRequestError: if there are several chunks, and the denoiser takes but one.

@@ -1,32 +1,30 @@
-"""What families of flow matching share: which samplers run from their scheduler's configuration, and its shift."""
+"""The base class of flow matching families: the samplers that run their scheduler configurations, and the shift."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
 from ..bundle.manifest import Manifest
+from ..request.request import Request
 from ..samplers import Plan, flow_shift_mu
 from .base import Family
 
-if TYPE_CHECKING:
-    from ..request.request import Request
-
 SOLVERS = ("dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m-sde", "unipc", "deis")
-"""Samplers of other models that run flow models too, where they are told so."""
+"""Samplers of diffusion models that also run flow models, with the configuration of :func:`flow_scheduler`."""
 SHIFTING = ("flow-euler", *SOLVERS)
-"""Samplers that can shift their levels by the size of the picture."""
+"""Samplers that can shift their levels by the size of the image."""
 
 _LARGEST_PATCH = 16
 
 
 def flow_scheduler(scheduler: Mapping[str, Any], sampler: str) -> dict[str, Any]:
-    """A flow scheduler's configuration as a sampler takes it.
+    """A flow scheduler's configuration, in the form that a sampler takes.
 
-    A solver of other models gets what one gives its diffusers class for a flow model: flow levels, a prediction that
-    is the flow, and the static shift under the name that it has there.
+    A solver of diffusion models gets the keys that its diffusers class needs for a flow model: flow levels, the flow as
+    the prediction type, and the static shift under that class's name for it.
 
     Args:
         scheduler: A diffusers ``scheduler_config.json``.
@@ -34,17 +32,17 @@ def flow_scheduler(scheduler: Mapping[str, Any], sampler: str) -> dict[str, Any]
     """
     if sampler not in SOLVERS or scheduler.get("use_flow_sigmas"):
         return dict(scheduler)
-    told = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": scheduler.get("shift", 1.0)}
-    return {**scheduler, **told}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": scheduler.get("shift", 1.0)}
+    return {**scheduler, **flow}
 
 
 def flow_shift(scheduler: Mapping[str, Any], sampler: str, tokens: int) -> float | None:
-    """The dynamic shift for a picture, or ``None`` where the configuration asks for none.
+    """The dynamic shift for an image, or ``None`` where the configuration asks for none.
 
     Args:
         scheduler: A diffusers ``scheduler_config.json``.
         sampler: The sampler's name.
-        tokens: Tokens of the picture.
+        tokens: Number of the image's tokens.
 
     Raises:
         InvalidRequestError: if the sampler cannot shift its levels that way.
@@ -53,7 +51,7 @@ def flow_shift(scheduler: Mapping[str, Any], sampler: str, tokens: int) -> float
         return None
     if sampler not in SHIFTING:
         raise InvalidRequestError(
-            f"sampler {sampler!r} cannot shift its schedule by the size of the picture, as this model needs; "
+            f"sampler {sampler!r} cannot shift its schedule by the size of the image, as this model needs; "
             f"expected one of {', '.join(SHIFTING)}"
         )
     return flow_shift_mu(scheduler, tokens)
@@ -84,13 +82,13 @@ class FlowFamily(Family):
         return None
 
     def skipped_steps(self, request: Request) -> int:
-        """As diffusers' pipelines of these models count: a step that is taken in part is taken."""
+        """Steps to leave out, counted as in diffusers: a step that is taken in part counts as taken."""
         if request.strength is None:
             return 0
         return int(max(request.steps - min(request.steps * request.strength, request.steps), 0))
 
     def plan(self, request: Request) -> Plan:
-        """The plan of the request's sampler, shifted by the picture's size where the model was trained so."""
+        """The plan of the request's sampler, shifted by the image's size if the model was trained so."""
         scheduler = self.manifest.scheduler
         mu = flow_shift(
             scheduler, request.sampler, request.width // self.size_multiple * (request.height // self.size_multiple)

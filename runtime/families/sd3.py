@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
 
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .flow import FlowFamily
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _STATE, _EARLIER_STATE = "penultimate_hidden_state", "antepenultimate_hidden_state"
 _CLIP, _T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
@@ -37,7 +35,7 @@ class StableDiffusion3(FlowFamily):
     )
     settings: ClassVar[Mapping[str, type]] = {"t5": bool, "patch": int, "largest_side": int}
     sequence = 256
-    """Tokens of T5 unless a request says otherwise, as in diffusers."""
+    """Default number of T5's tokens, as in diffusers."""
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -46,11 +44,11 @@ class StableDiffusion3(FlowFamily):
 
     @property
     def longest(self) -> int:
-        """As far as the positions reach that were trained."""
+        """The longest side that the trained positions reach."""
         return int(self.manifest.settings["largest_side"])
 
     def check(self, request: Request) -> None:
-        """Positions are trained up to a size, and a third prompt needs a third encoder."""
+        """Refuse sizes beyond the trained positions, and a third prompt where there is no third encoder."""
         for side in ("width", "height"):
             if getattr(request, side) > self.longest:
                 raise InvalidRequestError(
@@ -65,7 +63,7 @@ class StableDiffusion3(FlowFamily):
                 )
 
     def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
-        """As in diffusers, ``clip_skip`` concerns the prompt."""
+        """Three prompts for three encoders; as in diffusers, ``clip_skip`` is for the prompt alone."""
         length = request.max_sequence_length or self.sequence
         prompts = (request.prompt, request.prompt_2, request.prompt_3)
         state = _EARLIER_STATE if request.clip_skip else _STATE

@@ -1,20 +1,18 @@
-"""Stable Diffusion XL, base model: two CLIP text encoders, and a U-Net that is told sizes and crop as well."""
+"""Stable Diffusion XL, base model: two CLIP text encoders, and a U-Net that takes sizes and a crop as well."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from latentrt.engines.errors import InvalidRequestError
 
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _STATES = ("penultimate_hidden_state", "antepenultimate_hidden_state")
 _NEGATIVE = ("negative_original_size", "negative_target_size")
@@ -34,16 +32,16 @@ class StableDiffusionXl(Family):
     settings: ClassVar[Mapping[str, type]] = {"force_zeros_for_empty_prompt": bool}
 
     def check(self, request: Request) -> None:
-        """Sizes to steer away from are given together: diffusers takes no notice of one without the other."""
+        """Refuse one size to steer away from without the other, which diffusers ignores."""
         given = [name for name in (*_NEGATIVE, "negative_crop") if getattr(request, name) is not None]
         for name in _NEGATIVE:
             if given and name not in given:
                 raise InvalidRequestError(f"{given[0]} is given without {name}; give both or neither")
 
     def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
-        """As in diffusers, ``clip_skip`` concerns the prompt.
+        """Both prompts for both encoders; as in diffusers, ``clip_skip`` is for the prompt alone.
 
-        No negative prompt at all is zeros instead of an encoded empty text, where the model was made for that.
+        A missing negative prompt is zeros instead of an encoded empty text, if the model was trained so.
         """
         syntax = request.prompt_syntax
         found = [self._text(request.prompt, request.prompt_2, 1 if request.clip_skip else 0, tokenizers, syntax)]

@@ -1,22 +1,20 @@
-"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that is told size, crop and an aesthetic score."""
+"""Stable Diffusion XL, refiner: one CLIP text encoder, and a U-Net that takes a size, a crop and an aesthetic score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from ..engine_calls import Conditioning
+from ..request.request import Request
 from ..text.tokenizers import PromptTokenizer
 from .base import Text
 from .sdxl import StableDiffusionXl
 
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning
-    from ..request.request import Request
-
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""Scores of a request that gives none, as in diffusers."""
+"""Default aesthetic scores of the prompt and of the negative prompt, as in diffusers."""
 
 
 class StableDiffusionXlRefiner(StableDiffusionXl):
@@ -30,7 +28,7 @@ class StableDiffusionXlRefiner(StableDiffusionXl):
     )
 
     def check(self, request: Request) -> None:
-        """Every option goes with every other: the negative half always has a crop and a score of its own."""
+        """Refuse nothing: the negative half always has a crop and a score of its own."""
 
     def _text(
         self,

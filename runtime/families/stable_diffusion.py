@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..bundle.manifest import Manifest
+from ..engine_calls import Conditioning, Floats
+from ..request.request import Request
 from ..samplers import Plan
 from ..text.tokenizers import PromptTokenizer
 from .base import Family, Text
-
-if TYPE_CHECKING:
-    from ..engine_calls import Conditioning, Floats
-    from ..request.request import Request
 
 _PENULTIMATE = "penultimate_hidden_state"
 
@@ -31,13 +29,13 @@ class StableDiffusion(Family):
             self.options -= {"clip_skip"}
 
     def plan(self, request: Request) -> Plan:
-        """A latent consistency model takes all its steps, among fewer timesteps, as in diffusers' pipeline of these."""
+        """The sampler's plan; of a latent consistency model with all steps among fewer timesteps, as in diffusers."""
         if request.strength is None or self.guidance != "embedded" or request.sampler not in ("lcm", "tcd"):
             return super().plan(request)
         return request.compile_plan(self.manifest.scheduler, strength=request.strength)
 
     def texts(self, request: Request, tokenizers: Mapping[str, PromptTokenizer]) -> list[Text]:
-        """As in diffusers, ``clip_skip`` concerns the prompt; the negative prompt is always encoded by all layers."""
+        """The texts; as in diffusers, ``clip_skip`` is for the prompt, and all layers encode the negative prompt."""
         state = _PENULTIMATE if request.clip_skip else "last_hidden_state"
         wanted = [(request.prompt, state)]
         if request.guided:
@@ -51,7 +49,7 @@ class StableDiffusion(Family):
         return self.pad_to_same_chunks(found, tokenizers)
 
     def vectors(self, request: Request, *, negative: bool) -> Conditioning:
-        """The guidance of a latent consistency model."""
+        """The embedded scale of guidance, for a latent consistency model."""
         return self.embedded_guidance(request)
 
     def condition(self, text: Text, encoded: Mapping[str, Mapping[str, Floats]]) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Several prompts at once: one request for each, which share all options but their texts and seeds."""
+"""A batch of prompts: one request for each; they share all options but their texts and seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .latents import take_latents
 from .starting_image import prepare, take_pictures
 
 MOST_PROMPTS = 4096
-"""Most prompts of a batch."""
+"""Most prompts of one batch."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Batch:
     Attributes:
         requests: One for each prompt.
         one_stream: Whether all their noise comes from one stream.
-        latents: What the one request begins with, float32 ``[images, channels, h, w]``; ``None`` is the seed's noise.
-        given: Pictures of the one request.
-        control_images: Of each entry of the requests' ``control``, uint8 ``[h, w, 3]``.
-        image_prompt: Picture that is part of all prompts, uint8 ``[h, w, 3]``.
+        latents: Latents that the one request begins with, float32 ``[images, ...]`` of the family's shape; ``None`` is
+            the seed's noise.
+        given: The image of the one request, and maybe its mask.
+        control_images: The image of each entry of the requests' ``control``, uint8 ``[h, w, 3]``.
+        image_prompt: The image that is part of all prompts, uint8 ``[h, w, 3]``.
     """
 
     requests: tuple[Request, ...]
@@ -54,7 +55,7 @@ class Batch:
             InvalidRequestError: see :func:`latentrt.runtime.inputs.create.create_request`.
         """
         rest, pictures = take_pictures(options, manifest)
-        rest, latents = take_latents(rest, manifest.latent)
+        rest, latents = take_latents(rest, manifest)
         rest, controls = take_controls(rest, manifest)
         rest, prompted = take_image_prompt(rest, manifest)
         request = create_request(manifest, prompt, **rest)
@@ -68,12 +69,13 @@ class Batch:
         Args:
             manifest: The bundle's.
             prompts: What to draw.
-            options: Those of a request. ``seed`` may be a sequence with one for each prompt; one number is the seed of
-                a stream that all share. Texts, such as ``negative_prompt``, may be sequences with one for each prompt.
+            options: The options of a request. ``seed`` may be a sequence with one for each prompt; one number is the
+                seed of a stream that all share. Texts, such as ``negative_prompt``, may be sequences with one for each
+                prompt.
 
         Raises:
-            InvalidRequestError: if a sequence has another length than ``prompts``, the pictures are too many together,
-                or a request is wrong.
+            InvalidRequestError: if a sequence has another length than ``prompts``, the images are too many together, or
+                a request is wrong.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError(f"prompts is a {type(prompts).__name__}, expected a list of strings")
@@ -102,14 +104,14 @@ class Batch:
         first = requests[0]
         if (pixels := count * first.images * first.width * first.height) > MAX_PIXELS:
             raise InvalidRequestError(
-                f"{count * first.images} pictures of {first.width}x{first.height} have {pixels:,} pixels, "
+                f"{count * first.images} images of {first.width}x{first.height} have {pixels:,} pixels, "
                 f"at most {MAX_PIXELS:,} fit one batch; ask for fewer or smaller ones"
             )
         return cls(requests, one_stream="seed" not in own, control_images=controls, image_prompt=prompted)
 
 
 def _each(name: str, value: Any) -> bool:
-    """Whether an option is given for each prompt: seeds, and texts."""
+    """Whether an option has an entry for each prompt, as seeds and texts may."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         return False
     return name == "seed" or all(isinstance(each, str) for each in value)

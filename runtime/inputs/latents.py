@@ -11,22 +11,23 @@ from numpy.typing import NDArray
 from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import InvalidRequestError
 
-from ..bundle.manifest import Latent
+from ..bundle.manifest import Manifest
+from ..families import family_of
 
 
-def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
-    """Take the latents out of a request's options; they decide the size, and the least number of images.
+def take_latents(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+    """Separate latents from the other options of a request; they decide its size, and its number of images at least.
 
     Args:
-        options: With or without ``latents``, ``[k, channels, h, w]``.
-        latent: The model's latent space.
+        options: With or without ``latents``, ``[k, ...]``, such as ``[k, channels, h, w]``.
+        manifest: The bundle's.
 
     Returns:
-        The other options, with ``width``, ``height`` and ``images``, and the latents, float32
-        ``[images, channels, h, w]``: repeated as a whole where more images are asked for.
+        The other options, with those that the latents decide, such as ``width`` and ``height``, and ``images``; and the
+        latents, float32 ``[images, ...]``: repeated as a whole where more images are asked for than there are.
 
     Raises:
-        InvalidRequestError: if they are no latents of this model, or their size or number is not the one asked for.
+        InvalidRequestError: if they are no latents of this model, or not of the size and number that is asked for.
     """
     rest = {name: value for name, value in options.items() if name != "latents"}
     given = options.get("latents")
@@ -43,22 +44,19 @@ def take_latents(options: Mapping[str, Any], latent: Latent) -> tuple[dict[str, 
         latents = np.array(given, np.float32)
     except (TypeError, ValueError):
         raise InvalidRequestError(f"latents are a {type(given).__name__}, expected an array of numbers") from None
-    if latents.ndim != 4 or latents.shape[1] != latent.channels or 0 in latents.shape:
-        raise InvalidRequestError(
-            f"latents have the shape {list(latents.shape)}, expected [images, {latent.channels}, height / "
-            f"{latent.vae_scale_factor}, width / {latent.vae_scale_factor}]"
-        )
+    decided = family_of(manifest).options_of_latents(latents.shape)
+    if 0 in latents.shape:
+        raise InvalidRequestError(f"latents have the shape {list(latents.shape)}, expected no length of 0")
     if not np.isfinite(latents).all():
         raise InvalidRequestError("latents hold NaN or infinity, expected finite numbers")
-    count, _, height, width = latents.shape
-    for name, length in (("height", height), ("width", width)):
-        pixels = length * latent.vae_scale_factor
-        if rest.get(name) not in (None, pixels):
-            raise InvalidRequestError(f"{name} is {rest[name]!r}, but the latents' is {pixels}; leave it out")
-        rest[name] = pixels
+    count = len(latents)
+    for name, value in decided.items():
+        if rest.get(name) not in (None, value):
+            raise InvalidRequestError(f"{name} is {rest[name]!r}, but the latents' is {value}; leave it out")
+        rest[name] = value
     images = rest.get("images")
     images = count if images is None else images
     if not is_integer(images) or images % count:
         raise InvalidRequestError(f"images is {images!r}, but {count} latents are given; ask for a multiple of that")
     rest["images"] = images
-    return rest, np.tile(latents, (max(images // count, 1), 1, 1, 1))
+    return rest, np.tile(latents, (max(images // count, 1), *[1] * (latents.ndim - 1)))

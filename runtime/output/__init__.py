@@ -1,1 +1,1 @@
-"""What a run gives: results, previews, the safety checker's verdict."""
+"""The output of a run: its kind, results, previews, and the safety checker."""

@@ -1,33 +1,33 @@
-"""Previews: what pictures look like while they are drawn."""
+"""Previews: images of unfinished latents, while a request is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.engines.checks import check_integer
 from latentrt.engines.errors import InvalidRequestError
 
-if TYPE_CHECKING:
-    from .result import StepInfo
+from .result import StepInfo
 
 PREVIEW_EVERY = 5
-"""Calls of the denoiser between previews unless told otherwise."""
+"""Calls of the denoiser between previews by default."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Pictures as they stand, with the noise that is left.
+    """Images of unfinished latents, with the noise that is left.
 
     Attributes:
-        index: Number of the call of the denoiser that they come after, from 0.
+        index: Number of the call of the denoiser that they follow, from 0.
         total: Number of calls of the whole run.
-        images: uint8 ``[images, height, width, 3]``.
+        images: uint8 ``[images, height, width, 3]``: how the output kind shows its latents.
     """
 
     index: int
@@ -44,11 +44,11 @@ class PreviewOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Previews:
-    """Whom to show previews, and how often.
+    """The receiver of previews, and how often it gets one.
 
     Attributes:
-        show: Is called with each.
-        every: Calls of the denoiser between two.
+        show: A function that is called with each preview.
+        every: Calls of the denoiser between two previews.
     """
 
     show: Callable[[Preview], object]
@@ -57,7 +57,12 @@ class Previews:
     def of(
         self, steps: Generator[StepInfo, None, _T], draw: Callable[[StepInfo], NDArray[np.uint8]]
     ) -> Generator[StepInfo, None, _T]:
-        """The same steps, with previews shown after some; not after the last, which the result follows."""
+        """The same steps, with previews shown after some; not after the last, which the result follows.
+
+        Args:
+            steps: The steps of a request; they are closed with this generator.
+            draw: Makes the preview of a step, uint8 ``[images, height, width, 3]``.
+        """
         try:
             while True:
                 try:
@@ -73,7 +78,7 @@ class Previews:
 
 
 def take_previews(options: Mapping[str, Any]) -> tuple[dict[str, Any], Previews | None]:
-    """Take what concerns previews out of a request's options.
+    """Separate the options of previews from the other options of a request.
 
     Returns:
         The other options, and the previews, if any are wanted.
@@ -83,8 +88,8 @@ def take_previews(options: Mapping[str, Any]) -> tuple[dict[str, Any], Previews 
     """
     rest = {name: value for name, value in options.items() if name not in PreviewOptions.__annotations__}
     show, every = options.get("on_preview"), options.get("preview_every")
-    if every is not None and (type(every) is not int or every < 1):
-        raise InvalidRequestError(f"preview_every is {every!r}, expected a whole number from 1 on")
+    if every is not None:
+        every = check_integer("preview_every", every, 1)
     if show is None:
         if every is not None:
             raise InvalidRequestError("preview_every is given without on_preview, a function that takes the previews")

@@ -1,4 +1,4 @@
-"""Flagging pictures that a safety checker takes for unsafe, for bundles that have one and requests that ask for it."""
+"""Flagging images that a safety checker takes for unsafe, for bundles that have one and requests that ask for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..engine_calls import Floats, outputs_of
 from ..images.clip_vision import clip_pixels, clip_side
 
 CONCEPT_SCORES, SPECIAL_SCORES = "concept_scores", "special_care_scores"
-"""What the component gives, float32 ``[batch, concepts]``: by how much a picture's cosines with embeddings of concepts
+"""The component's outputs, float32 ``[batch, concepts]``: by how much an image's cosines with embeddings of concepts
 exceed their thresholds, for concepts that flag it and for those that call for special care."""
 
 _ADJUSTMENT = np.float32(0.01)
@@ -23,15 +23,18 @@ _DIGITS = 3
 
 
 def verdicts(concepts: Floats, special: Floats) -> NDArray[np.bool_]:
-    """Which pictures are unsafe, as diffusers' ``StableDiffusionSafetyChecker`` says it, bool ``[pictures]``.
+    """Which images are unsafe, as diffusers' ``StableDiffusionSafetyChecker`` decides it.
 
-    Scores are rounded to three digits. Where one of special care is above zero, those of all concepts are raised by
-    0.01; a picture is unsafe where one of these is above zero. (There a score of special care raises the following ones
-    of its own kind too, which changes nothing.)
+    Scores are rounded to three digits. Where a score of special care is above zero, those of all concepts are raised by
+    0.01; an image is unsafe where one of these is above zero. (In diffusers a score of special care raises the
+    following ones of its own kind too, which changes nothing.)
 
     Args:
-        concepts: ``[pictures, concepts]``, see :data:`CONCEPT_SCORES`.
-        special: ``[pictures, concepts]``, likewise.
+        concepts: float32 ``[images, concepts]``, see :data:`CONCEPT_SCORES`.
+        special: float32 ``[images, special concepts]``, see :data:`SPECIAL_SCORES`.
+
+    Returns:
+        bool ``[images]``.
     """
     careful = (np.round(special, _DIGITS) > 0).any(axis=1, keepdims=True)
     raised = np.round(concepts + _ADJUSTMENT * careful, _DIGITS) > 0
@@ -39,12 +42,12 @@ def verdicts(concepts: Floats, special: Floats) -> NDArray[np.bool_]:
     return flagged
 
 
-def flag_pictures(engine: Engine, images: NDArray[np.uint8]) -> tuple[bool, ...]:
-    """Which pictures a safety checker takes for unsafe.
+def flag_images(engine: Engine, images: NDArray[np.uint8]) -> tuple[bool, ...]:
+    """Which images a safety checker takes for unsafe.
 
     Args:
         engine: The opened engine of the component.
-        images: ``[images, height, width, 3]``; they are looked at one by one.
+        images: uint8 ``[images, height, width, 3]``; they are checked one by one.
 
     Raises:
         EngineError: if the engine fails, or computes values that are not finite.
@@ -56,24 +59,23 @@ def flag_pictures(engine: Engine, images: NDArray[np.uint8]) -> tuple[bool, ...]
             engine, SAFETY_CHECKER, (CONCEPT_SCORES, SPECIAL_SCORES), {"pixel_values": clip_pixels(image, side)}
         )
         if any(each.ndim != 2 or len(each) != 1 for each in scores.values()):
-            raise BundleError(f"{SAFETY_CHECKER} gives no row of scores for a picture; build the bundle again")
+            raise BundleError(f"{SAFETY_CHECKER} gives no row of scores for an image; build the bundle again")
         found.append(bool(verdicts(scores[CONCEPT_SCORES], scores[SPECIAL_SCORES])[0]))
     return tuple(found)
 
 
-def check_pictures(
+def check_images(
     engine: Callable[[str], Engine], images: NDArray[np.uint8], safety: str
 ) -> tuple[NDArray[np.uint8], tuple[bool, ...] | None]:
-    """Pictures as a request wants them handed out.
+    """Check images, and make the unsafe ones black if the request asks for that.
 
     Args:
         engine: Gives the opened engine of a component.
-        images: ``[images, height, width, 3]``.
+        images: uint8 ``[images, height, width, 3]``.
         safety: One of :data:`latentrt.runtime.request.options.SAFETY`.
 
     Returns:
-        The pictures, flagged ones all zeros if they are to be black; and which are flagged, ``None`` where none is
-        looked at.
+        The images; and which are flagged, ``None`` where none is checked.
 
     Raises:
         EngineError: if the engine fails, or computes values that are not finite.
@@ -81,7 +83,7 @@ def check_pictures(
     """
     if safety == "off":
         return images, None
-    flagged = flag_pictures(engine(SAFETY_CHECKER), images)
+    flagged = flag_images(engine(SAFETY_CHECKER), images)
     if safety == "black" and any(flagged):
         images = np.where(np.array(flagged)[:, None, None, None], np.uint8(0), images)
     return images, flagged

@@ -1,4 +1,4 @@
-"""From latents to pixels, and from pixels to what latents are drawn from: whole, in parts, and in tiles."""
+"""The VAE on images: latents to pixels, and pixels to the distribution of their latents; whole, in parts, in tiles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from latentrt.engines import Engine
 from latentrt.engines.checks import show
 from latentrt.engines.errors import InvalidRequestError
 
-from ..bundle.manifest import TINY_DECODER, VAE_ENCODER, Manifest
+from ..bundle.manifest import TINY_DECODER, VAE_ENCODER, Latent, Manifest
 from ..engine_calls import Floats, output_of
 from .tiling import Tiling, decode_tiles, encode_tiles
+
+DECODERS = ("full", "tiny")
+"""The decoders of images: the model's own, and that of a tiny autoencoder."""
 
 
 def decode_latents(
@@ -25,15 +28,18 @@ def decode_latents(
     decoder: str | None = None,
     most: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Latents ``[images, channels, h, w]`` to pixels ``[images, height, width, 3]``.
+    """Decode latents of images.
 
     Args:
         engine: Gives the opened engine of a component.
-        manifest: Of the bundle.
-        latents: As a loop leaves them.
-        tiling: How to cut large pictures; ``None`` decodes them whole.
-        decoder: ``"full"`` or ``"tiny"``; ``None`` is the full one.
-        most: Most pictures to decode at a time.
+        manifest: The bundle's.
+        latents: float32 ``[images, channels, h, w]``, scaled as the denoiser has them.
+        tiling: How to cut large images; ``None`` decodes them whole.
+        decoder: One of :data:`DECODERS`; ``None`` is the full one.
+        most: Most images to decode at a time; ``None`` sets no limit.
+
+    Returns:
+        Pixels, uint8 ``[images, height, width, 3]``.
 
     Raises:
         InvalidRequestError: if there is no such decoder.
@@ -43,7 +49,7 @@ def decode_latents(
     if check_decoder(manifest, decoder) == "tiny":
         component = TINY_DECODER  # takes the denoiser's latents as they are
     else:
-        sample = latents / np.float32(latent.scaling) + np.float32(latent.shift)
+        sample = unscaled(latent, latents)
     decoded = functools.partial(_decoded, engine(component), component)
     height, width = (latent.vae_scale_factor * length for length in latents.shape[2:])
     cut = tiling if tiling is not None and tiling.splits(width, height) else None
@@ -58,14 +64,22 @@ def decode_latents(
     return np.concatenate(parts)
 
 
+def unscaled(latent: Latent, latents: Floats) -> Floats:
+    """Latents of any shape, scaled as the autoencoder has them rather than the denoiser."""
+    return latents / np.float32(latent.scaling) + np.float32(latent.shift)
+
+
 def encode_pixels(engine: Callable[[str], Engine], manifest: Manifest, tiling: Tiling | None, pixels: Floats) -> Floats:
-    """Pictures ``[images, 3, height, width]`` from -1 to 1, to parameters of the distribution of their latents.
+    """Encode images.
 
     Args:
         engine: Gives the opened engine of a component.
-        manifest: Of the bundle.
-        tiling: How to cut large pictures; ``None`` encodes them whole.
-        pixels: The pictures.
+        manifest: The bundle's.
+        tiling: How to cut large images; ``None`` encodes them whole.
+        pixels: float32 ``[images, 3, height, width]``, from -1 to 1.
+
+    Returns:
+        Mean and log variance of the Gaussian of their latents, float32 ``[images, 2 * channels, h, w]``.
 
     Raises:
         EngineError: if the engine fails, or computes values that are not finite.
@@ -89,12 +103,12 @@ def _pixels(decoded: Floats) -> NDArray[np.uint8]:
     return np.rint(scaled).astype(np.uint8, order="C")
 
 
-DECODERS = ("full", "tiny")
-"""What may turn latents into pictures."""
-
-
 def check_decoder(manifest: Manifest, decoder: str | None) -> str:
-    """Which decoder to use, by default the model's own.
+    """The decoder to use: the model's own unless another is named.
+
+    Args:
+        manifest: The bundle's.
+        decoder: One of :data:`DECODERS`, or ``None``.
 
     Raises:
         InvalidRequestError: if there is no such decoder, or the bundle lacks it.

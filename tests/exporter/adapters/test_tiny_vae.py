@@ -99,7 +99,7 @@ def test_previews_come_from_the_own_decoder_where_there_is_no_other(tiny: Any) -
         refused: dict[str, dict[str, Any]] = {
             "the bundle has no tiny decoder; build it again with --tiny-vae": {"decoder": "tiny"},
             "decoder is 'huge', expected full or tiny": {"decoder": "huge"},
-            "preview_every is 0, expected a whole number from 1": {"on_preview": print, "preview_every": 0},
+            "preview_every is 0, expected 1 or more": {"on_preview": print, "preview_every": 0},
             "preview_every is given without on_preview": {"preview_every": 2},
             "on_preview is a int, expected a function": {"on_preview": 3},
         }

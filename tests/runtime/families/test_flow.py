@@ -82,7 +82,7 @@ def test_a_sampler_that_cannot_shift(manifests: dict[str, Any]) -> None:
     """Heun's method has no shift by size in diffusers, so it is refused where a model needs one."""
     family = family_of(manifests["flux-dev"])
     heun = {"sampler": "flow-heun", "steps": 3, "seed": 0}
-    with pytest.raises(InvalidRequestError, match=r"cannot shift its schedule by the size of the picture.*flow-euler"):
+    with pytest.raises(InvalidRequestError, match=r"cannot shift its schedule by the size of the image.*flow-euler"):
         family.plan(create_request(manifests["flux-dev"], "a", **heun))
     with pytest.raises(InvalidRequestError, match="sampler 'euler' cannot shift"):
         family.plan(create_request(manifests["flux-dev"], "a", sampler="euler", seed=0))

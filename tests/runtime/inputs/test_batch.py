@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from latentrt.engines import FakeEngine
 from latentrt.engines.errors import EngineError, InvalidRequestError
 from latentrt.runtime import Bundle, Pipeline
-from latentrt.runtime.denoising.plain import PlainLoop
 from latentrt.runtime.samplers.noise import SharedNoise, TorchGenerator
 
 GATE = 45.0
@@ -156,8 +155,10 @@ def test_a_batch_that_fails_has_not_moved(tiny_bundles: dict[str, Path]) -> None
         return {"out_sample": np.zeros_like(feeds["sample"])}
 
     unet = FakeEngine(graph.inputs, graph.outputs, denoise).open()
-    with Pipeline.load(tiny_bundles["sd1"], "onnxruntime", loop="plain") as pipe:
-        pipe.loop = PlainLoop(unet, max_batch=1)
+    with (
+        Pipeline.load(tiny_bundles["sd1"], "onnxruntime", loop="plain") as loaded,
+        Pipeline(loaded.bundle, {**loaded.engines, "unet": unet}, max_batch=1) as pipe,
+    ):
         runs = [pipe.start("a red apple", seed=1, steps=2, sampler="euler-a") for _ in range(2)]
         before = [run.latents.copy() for run in runs]
         with pytest.raises(EngineError, match="out of luck"):
@@ -196,7 +197,7 @@ def test_the_stream_of_a_batch(pipe: Pipeline) -> None:
         (PROMPTS, {"negative_prompt": ["a leaf"]}, "negative_prompt has 1 entries for 2 prompts"),
         ([PROMPTS[0], 7], {}, "prompt is a int, expected a string"),
         (PROMPTS, {"seed": [1, -1]}, "seed is -1, expected 0 to"),
-        (PROMPTS, {"images": 200, "width": 1024, "height": 1024}, "400 pictures of 1024x1024 have 419,430,400 pixels"),
+        (PROMPTS, {"images": 200, "width": 1024, "height": 1024}, "400 images of 1024x1024 have 419,430,400 pixels"),
     ],
 )
 def test_wrong_batches_are_refused(pipe: Pipeline, prompts: Any, options: dict[str, Any], message: str) -> None:
@@ -208,9 +209,11 @@ def test_wrong_batches_are_refused(pipe: Pipeline, prompts: Any, options: dict[s
 @pytest.mark.parametrize("most", [0, -1, 1.5, True])
 def test_a_wrong_limit_is_refused(tiny_bundles: dict[str, Path], most: Any) -> None:
     """A limit is a number of pictures, and one, and not less than what engines are made for."""
-    with pytest.raises(InvalidRequestError, match=r"max_batch is .*, expected a number of pictures, or None"):
+    with pytest.raises(
+        InvalidRequestError, match=r"max_batch is .*, expected (a whole number|1 or more images, or None)"
+    ):
         Pipeline.load(tiny_bundles["sd1"], "onnxruntime", max_batch=most)
-    with pytest.raises(InvalidRequestError, match="max_batch is 1, and engines for 2 pictures are asked for"):
+    with pytest.raises(InvalidRequestError, match="max_batch is 1, and engines for 2 images are asked for"):
         Pipeline.load(tiny_bundles["sd1"], "onnxruntime", max_batch=1, fixed_size=(None, None, 2))
 
 

@@ -17,7 +17,7 @@ from latentrt.runtime import Bundle, Control, Pipeline
 from latentrt.runtime.abilities import abilities
 from latentrt.runtime.bundle.manifest import Component
 from latentrt.runtime.cli import main
-from latentrt.runtime.denoising.controlnets import ControlNets
+from latentrt.runtime.denoising.controlnets import ControlledStepper
 from latentrt.runtime.denoising.fused import FusedLoop
 from latentrt.runtime.images.clip_vision import clip_pixels
 from latentrt.runtime.inputs.controls import take_controls
@@ -138,7 +138,7 @@ def test_steps_on_a_device_are_those_on_the_host(tiny: Any) -> None:
     with Pipeline.load(tiny.controlled("sd1"), "onnxruntime") as pipe:
         expected = pipe("a red apple", **options).latents
         assert isinstance(pipe.loop, FusedLoop)
-        pipe.loop._on_device = True
+        pipe.loop.on_device = True
         np.testing.assert_allclose(pipe("a red apple", **options).latents, expected, atol=1e-4)
 
 
@@ -216,7 +216,7 @@ def test_the_first_adds_to_zeros_that_are_made_once() -> None:
     """Each level is half as high as the one before, rounded up."""
     shape = ("rows", 8, "latent_height_2", "latent_width_2")
     engine = FakeEngine([TensorSpec("sum_0", "float32", shape)], [], lambda feeds: {}).open()
-    nets = ControlNets(lambda name: engine, (), "unet", fused=True)
+    nets = ControlledStepper(lambda name: engine, (), "unet", fused=True)
     zeros = nets._made_zeros(engine, 2, (9, 16))
     assert zeros["sum_0"].shape == (2, 8, 3, 4)
     assert nets._made_zeros(engine, 2, (9, 16)) is zeros

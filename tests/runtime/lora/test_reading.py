@@ -241,10 +241,10 @@ def test_a_request_may_name_its_own(pipe: Pipeline, files: tuple[Path, Path]) ->
     assert [lora.scale for lora in own.request.loras] == [0.8]
     np.testing.assert_array_equal(draw(pipe), base)
     assert pipe.loras == ()
-    engine = pipe._aside.engines["unet_step"] if pipe._aside else None
+    engine = pipe._runners.aside.engines["unet_step"] if pipe._runners.aside else None
     np.testing.assert_array_equal(draw(pipe, loras=[(files[0], 0.8)]), own.images)
-    assert pipe._aside is not None
-    assert pipe._aside.engines["unet_step"] is engine, "kept, not opened again"
+    assert pipe._runners.aside is not None
+    assert pipe._runners.aside.engines["unet_step"] is engine, "kept, not opened again"
     pipe.set_loras([(files[0], 0.8)])
     np.testing.assert_array_equal(draw(pipe), own.images)
     np.testing.assert_array_equal(draw(pipe, loras=[]), base)

@@ -22,7 +22,7 @@ from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import main
 from latentrt.runtime.images.clip_vision import clip_pixels
 from latentrt.runtime.output.previews import Preview
-from latentrt.runtime.output.safety_checker import CONCEPT_SCORES, SPECIAL_SCORES, flag_pictures, verdicts
+from latentrt.runtime.output.safety_checker import CONCEPT_SCORES, SPECIAL_SCORES, flag_images, verdicts
 
 Pictures = NDArray[np.uint8]
 OPTIONS: dict[str, Any] = {"steps": 2, "seed": 7, "width": 32, "height": 32, "images": 6}
@@ -106,7 +106,7 @@ def test_pictures_of_any_size_are_judged_as_by_diffusers(pipe: Pipeline, theirs:
         found = engine.run({"pixel_values": clip_pixels(picture, 32)})
         for ours, expected in zip((CONCEPT_SCORES, SPECIAL_SCORES), theirs.scores(picture), strict=True):
             np.testing.assert_allclose(found[ours], expected, atol=1e-4)
-        (verdict,) = flag_pictures(engine, picture[None])
+        (verdict,) = flag_images(engine, picture[None])
         assert (verdict,) == theirs(picture[None])[1]
         flagged.append(verdict)
     assert 10 < sum(flagged) < 95
@@ -208,7 +208,7 @@ def test_a_component_that_is_no_safety_checker() -> None:
         row = np.ones(17, np.float32)
         engine = FakeEngine([pixels], scores, lambda feeds, row=row: {each.name: row for each in scores}).open()
         with pytest.raises(BundleError, match=message):
-            flag_pictures(engine, pictures)
+            flag_images(engine, pictures)
 
 
 @pytest.mark.heavy
