@@ -272,7 +272,5 @@ def test_fixed_shapes(graph: Path) -> None:
     with pytest.raises(InvalidRequestError, match="unet has no length called 'depth'; it has batch, height"):
         OpenVinoEngine(graph, OpenVinoOptions(shapes={"depth": 4}), "unet", SPECS).open()
     for length in (0, True, "4"):
-        with pytest.raises(
-            InvalidRequestError, match=r"^length height in shapes is .*, expected"
-        ):
+        with pytest.raises(InvalidRequestError, match=r"^length height in shapes is .*, expected"):
             OpenVinoOptions(shapes={"height": length})

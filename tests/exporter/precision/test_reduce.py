@@ -19,7 +19,7 @@ from latentrt.exporter.passes.quantize import find_layers
 from latentrt.exporter.precision import quality
 from latentrt.exporter.precision.bisect import find_drift
 from latentrt.exporter.precision.calibration import PROMPTS, Calibration, read_prompts, record
-from latentrt.exporter.precision.quality import Judgement, PictureQuality, picture_psnr, picture_ssim, require
+from latentrt.exporter.precision.quality import EngineComparison, ImageQuality, picture_psnr, picture_ssim, require
 from latentrt.exporter.precision.reduce import Quantization
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.verification.bundle import verify_bundle
@@ -71,19 +71,19 @@ def test_figures_of_pictures_are_those_of_scikit_image() -> None:
 
 def test_gate_says_what_was_measured_and_what_to_do() -> None:
     """Pictures below the gate of their precision, or that are no numbers, are refused."""
-    require(PictureQuality(25.1, 20, 0.9), "int8", "onnxruntime")
+    require(ImageQuality(25.1, 20, 0.9), "int8", "onnxruntime")
     for psnr in (24.9, float("nan")):
-        with pytest.raises(VerificationError, match=r"onnxruntime: pictures in int8 .* 25 dB .*--accept-quality"):
-            require(PictureQuality(psnr, 20, 0.9), "int8", "onnxruntime")
+        with pytest.raises(VerificationError, match=r"onnxruntime: images in int8 .* 25 dB .*--accept-quality"):
+            require(ImageQuality(psnr, 20, 0.9), "int8", "onnxruntime")
 
 
 def test_a_slower_precision_is_reported() -> None:
     """What takes longer than the next higher precision on this machine is said to."""
     assert "slower on this machine: a step takes 1.50 times as long as in fp32" in str(
-        Judgement(PictureQuality(30, 29, 0.9, 1.5), False, "fp32")
+        EngineComparison(ImageQuality(30, 29, 0.9, 1.5), False, "fp32")
     )
-    assert "0.50 of the time that fp16 takes" in str(Judgement(PictureQuality(30, 29, 0.9, 0.5), False, "fp16"))
-    assert "emulated" in str(Judgement(PictureQuality(30, 29, 0.9), True, "fp16"))
+    assert "0.50 of the time that fp16 takes" in str(EngineComparison(ImageQuality(30, 29, 0.9, 0.5), False, "fp16"))
+    assert "emulated" in str(EngineComparison(ImageQuality(30, 29, 0.9), True, "fp16"))
 
 
 # --- calibration
@@ -133,7 +133,7 @@ def test_recording_covers_prompts_timesteps_and_both_halves(emoji_bundle: Path) 
     steps = recording.calls["unet_step"]
     assert len({float(call["input_scale"][0]) for call in steps} | {call["update"].tobytes() for call in steps}) >= 5
     assert all(len(call["rows"]) == 2 for call in steps)
-    assert recording.pictures.shape == (3, 64, 64, 3)
+    assert recording.images.shape == (3, 64, 64, 3)
     assert not [path for path in paths["unet_step"].parent.iterdir() if path.name.startswith(".")]
 
 
@@ -231,13 +231,13 @@ def test_what_to_verify_must_be_said(
 def test_drift_of_what_is_not_there_is_refused(reduced: BuildReport) -> None:
     """Runner, component and precision are named in the refusal."""
     bundle = Bundle.open(reduced.path)
-    with pytest.raises(InvalidRequestError, match="unknown runner 'magic'"):
+    with pytest.raises(InvalidRequestError, match="runner is 'magic', expected one of emulated, "):
         find_drift(bundle, "unet_step", "int8", runner="magic")
     with pytest.raises(BundleError, match="no component 'unet_leap'"):
         find_drift(bundle, "unet_leap", "int8")
     with pytest.raises(BundleError, match="no form 'opset20-fp8'"):
         find_drift(bundle, "unet_step", "fp8")
-    with pytest.raises(BundleError, match="no picture needs vae_encoder"):
+    with pytest.raises(BundleError, match="drawing an image does not run vae_encoder"):
         find_drift(bundle, "vae_encoder", "int8")
 
 
