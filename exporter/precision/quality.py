@@ -201,9 +201,7 @@ def compare_engine(
     """
     # Step 1.
     higher, size = next_higher(engine, precision), {"width": width, "height": height}
-    with _pipeline(
-        bundle, "onnxruntime", "fp32"
-    ) as pipeline:  # closed before step 2: memory may hold one large model, but not several
+    with _pipeline(bundle, "onnxruntime", "fp32") as pipeline:  # closed before step 2, since it may be large
         (reference,) = draw([pipeline], calibration, **size)
     # Step 2.
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A bundle's graphs beside torch, one after the other."""
+"""Compare the graphs of a bundle with torch, one after the other."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ from ..source.source import Source
 from .components import check_component, check_stages
 from .emulate import EmulatedEngine, widened_copy
 
-_MOST = 999.0  # dB; equal arrays are infinitely close, which JSON cannot say
+_MOST = 999.0  # dB; stands for the infinite PSNR of equal arrays, which JSON cannot write
 
 
 def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Path | None = None) -> float:
-    """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings.
+    """Compute the PSNR in dB of a graph's outputs against torch, at most 999.
+
+    A graph in half precision is emulated in fp32 with all its roundings.
 
     Args:
-        component: What it was exported from.
+        component: The component that it was exported from.
         graph: Its entry in the manifest.
         directory: The bundle.
-        scratch: Where to put a copy of the graph; ``None`` is beside it.
+        scratch: Folder for a temporary copy of the graph; ``None`` puts it beside the graph.
 
     Raises:
-        VerificationError: if it is below the gate of its precision.
+        VerificationError: if the PSNR is below the gate of the graph's precision.
+        EngineError: if the graph cannot be run.
     """
     with (
         widened_copy(directory / graph.file, rounded=True, scratch=scratch) as copy,
@@ -45,12 +48,19 @@ def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Pat
 def stages_psnr(
     component: Component, stages: Mapping[str, Graph], directory: Path, scratch: Path | None = None
 ) -> float:
-    """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings.
+    """Compute the PSNR in dB of a guided step through a denoiser's stages against torch, at most 999.
 
-    Takes what :func:`graph_psnr` takes.
+    Stages in half precision are emulated in fp32 with all their roundings.
+
+    Args:
+        component: The denoiser that they were exported from.
+        stages: Their entries in the manifest, by name, such as ``unet_step``.
+        directory: The bundle.
+        scratch: Folder for temporary copies of the graphs; ``None`` puts them beside the graphs.
 
     Raises:
-        VerificationError: if it is below the gate of its precision.
+        VerificationError: if the PSNR is below the gate of the step's precision.
+        EngineError: if a graph cannot be run.
     """
     with ExitStack() as stack:
         engines = {}
@@ -62,10 +72,15 @@ def stages_psnr(
 
 
 def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = None) -> dict[str, float]:
-    """Compare every graph of a bundle with the source that it should come from. Nothing is written to the bundle.
+    """Compare every graph of a bundle with the source that it should come from; the bundle stays unchanged.
+
+    Args:
+        bundle: The bundle.
+        source: The source, with the adapters that the bundle was built with.
+        reporter: Receives each graph's name and PSNR; ``None`` reports nothing.
 
     Returns:
-        PSNR in dB by graph.
+        PSNR in dB by the graph's file.
 
     Raises:
         BundleError: if the bundle comes from another source.
@@ -87,13 +102,13 @@ def verify_bundle(bundle: Bundle, source: Source, reporter: Reporter | None = No
             component = controlled_component(source) if twin else load_component(source, name)
             for form, graph in components[name].graphs.items():
                 if graph.file in figures:
-                    continue  # serves several forms
+                    continue  # one graph may serve several forms
                 reporter.stage(f"{name}: {form}")
-                bundle.graph_path(name, form)  # looks into the graph before ONNX Runtime opens it
+                bundle.graph_path(name, form)  # checks the graph before ONNX Runtime opens it
                 figures[graph.file] = graph_psnr(component, graph, bundle.path, Path(scratch))
                 reporter.result(f"{figures[graph.file]:.1f} dB")
             for form in components[f"{name}_step"].graphs if f"{name}_step" in components else ():
-                # A twin for ControlNets has a step of its own, and otherwise the denoiser's stages.
+                # A twin for ControlNets has a step of its own, and shares the denoiser's other stages.
                 parts = {f"{name}_{s}": f"{denoiser if twin and s != STAGES[-1] else name}_{s}" for s in STAGES}
                 parts = {as_: part for as_, part in parts.items() if part in components}
                 stages = {as_: c.graphs[form] for as_, p in parts.items() if form in (c := components[p]).graphs}
