@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from latentrt.exporter.passes.update import fuse_update
+from latentrt.exporter.passes.update import fuse_update, read_registers
 
 Parse = Callable[[str], ir.Graph]
 Run = Callable[[ir.Graph, Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
@@ -64,3 +64,16 @@ def test_a_step_of_unknown_names_is_not_fused(parse: Parse, denoiser: str) -> No
     """An input or output that the graph does not have is refused by name."""
     with pytest.raises(ValueError, match="no input 'sample' and output 'out'"):
         fuse_update(parse(denoiser), sample="sample", prediction="out")
+
+
+def test_a_network_beside_the_denoiser_reads_the_registers(parse: Parse, run: Run) -> None:
+    """Its latents are the scaled first register, and a graph without that input is refused by name."""
+    graph = parse("control (float[batch, 2, h, w] sample) => (float[batch, 2, h, w] out) { out = Neg(sample) }")
+    read_registers(graph, sample="sample")
+    assert [value.name for value in graph.inputs] == ["registers", "input_scale"]
+    registers = np.random.default_rng(0).standard_normal((2, 3, 2, 4, 6), np.float32)
+    scale = np.array([0.5, 2.0], np.float32)
+    result = run(graph, {"registers": registers, "input_scale": scale})["out"]
+    np.testing.assert_array_equal(result, -registers[:, 0] * scale[:, None, None, None])
+    with pytest.raises(ValueError, match="no input 'sample' of known type"):
+        read_registers(graph, sample="sample")
