@@ -50,3 +50,19 @@ def test_island_computes_in_fp32_and_the_rest_stays_half(parse: Parse, run: Run)
     assert kept["big"] == ir.DataType.FLOAT
     with pytest.raises(ValueError, match="computes 'nothing'"):
         keep_fp32(graph, ["nothing"])
+
+
+def test_what_leaves_an_island_is_half_again(parse: Parse, run: Run) -> None:
+    """A result that is not named goes back to fp16 for nodes and outputs of the graph, under its name."""
+    graph = parse(
+        "half (float16[n] x) => (float16[n] y, float16[n] less)"
+        " { big = Mul(x, x)  less = Div(x, big)  y = Add(less, x) }"
+    )
+    assert keep_fp32(graph, ["big"]) == 2
+    assert [value.dtype for value in graph.outputs] == [ir.DataType.FLOAT16] * 2
+    x = np.array([1 / 3, 300], np.float16)
+    results = run(graph, {"x": x})
+    wide = x.astype(np.float32)
+    less = (wide / (wide * wide)).astype(np.float16)
+    np.testing.assert_array_equal(results["less"], less)
+    np.testing.assert_array_equal(results["y"], less + x)
