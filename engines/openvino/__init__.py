@@ -1,1 +1,1 @@
-"""OpenVINO: engine, cache of compiled models, rewrites of a model before it is compiled."""
+"""OpenVINO on CPUs: the engine, the cache of compiled models, and rewrites of a model before it is compiled."""

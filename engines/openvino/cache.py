@@ -1,7 +1,8 @@
-"""Models that OpenVINO has compiled, kept in a bundle's ``engines/<key>/``.
+"""Keep models that OpenVINO has compiled in a bundle's ``engines/<key>/``.
 
-A model that is there is opened in a fraction of the time that compiling takes, and computes the same bits. What is
-damaged is passed over and said so in the log, never used; nothing that goes wrong here keeps an engine from running.
+A kept model is opened in a fraction of the time that compiling takes, and computes the same bits. A damaged one is
+never used; a warning in the log names it. No failure of the cache keeps an engine from running: the graph is compiled
+again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..store import EngineRecord, EngineStore, engine_key
 from .rewrite import VERSION
 
 ENGINE = "openvino"
+"""Name of the engine, and of its SDK, in a kept model's record."""
 
 _logger = logging.getLogger("latentrt.engines.openvino")
 _logger.addHandler(logging.NullHandler())
@@ -33,8 +35,8 @@ class Opened:
 
     Attributes:
         model: OpenVINO's compiled model.
-        record: Its record in the bundle; None where it is not kept.
-        reused: Whether it was there already.
+        record: Its record in the bundle; ``None`` if the bundle does not keep it.
+        reused: Whether the bundle had it before.
     """
 
     model: Any
@@ -44,15 +46,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class ModelCache:
-    """Compiled models of one graph.
+    """The compiled models of one graph.
 
     Attributes:
-        store: The bundle's engines.
-        component: Part of the model that the graph computes.
+        store: The bundle's compiled engines.
+        component: Part of the diffusion model that the graph computes.
         graph: SHA-256 (hex) of the ONNX graph file.
-        weights: Name -> SHA-256 (hex) of every external weights file that the graph uses.
-        keep: Store what had to be compiled. Otherwise what is there is used, and nothing is written.
-        required: Fail where it cannot be stored, in place of a warning.
+        weights: SHA-256 (hex) of every external weights file that the graph uses, by name.
+        keep: Store a model that had to be compiled. ``False`` uses kept models and writes nothing.
+        required: Raise an error if a model cannot be stored; ``False`` logs a warning.
     """
 
     store: EngineStore
@@ -73,49 +75,60 @@ class ModelCache:
         precision: str,
         shapes: Mapping[str, int],
     ) -> Opened:
-        """The compiled model: the one that is kept if there is one for just this, else a new one.
+        """Open the kept model that fits, or else compile one.
+
+        Steps:
+            1. The key is computed from everything that decides the compiled model: files, SDK, rewrites, precision,
+               fixed lengths and processor.
+            2. A sound kept model with this key is imported.
+            3. If there is none, stale models for the same use are named in the log.
+            4. The graph is compiled, and the result is stored if ``keep`` says so.
 
         Args:
             core: OpenVINO's entry point.
-            sdk: The Python module.
-            properties: What the model is compiled or imported with.
-            compile_model: Compiles it.
-            label: What messages call the engine.
-            precision: What is computed in; with ``shapes`` a part of the key.
-            shapes: Lengths that never vary, by symbol.
+            sdk: The Python module ``openvino``.
+            properties: OpenVINO's properties, for compiling as for importing.
+            compile_model: Compiles the graph.
+            label: Name of the engine in messages.
+            precision: Precision that the engine computes in; a part of the key.
+            shapes: Lengths that never vary, by symbol; a part of the key.
 
         Raises:
-            OutputError: if ``required`` and it cannot be stored.
-            Exception: what ``compile_model`` raises.
+            OutputError: if ``required`` is set and the model cannot be stored.
+            Exception: whatever ``compile_model`` raises.
         """
+        # Step 1.
         facts: dict[str, Any] = {
             "engine": ENGINE,
             "sdk": ENGINE,
             "sdk_version": str(sdk.__version__),
             "precision": precision,
             "profile": {},
-            # Threads are no part of it: they are given to a model when it is imported.
+            # The number of threads is no part of the key: it is set when a model is imported.
             "flags": {"shapes": dict(shapes), "rewriting": VERSION},
             "target": cpu_target(core),
         }
         key = engine_key(graph=self.graph, weights=self.weights, **facts)
+        # Step 2.
         record = self._find(key, label)
         if record is not None:
             try:
                 model = _import(core, sdk, self.store.path(record), properties)
                 return Opened(model, record, reused=True)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the graph can still be compiled
+            except Exception as error:  # noqa: BLE001  # whatever the reason, the graph can still be compiled
                 why = " ".join(str(error).split())[:300]
                 _logger.warning("%s: the compiled model %s cannot be opened (%s); compiling again", label, key, why)
                 record = self._discard(record, label)
         else:
-            self._tell_stale(key, facts, label)
+            self._warn_of_stale(key, facts, label)  # step 3
+        # Step 4.
         compiled = compile_model()
         if self.keep and record is None:
             record = self._add(key, compiled, label, facts)
         return Opened(compiled, record)
 
     def _find(self, key: str, label: str) -> EngineRecord | None:
+        """Return the record of a sound model; remove a damaged one where a new one will be stored."""
         try:
             return self.store.find(key)
         except (BundleError, OSError) as error:
@@ -128,7 +141,7 @@ class ModelCache:
         return None
 
     def _discard(self, record: EngineRecord, label: str) -> EngineRecord | None:
-        """Make room for a sound model, where one is to be kept."""
+        """Remove a model that cannot be opened, if another will be stored; return its record if it stays."""
         if not self.keep:
             return record
         try:
@@ -138,15 +151,15 @@ class ModelCache:
             return record
         return None
 
-    def _tell_stale(self, present: str, facts: Mapping[str, Any], label: str) -> None:
-        """Name models that were compiled for the same use and do not fit any more."""
+    def _warn_of_stale(self, present: str, facts: Mapping[str, Any], label: str) -> None:
+        """Log models that were compiled for the same use and do not fit any more, each with the reason."""
         use = {"component": self.component, **{name: facts[name] for name in ("engine", "precision")}}
         shapes = facts["flags"]["shapes"]
         for key in self._stored_keys():
             try:
                 record = self.store.find(key, verify_hash=False)
             except (BundleError, OSError):
-                continue  # a damaged one is named where it is asked for
+                continue  # a damaged one is logged when its own key is looked up
             if key == present or record is None or any(getattr(record, name) != use[name] for name in use):
                 continue
             if (record.flags or {}).get("shapes") != shapes:
@@ -168,6 +181,8 @@ class ModelCache:
             return []
 
     def _add(self, key: str, compiled: Any, label: str, facts: Mapping[str, Any]) -> EngineRecord | None:
+        """Store a compiled model; ``None`` if that failed and ``required`` is not set."""
+
         def write(path: Path) -> None:
             path.write_bytes(_export(compiled))
 
@@ -181,7 +196,7 @@ class ModelCache:
 
 
 def cpu_target(core: Any) -> str:
-    """This processor, and the element types that it has instructions for, e.g. ``"x86_64 AMD EPYC: FP32 INT8"``."""
+    """Describe this processor with the element types that it has instructions for: ``"x86_64 AMD EPYC: FP32 INT8"``."""
     name = core.get_property("CPU", "FULL_DEVICE_NAME")
     abilities = set(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")) - {"EXPORT_IMPORT"}
     return f"{platform.machine()} {name}: {' '.join(sorted(abilities))}"
@@ -194,7 +209,7 @@ def _export(compiled: Any) -> bytes:
 
 def _import(core: Any, sdk: ModuleType, path: Path, properties: Mapping[str, str]) -> Any:
     try:
-        # Mapped, so that one copy is made of what may be gigabytes: OpenVINO's own, which outlives the file.
+        # A mapped file may have gigabytes, and is copied once: by OpenVINO, whose copy outlives the file.
         content = sdk.Tensor(np.memmap(path, np.uint8, mode="r"))
         return core.import_model(content, "CPU", dict(properties))
     except TypeError:  # OpenVINO before 2025.3 takes streams only

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU."""
+"""Run ONNX graphs with OpenVINO on a CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from ..base import Array, BaseEngine, TensorSpec, check_threads
+from ..checks import check_choice, check_integer
 from ..errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, translated
 from .cache import ModelCache, Opened
 from .rewrite import rewrite
 
 PRECISIONS = ("fp32", "bf16", "int8")
-"""What a graph may be computed in."""
+"""Precisions that a graph may be computed in."""
 
-# OpenVINO's names of element types that are not numpy's.
+# numpy's names of element types, by OpenVINO's.
 _DTYPES = {
     "f32": "float32",
     "f16": "float16",
@@ -40,11 +41,15 @@ class OpenVinoOptions:
     """Settings of a compiled model.
 
     Attributes:
-        precision: What is computed in, one of :data:`PRECISIONS`; sums are fp32 in either. ``"int8"`` is for a graph
-            whose products are quantised: all else is then bf16 where the processor has that, else fp32.
-        threads: Threads inside an operator; 0 leaves the choice to OpenVINO (one a physical core).
-        shapes: Lengths that never vary, by symbol, such as ``{"batch": 1, "latent_height": 64}``. A model that is
-            compiled for them is faster, and takes nothing else; symbols that are left out stay variable.
+        precision: Precision of the computation, one of :data:`PRECISIONS`; sums inside an operator are always fp32.
+            ``"int8"`` is for a graph whose products are quantised: everything else is then bf16 if the processor has
+            instructions for it, and fp32 if not.
+        threads: Threads inside an operator; 0 leaves the choice to OpenVINO (one for each physical core).
+        shapes: Lengths that never vary, by symbol, such as ``{"batch": 1, "latent_height": 64}``. A model compiled for
+            them is faster, and takes no other lengths; symbols that are left out stay variable.
+
+    Raises:
+        InvalidRequestError: for an unknown precision, a number of threads below 0, or a length below 1.
     """
 
     precision: str = "fp32"
@@ -52,21 +57,27 @@ class OpenVinoOptions:
     shapes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InvalidRequestError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        check_choice("precision", self.precision, PRECISIONS)
         check_threads(self.threads)
-        for symbol, length in self.shapes.items():
-            if type(length) is not int or length < 1:
-                raise InvalidRequestError(f"shapes has {symbol} = {length!r}, expected a whole number from 1")
+        lengths = {symbol: check_integer(f"length {symbol} in shapes", n, 1) for symbol, n in self.shapes.items()}
+        object.__setattr__(self, "shapes", lengths)
 
     def computed_in(self, *, has_bf16: bool) -> str:
-        """``"fp32"`` or ``"bf16"``: what is not quantised is computed in, with or without instructions for bf16."""
+        """Return the precision of everything that is not quantised, ``"fp32"`` or ``"bf16"``.
+
+        Args:
+            has_bf16: Whether the processor has instructions for bf16.
+        """
         if self.precision == "int8":
             return "bf16" if has_bf16 else "fp32"
         return self.precision
 
     def as_properties(self, *, has_bf16: bool) -> dict[str, str]:
-        """OpenVINO's properties for all but the shapes, on a processor with or without instructions for bf16."""
+        """Return OpenVINO's properties for these settings, but for the shapes, which :class:`OpenVinoEngine` applies.
+
+        Args:
+            has_bf16: Whether the processor has instructions for bf16.
+        """
         hint = _HINTS[self.computed_in(has_bf16=has_bf16)]
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if self.threads:
@@ -77,18 +88,18 @@ class OpenVinoOptions:
 class OpenVinoEngine(BaseEngine):
     """One ONNX graph compiled by OpenVINO for the CPU.
 
-    Many threads may run it at once; each run takes an inference request of its own from a pool. Inputs are read where
-    they are, outputs are copied.
+    Several threads may run it at once; each run takes an inference request of its own from a pool. OpenVINO reads
+    inputs from the caller's arrays, and the engine copies outputs.
 
     Args:
-        path: The graph. It must have passed :meth:`latentrt.runtime.bundle.reader.Bundle.graph_path`, since OpenVINO
-            itself opens whatever files a graph names.
-        options: Settings.
-        label: What messages call the engine.
+        path: The graph. The caller must have checked it with
+            :meth:`latentrt.runtime.bundle.reader.Bundle.graph_path`, since OpenVINO opens any file that a graph names.
+        options: Settings; ``None`` takes the defaults.
+        label: Name of the engine in messages; ``None`` makes one from the graph's folder.
         specs: Inputs and outputs as the manifest lists them. OpenVINO forgets the names of variable lengths; with these
             the engine checks that a name stands for one length throughout a call.
-        cache: Where compiled models are kept; without it every opening compiles.
-        weights: Constants to put in place of the graph's own. They must not be changed while the engine is open.
+        cache: Where compiled models are kept; with ``None`` every opening compiles.
+        weights: Constants that replace the graph's own, by name. They must not change while the engine is open.
     """
 
     def __init__(
@@ -106,7 +117,7 @@ class OpenVinoEngine(BaseEngine):
         self.options = options or OpenVinoOptions()
         self.cache = cache
         self.opened = Opened(None)
-        """The compiled model, and whether it comes from the bundle; set by :meth:`open`."""
+        """The compiled model, and whether the bundle had it; set by :meth:`open`."""
         self._specs = specs
         self._compiled: Any = None
         self._feeds: Mapping[str, int] = {}
@@ -135,7 +146,7 @@ class OpenVinoEngine(BaseEngine):
             rewrite(model, load_sdk(), self.options.computed_in(has_bf16=has_bf16(core)))
             return core.compile_model(model, "CPU", properties)
 
-        if self.cache is None or self.weights:  # what is kept was compiled from the graph's own
+        if self.cache is None or self.weights:  # a kept model has the graph's own weights compiled in
             return Opened(compile_model())
         return self.cache.load(
             core,
@@ -148,9 +159,9 @@ class OpenVinoEngine(BaseEngine):
         )
 
     def _read(self) -> Any:
-        """Read the graph, with the lengths that never vary in place of their symbols."""
-        model = _read_onnx(self.path)
-        _exchange(model, self.weights)
+        """Read the graph, with the fixed lengths in place of their symbols."""
+        model = read_onnx(self.path)
+        _replace_constants(model, self.weights)
         if shapes := self.options.shapes:
             specs = self._specs[0] if self._specs else [_spec(port) for port in model.inputs]
             known = dict.fromkeys(each for spec in specs for each in spec.shape if isinstance(each, str))
@@ -208,10 +219,10 @@ def load_sdk() -> ModuleType:
 
 @functools.cache
 def load_core() -> Any:
-    """OpenVINO's entry point, one for the whole process and never freed.
+    """Return OpenVINO's entry point, one for the whole process, which is never freed.
 
-    When the last one goes, OpenVINO 2026.4 unloads its CPU plugin, which has given the process a stack for signals and
-    takes that memory with it: the next signal, such as Ctrl-C, would end the process.
+    When the last entry point is freed, OpenVINO 2026.4 unloads its CPU plugin. The plugin has given the process a stack
+    for signals and frees that memory too, so the next signal, such as Ctrl-C, would end the process.
 
     Raises:
         EngineUnavailableError: if OpenVINO is not installed.
@@ -225,10 +236,10 @@ def has_bf16(core: Any) -> bool:
 
 
 def require_precision(core: Any, precision: str) -> None:
-    """Refuse a precision that this processor has no instructions for; OpenVINO would compute in fp32 and not say so.
+    """Refuse a precision that this processor has no instructions for; OpenVINO would silently compute in fp32.
 
     Raises:
-        EngineUnavailableError: naming what to choose instead.
+        EngineUnavailableError: with the precision to choose instead.
     """
     if precision == "bf16" and not has_bf16(core):
         raise EngineUnavailableError(
@@ -236,17 +247,17 @@ def require_precision(core: Any, precision: str) -> None:
         )
 
 
-def _read_onnx(path: Path) -> Any:
-    """Read a graph as ONNX; left to itself, OpenVINO tries the readers of all formats that it knows on any file."""
+def read_onnx(path: Path) -> Any:
+    """Read a file as ONNX alone; OpenVINO's own ``read_model`` tries the readers of all formats that it knows."""
     frontend = load_sdk().frontend.FrontEndManager().load_by_framework("onnx")
     return frontend.convert(frontend.load(str(path)))
 
 
-def _exchange(model: Any, weights: Mapping[str, Array]) -> None:
-    """Put other constants in place of a model's own.
+def _replace_constants(model: Any, weights: Mapping[str, Array]) -> None:
+    """Replace constants of a model, by name.
 
     Raises:
-        EngineError: if it has none of a name.
+        EngineError: if the model has no constant of that name.
     """
     own = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
     for name, values in weights.items():
@@ -258,7 +269,7 @@ def _exchange(model: Any, weights: Mapping[str, Array]) -> None:
 
 
 def _match(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Places of the tensors that ``specs`` names."""
+    """Return the indices of the ports that have the names of ``specs``."""
     places = {name: place for place, port in enumerate(ports) for name in port.get_names()}
     if missing := [name for name in specs if name not in places]:
         raise EngineError(f"the compiled graph has no tensor {missing[0]!r}")

@@ -1,4 +1,4 @@
-"""What rewriting of OpenVINO models has in common."""
+"""Helpers that the rewrites of OpenVINO models share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def is_plain_3x3(convolution: Any) -> bool:
-    """Whether the kernel has 3x3 taps, with one pixel of padding on all sides and nothing skipped."""
+    """Whether a convolution has a kernel of 3x3 taps, padding of one pixel, and strides and dilations of 1."""
     attributes, kernel = convolution.get_attributes(), convolution.get_input_partial_shape(1)
     ones = ("strides", "pads_begin", "pads_end", "dilations")
     known = kernel.is_static and list(kernel.to_shape())[2:] == [3, 3]
@@ -14,6 +14,6 @@ def is_plain_3x3(convolution: Any) -> bool:
 
 
 def replace(old: Any, new: Any) -> None:
-    """Let everything that takes one value take another."""
+    """Let every user of the output ``old`` use the output ``new``."""
     for user in old.get_target_inputs():
         user.replace_source_output(new)

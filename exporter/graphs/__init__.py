@@ -1,1 +1,1 @@
-"""From a torch module to checked ONNX graphs and the denoiser's stages."""
+"""Export a torch module to checked ONNX graphs, and split a denoiser into stages."""

@@ -1,7 +1,7 @@
-"""The layers that a LoRA may change: found again in an exported graph, and told to whoever runs it.
+"""Find the layers that a LoRA may change in an exported graph, and record them for the runtime.
 
-torch's exporter folds the transposition of a linear layer's weights into them and gives them a name of its own. Here
-they get the layer's name back, so that the runtime can open a graph with other weights in their place.
+torch's exporter folds the transposition of a linear layer's weights into the constant, under a name of its own. This
+module gives the constant its layer's name, so that the runtime can open the graph with other weights in its place.
 """
 
 from __future__ import annotations
@@ -18,35 +18,39 @@ from latentrt.runtime.components.lora_weights import LAYERS_FILE, TRANSPOSED
 
 from ..components import Component
 
-_SAMPLED = 16  # rows and columns that are compared before whole matrices are
+_SAMPLED = 16  # rows and columns, at most about twice as many, that stand for a matrix in a first comparison
 
 
 def adaptable(component: Component) -> bool:
-    """Whether a LoRA may change a component: the denoiser and text encoders, and no ControlNet."""
+    """Whether a LoRA may change a component: a denoiser or text encoder may be changed, a ControlNet may not."""
     roles = component.roles
     return (roles is not None and not roles.residuals) or component.name.startswith("text_encoder")
 
 
 def name_folded_weights(graph: ir.Graph, module: nn.Module) -> None:
-    """Name matrices that were transposed into a graph after the layers that they come from.
+    """Name the matrices that the exporter transposed after the layers that they come from.
 
     Cases:
-        1. A constant that is one layer's weights transposed, and no other's, gets that parameter's name with
+        1. A constant equals the transposed weights of exactly one layer: it gets that parameter's name, with
            :data:`~latentrt.runtime.components.lora_weights.TRANSPOSED` behind it.
-        2. Everything else keeps its name: weights that the graph uses as they are have it already.
+        2. A constant equals those of several layers, or of none, or is no matrix of floating point: it keeps its name.
+        3. A layer whose weights the graph has under their own name is left out of the search.
 
     Args:
         graph: Changed in place.
-        module: What it was exported from.
+        module: The module that the graph was exported from.
     """
+    # Case 3. Layers are found by a sample of their values; whole matrices are compared where samples are equal.
     folded: dict[bytes, list[tuple[str, Tensor]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2 and name.endswith(".weight") and name not in graph.initializers:
             folded.setdefault(_sample(parameter), []).append((name, parameter))
     for value in list(graph.initializers.values()):
+        # Case 2.
         constant = value.const_value
         if constant is None or len(constant.shape) != 2 or value.dtype is None or not value.dtype.is_floating_point():
             continue
+        # Case 1.
         matrix = constant.numpy().T
         alike = [name for name, weight in folded.get(_sample(matrix), ()) if _equal(matrix, weight)]
         if len(alike) == 1 and (new := f"{alike[0]}{TRANSPOSED}") not in graph.initializers:
@@ -56,12 +60,12 @@ def name_folded_weights(graph: ir.Graph, module: nn.Module) -> None:
 def record_layers(component: Component, directory: Path) -> None:
     """Write the layers of a component that a LoRA may change, with the shapes of their weights, into the bundle.
 
-    Layers whose weights are equal are told without a shape: in a graph they may be one constant, which cannot be
-    changed for one of them alone.
+    Layers with equal weights are written with ``null`` for a shape: in a graph they may be one constant, which cannot
+    change for one of them alone.
 
     Args:
-        component: Adaptable or not; nothing is written for one that is not.
-        directory: The bundle under construction; what its file has of other components stays.
+        component: The component. If it is not :func:`adaptable`, nothing is written.
+        directory: The bundle under construction. Entries of other components in its file stay.
     """
     if not adaptable(component):
         return
@@ -86,7 +90,7 @@ def record_layers(component: Component, directory: Path) -> None:
 
 
 def _sample(matrix: Tensor | NDArray[np.generic]) -> bytes:
-    """Some of a matrix's values, as fp32."""
+    """Return values of a matrix, evenly spread over it, as the bytes of fp32."""
     rows, columns = matrix.shape
     few = matrix[:: max(1, rows // _SAMPLED), :: max(1, columns // _SAMPLED)]
     values = few.detach().float().numpy() if isinstance(few, Tensor) else few

@@ -1,9 +1,9 @@
-"""What each engine wants from an exported graph: one table.
+"""The form of graph that each engine takes, in one table.
 
 ONNX Runtime's CPU kernels and OpenVINO are fastest on decomposed attention and group normalisation, which their own
-optimisers recognise (OpenVINO's bf16 takes twice as long on the native operators); TensorRT and TensorRT-RTX take the
-native operators ``Attention`` and ``GroupNormalization`` and choose a kernel themselves. Networks are strongly typed
-there, so precision is a property of the graph.
+optimisers recognise (OpenVINO's bf16 takes twice as long on the native operators). TensorRT and TensorRT-RTX take the
+native operators ``Attention`` and ``GroupNormalization`` and choose a kernel themselves; their networks are strongly
+typed, so precision is a property of the graph.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from latentrt.runtime.components.engine_probe import check_precision
 
 @dataclass(frozen=True)
 class Form:
-    """One way in which a component is exported.
+    """A form that a component is exported in.
 
     Attributes:
-        opset: ONNX operator set. From 21 on group normalisation, and from 23 on attention, are single operators.
-        precision: Element type of weights and activations (``"fp32"``, ``"fp16"``, ``"bf16"``), or how products are
-            quantised (``"int8"``, ``"fp8"``, ``"int8-weights"``).
+        opset: ONNX operator set. Group normalisation is a single operator from 21 on, attention from 23 on.
+        precision: Element type of weights and activations (``"fp32"``, ``"fp16"``, ``"bf16"``), or the quantisation of
+            products (``"int8"``, ``"fp8"``, ``"int8-weights"``).
     """
 
     opset: int
@@ -31,27 +31,27 @@ class Form:
 
     @property
     def name(self) -> str:
-        """Key of the form in a manifest, e.g. ``"opset20-fp32"``."""
+        """Key of the form in a manifest, such as ``"opset20-fp32"``."""
         return f"opset{self.opset}-{self.precision}"
 
     @property
     def suffix(self) -> str:
-        """What the graph's file name carries between ``model`` and ``.onnx``; nothing for the portable form."""
+        """Part of the graph's file name between ``model`` and ``.onnx``; empty for the portable form."""
         return "" if self == PORTABLE else f".{self.name}"
 
     @property
     def quantized(self) -> bool:
-        """Whether products are computed in, or weights stored in, 8 bits."""
+        """Whether products are computed in 8 bits, or weights stored in 8 bits."""
         return self.precision in QUANTIZED
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine takes.
+    """The graphs that an engine takes.
 
     Attributes:
         opset: Operator set of its graphs.
-        rest: Precision of everything that is not quantised where products are.
+        rest: Precision, in a quantised graph, of everything that is not quantised.
     """
 
     opset: int
@@ -59,10 +59,10 @@ class Target:
 
 
 PORTABLE = Form(20, "fp32")
-"""The form that every tool reads; pictures of reduced precision are compared with what it draws."""
+"""The form that every tool reads. Images of reduced precision are compared with those that it draws."""
 
 QUANTIZED = ("int8", "fp8", "int8-weights")
-"""Precisions made by quantising another form."""
+"""Precisions whose graphs are made by quantising a graph of another form."""
 
 _DECOMPOSED, _NATIVE = Target(20, "fp32"), Target(23, "fp16")
 
@@ -80,21 +80,21 @@ TARGETS: Mapping[str, Target] = {
 
 
 def form_for(engine: str, precision: str) -> Form:
-    """The form that ``engine`` takes at ``precision``.
+    """Return the form that ``engine`` takes at ``precision``.
 
     Raises:
-        InvalidRequestError: for an unknown engine or precision, or one that the engine does not have.
+        InvalidRequestError: for an unknown engine, or a precision that the engine does not compute in.
     """
     if engine not in TARGETS:
         raise InvalidRequestError(f"unknown engine {engine!r}; known engines: {', '.join(TARGETS)}")
     check_precision(engine, precision)
     if engine == "openvino" and precision == "bf16":
-        return PORTABLE  # which it rounds by itself
+        return PORTABLE  # OpenVINO rounds an fp32 graph by itself
     return Form(TARGETS[engine].opset, precision)
 
 
 def exported_form(form: Form) -> Form:
-    """The form that torch exports for ``form``: itself, or what is quantised to make it."""
+    """Return the form that torch exports for ``form``: itself, or the one that is quantised to make it."""
     if not form.quantized:
         return form
     rest = {target.opset: target.rest for target in TARGETS.values()}
@@ -102,5 +102,8 @@ def exported_form(form: Form) -> Form:
 
 
 def next_higher(engine: str, precision: str) -> str:
-    """The precision of an engine that ``precision`` should be faster than: what is not quantised has it, or fp32."""
+    """Return the precision that ``precision`` should be faster than on an engine.
+
+    For a quantised one that is the precision of what is not quantised, and for half precision fp32.
+    """
     return TARGETS[engine].rest if precision in QUANTIZED else "fp32"

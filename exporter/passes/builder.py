@@ -1,4 +1,4 @@
-"""Adding nodes to a graph that exists already."""
+"""Add nodes, constants and inputs to an existing graph."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from numpy.typing import ArrayLike
 
 
 class Builder:
-    """Adds nodes in front of one node of a graph, or behind all; names of values are new, by their number.
+    """Adds nodes to a graph, each with one output under a name that the graph does not have yet.
+
+    A new value is called ``<prefix>_<operator>_<number>``.
 
     Args:
-        graph: Gains nodes and constants.
-        prefix: What the names of new values begin with.
+        graph: Gains nodes, constants and inputs.
+        prefix: First part of the names of new values.
 
     Attributes:
-        before: New nodes go in front of this one; ``None`` is the end of the graph.
+        graph: The same graph.
+        before: The node in front of which new nodes are inserted; ``None`` appends them to the graph.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
@@ -29,7 +32,7 @@ class Builder:
         self._taken |= {value.name for node in graph for value in node.outputs}
 
     def insert(self, node: ir.Node) -> None:
-        """Add a node that is made already."""
+        """Insert a node that the caller has made."""
         if self.before is None:
             self.graph.append(node)
         else:
@@ -43,37 +46,65 @@ class Builder:
         shape: Sequence[int | str | ir.SymbolicDim] | None = None,
         **attributes: int,
     ) -> ir.Value:
-        """Add a node with one output and return that."""
+        """Insert a node with one output, and return that output.
+
+        Args:
+            operator: Operator of ONNX's default domain.
+            inputs: Its inputs, in order.
+            dtype: Element type of the output.
+            shape: Dimensions of the output; ``None`` leaves them unknown.
+            **attributes: Integer attributes of the node.
+        """
         node = ir.node(operator, inputs, attributes=attributes)
         self.insert(node)
         output = node.outputs[0]
-        output.name, output.dtype = self._name(operator), dtype
+        output.name, output.dtype = self._new_name(operator), dtype
         output.shape = None if shape is None else ir.Shape(shape)
         return output
 
     def constant(self, values: ArrayLike, dtype: type[np.generic] = np.int64) -> ir.Value:
-        """A small constant."""
+        """Add a small constant of an element type that numpy has."""
         array = np.asarray(values, dtype)
-        value = ir.val(self._name("constant"), const_value=ir.tensor(array))
+        value = ir.val(self._new_name("constant"), const_value=ir.tensor(array))
         self.graph.register_initializer(value)
         return value
 
     def tensor(self, values: ArrayLike, dtype: ir.DataType) -> ir.Value:
-        """A constant of any element type that ONNX has."""
+        """Add a constant of any element type that ONNX has."""
         array = np.asarray(values).astype(dtype.numpy())
-        value = ir.val(self._name("constant"), const_value=ir.Tensor(array, dtype=dtype))
+        value = ir.val(self._new_name("constant"), const_value=ir.Tensor(array, dtype=dtype))
         self.graph.register_initializer(value)
         return value
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
-        """Declare another input of the graph."""
+        """Declare another input of the graph, behind those that it has."""
         value = ir.val(name, dtype=dtype, shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
-    def _name(self, what: str) -> str:
+    def cast_for_users(self, value: ir.Value, *dtypes: ir.DataType, suffix: str) -> None:
+        """Let everything that uses a value use it after one ``Cast`` to each of ``dtypes``, in this order.
+
+        Args:
+            value: Its users are those of this moment; nodes that are added later use ``value`` itself.
+            *dtypes: Element types.
+            suffix: If ``value`` is a graph output, the last cast takes its name and place, and ``value`` gets this
+                behind its name.
+        """
+        users = [(use.node, use.idx) for use in value.uses()]
+        outputs = [index for index, output in enumerate(self.graph.outputs) if output is value]
+        cast = value
+        for dtype in dtypes:
+            cast = self.add("Cast", [cast], dtype, value.shape, to=dtype.value)
+        for node, index in users:
+            node.replace_input_with(index, cast)
+        for index in outputs:
+            value.name, cast.name = f"{value.name}{suffix}", value.name
+            self.graph.outputs[index] = cast
+
+    def _new_name(self, kind: str) -> str:
         while True:
             self._count += 1
-            name = f"{self._prefix}_{what.lower()}_{self._count}"
+            name = f"{self._prefix}_{kind.lower()}_{self._count}"
             if name not in self._taken:
                 return name

@@ -1,4 +1,4 @@
-"""Measure lengths on inputs that are there anyway, so that one which is only measured need not be."""
+"""Measure lengths on inputs that the graph needs anyway, and drop inputs of which nothing else is used."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ from .guidance import dimensions_read
 
 
 def measure_elsewhere(graph: ir.Graph, *, among: Collection[str]) -> list[str]:
-    """Drop inputs of which nothing but lengths is used, where other inputs have the same lengths.
+    """Drop inputs that only ``Shape`` nodes use, where other inputs have dimensions of the same names.
 
-    A text of variable length leaves its length to the step of a denoiser, and torch measures it on the text itself;
-    what was computed of the text ahead is as long.
+    torch measures the length of a prompt on the prompt's own embeddings, so the step of a denoiser would take these
+    embeddings for nothing but their length. What the prompt stage computed from them is an input of the step too, and
+    has the same length: a name stands for one length throughout a graph.
 
     Cases:
-        1. An input that only ``Shape`` nodes read, each of them one dimension, and each of these the same, by its
-           symbol, as a dimension of an input in ``among``: they read that one, and the input goes.
-        2. Any other input stays.
+        1. Every use of an input is a ``Shape`` that reads a single dimension, known by name, and an input in ``among``
+           has a dimension of that name: the node reads that one, and the input is removed.
+        2. An input in ``among``, an input that is also an output of the graph, an input with any other use, and an
+           input that nothing uses stay.
 
     Args:
         graph: Changed in place.
-        among: Inputs to measure on.
+        among: Names of the inputs to measure on.
 
     Returns:
-        Names of the inputs that are gone.
+        Names of the removed inputs.
     """
     others = [value for value in graph.inputs if value.name in among]
-    gone = []
+    removed = []
     for value in list(graph.inputs):
+        # Case 2. All uses are looked at before any node changes, so that an input that stays is measured as before.
         nodes = [use.node for use in value.uses()]
         if value in others or value in graph.outputs or any(node.op_type != "Shape" for node in nodes):
             continue
-        places = [_place(node, value, others) for node in nodes]
+        places = [_same_length(node, value, others) for node in nodes]
         if not nodes or any(place is None for place in places):
             continue
+
+        # Case 1.
         for node, place in zip(nodes, places, strict=True):
             assert place is not None
             other, axis = place
@@ -43,12 +48,12 @@ def measure_elsewhere(graph: ir.Graph, *, among: Collection[str]) -> list[str]:
             node.attributes.add(ir.AttrInt64("start", axis))
             node.attributes.add(ir.AttrInt64("end", axis + 1))
         graph.inputs.remove(value)
-        gone.append(str(value.name))
-    return gone
+        removed.append(str(value.name))
+    return removed
 
 
-def _place(node: ir.Node, value: ir.Value, others: Sequence[ir.Value]) -> tuple[ir.Value, int] | None:
-    """An input and a dimension of it that is as long as the one that ``node`` reads of ``value``."""
+def _same_length(node: ir.Node, value: ir.Value, others: Sequence[ir.Value]) -> tuple[ir.Value, int] | None:
+    """Find one of ``others``, and its axis, whose length has the name of the one that ``node`` reads of ``value``."""
     if value.shape is None:
         return None
     first, last = dimensions_read(node, len(value.shape))

@@ -1,4 +1,9 @@
-"""Quantise the products of a graph to 8 bits, written as QuantizeLinear and DequantizeLinear."""
+"""Quantise the products of a graph to 8 bits, written as ``QuantizeLinear`` and ``DequantizeLinear``.
+
+Quantisation is symmetric: a number is a scale times a stored number of 8 bits, and zero points are zero (Jacob et al.
+2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", arXiv 1712.05877).
+The pass writes the roundings into the graph. Engines recognise the pair of operators and compute the product in 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +18,18 @@ from numpy.typing import NDArray
 
 from .builder import Builder
 
-# Smallest normal numbers.
+# Smallest normal numbers. A scale below them would lose bits, or be flushed to zero.
 _SMALLEST = {ir.DataType.FLOAT: 2.0**-126, ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A symmetric 8-bit format: a number is ``scale`` times what it stores.
+    """A symmetric 8-bit format: a number is a scale times the stored number.
 
     Attributes:
         name: ``"int8"`` or ``"fp8"``.
-        dtype: Its ONNX element type.
-        largest: Largest magnitude that it stores.
+        dtype: ONNX element type of the stored numbers.
+        largest: Largest magnitude of a stored number.
     """
 
     name: str
@@ -32,7 +37,7 @@ class NumberFormat:
     largest: float
 
     def store(self, values: NDArray[np.float32]) -> ir.Tensor:
-        """Numbers that were divided by their scale, rounded to nearest (ties to even) and saturated."""
+        """Round numbers, already divided by their scale, to the nearest stored ones (ties to even), with saturation."""
         bounded = np.clip(values, -self.largest, self.largest)
         if self.dtype == ir.DataType.INT8:
             return ir.Tensor(np.rint(bounded).astype(np.int8))
@@ -43,21 +48,21 @@ FORMATS = {
     "int8": NumberFormat("int8", ir.DataType.INT8, 127.0),
     "fp8": NumberFormat("fp8", ir.DataType.FLOAT8E4M3FN, 448.0),
 }
-"""Formats by name. int8 leaves -128 out, so that it is symmetric; fp8 is E4M3 (Micikevicius et al. 2022, arXiv
-2209.05433), without infinities."""
+"""Formats by name. int8 does without -128, so that it is symmetric. fp8 is E4M3 (Micikevicius et al. 2022, "FP8 Formats
+for Deep Learning", arXiv 2209.05433), which has no infinities."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A product of activations with constant weights, which can be quantised.
+    """A product of activations with constant weights, which :func:`quantize` can quantise.
 
     Attributes:
         name: Name of the node.
         operator: ``Conv``, ``MatMul`` or ``Gemm``.
-        activation: Name of the value that the weights are applied to.
+        activation: Name of the activations' value.
         weight: Name of the weights.
-        axis: Dimension of the weights with an entry for each output channel.
-        depth: Number of products that are summed for one output.
+        axis: Axis of the weights that has an entry for each output channel.
+        depth: Number of products in the sum of one output element.
     """
 
     name: str
@@ -69,16 +74,21 @@ class Layer:
 
 
 def find_layers(graph: ir.Graph) -> list[Layer]:
-    """Products that can be quantised, in the graph's order.
+    """Find the products that :func:`quantize` can quantise, in the graph's order.
 
     Cases:
-        1. ``Conv`` whose weights are constant: one scale for each output channel.
-        2. ``MatMul`` of an activation with a constant matrix: one scale for each column.
-        3. ``Gemm`` with a constant matrix, transposed or not, and an activation that is not transposed.
-        4. Everything else stays as it is: products of two activations (attention), constants that are no weights.
+        1. Not a layer: an operator other than ``Conv``, ``MatMul`` and ``Gemm``, a product whose first input is a
+           constant or whose second is not (attention multiplies two activations), and inputs that are not of floating
+           point.
+        2. A ``Conv``: its output channels are axis 0 of the weights.
+        3. A ``MatMul`` or ``Gemm`` with weights of any rank but 2, or a ``Gemm`` whose activation is transposed: not a
+           layer.
+        4. A ``Gemm`` with a transposed matrix: its output channels are axis 0 of the weights.
+        5. A ``MatMul``, or a ``Gemm`` with a matrix that is not transposed: its output channels are axis 1.
     """
     found = []
     for node in graph:
+        # Case 1.
         if node.op_type not in ("Conv", "MatMul", "Gemm") or node.domain:
             continue
         activation, weight = node.inputs[0], node.inputs[1]
@@ -92,11 +102,11 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
         ):
             continue
         shape = weight.const_value.shape.numpy()
-        if node.op_type == "Conv":
+        if node.op_type == "Conv":  # case 2
             axis = 0
-        elif len(shape) != 2 or node.attributes.get_int("transA", 0):
+        elif len(shape) != 2 or node.attributes.get_int("transA", 0):  # case 3
             continue
-        else:
+        else:  # cases 4 and 5
             axis = 0 if node.attributes.get_int("transB", 0) else 1
         depth = math.prod(shape) // shape[axis]
         found.append(Layer(str(node.name), node.op_type, str(activation.name), str(weight.name), axis, depth))
@@ -106,13 +116,16 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
 def weight_scales(
     weights: NDArray[np.float32], axis: int, number: NumberFormat, dtype: ir.DataType
 ) -> NDArray[np.float32]:
-    """Scale of each output channel: the largest magnitude becomes the format's largest number.
+    """Return the scale of each output channel, which maps its largest magnitude to the format's largest number.
 
     Args:
-        weights: Any shape.
-        axis: Dimension of the output channels.
-        number: The format.
-        dtype: Element type that the scales will have; they are rounded to it, upwards.
+        weights: Weights of any shape.
+        axis: Axis of the output channels.
+        number: Format that the weights are stored in.
+        dtype: Element type of the scales in the graph; they are rounded up to it.
+
+    Returns:
+        Scales, ``[channels]``.
     """
     others = tuple(each for each in range(weights.ndim) if each != axis)
     largest = np.abs(weights).max(axis=others)
@@ -120,7 +133,10 @@ def weight_scales(
 
 
 def representable(scales: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
-    """Scales rounded up to what an element type can hold, and none of them zero or too small for a normal number."""
+    """Round scales up to numbers of an element type, none of them below the smallest normal number.
+
+    A scale that was rounded down would map the largest magnitude beyond the format's largest number, and saturate it.
+    """
     kind = dtype.numpy()
     rounded = np.maximum(scales, _SMALLEST[dtype]).astype(kind)
     up = np.nextafter(rounded, kind.type(np.inf))
@@ -136,23 +152,26 @@ def quantize(
 ) -> list[str]:
     """Quantise layers of ``graph`` to 8 bits.
 
-    Cases:
-        1. An activation passes through ``QuantizeLinear`` and ``DequantizeLinear`` with one scale; layers that share it
-           share the pair.
-        2. Weights are stored in 8 bits, with one scale for each output channel, and pass through ``DequantizeLinear``;
-           layers that share them share it.
-        3. Without ``ranges`` activations are left as they are.
-        4. Zero points are there, and zero: TensorRT takes no others. Biases stay as they are.
+    Steps, for each layer:
+        1. With ``ranges``, its activation passes through ``QuantizeLinear`` and ``DequantizeLinear`` with one scale.
+           Layers with the same activation share the pair.
+        2. Its weights are stored in 8 bits with one scale for each output channel, and pass through
+           ``DequantizeLinear``. Layers with the same weights share it.
+
+    At the end:
+        3. Weights that nothing uses any more are removed.
+
+    Zero points are written out, as zeros: TensorRT takes no others. Biases, and everything that is not a layer, stay.
 
     Args:
         graph: Changed in place.
-        number: The format.
+        number: Format of the stored numbers.
         ranges: For each activation, the magnitude that becomes the format's largest number; ``None`` quantises the
             weights alone.
-        layers: Names of the nodes to quantise; all that can be if left out.
+        layers: Names of the nodes to quantise; ``None`` quantises every layer.
 
     Returns:
-        Names of the nodes that were quantised.
+        Names of the quantised nodes.
 
     Raises:
         ValueError: for a layer that cannot be quantised, or whose activation has no range.
@@ -170,23 +189,30 @@ def quantize(
         source, constant = node.inputs[0], node.inputs[1]
         assert source is not None
         assert constant is not None
+        # Step 1.
         if ranges is not None:
             if layer.activation not in ranges:
                 raise ValueError(f"there is no range of {layer.activation!r}, which {name!r} takes")
             if layer.activation not in activations:
-                activations[layer.activation] = _through(builder, source, node, ranges[layer.activation], number)
+                activations[layer.activation] = _quantized_activation(
+                    builder, source, node, ranges[layer.activation], number
+                )
             node.replace_input_with(0, activations[layer.activation])
+        # Step 2: weights that two layers use along different axes have two sets of scales.
         key = (layer.weight, layer.axis)
         if key not in weights:
-            weights[key] = _stored(builder, constant, node, layer.axis, number)
+            weights[key] = _quantized_weights(builder, constant, node, layer.axis, number)
         node.replace_input_with(1, weights[key])
+    # Step 3.
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
     return chosen
 
 
-def _through(builder: Builder, value: ir.Value, node: ir.Node, largest: float, number: NumberFormat) -> ir.Value:
-    """An activation after rounding to 8 bits; the new nodes stand in front of the first that takes it."""
+def _quantized_activation(
+    builder: Builder, value: ir.Value, node: ir.Node, largest: float, number: NumberFormat
+) -> ir.Value:
+    """Return an activation after rounding to 8 bits; the new nodes stand in front of ``node``."""
     dtype = value.dtype
     assert dtype is not None
     scale = representable(np.array([largest / number.largest], np.float32), dtype)[0]
@@ -196,8 +222,8 @@ def _through(builder: Builder, value: ir.Value, node: ir.Node, largest: float, n
     return builder.add("DequantizeLinear", [stored, *parameters], dtype, value.shape)
 
 
-def _stored(builder: Builder, value: ir.Value, node: ir.Node, axis: int, number: NumberFormat) -> ir.Value:
-    """Weights in 8 bits, behind a ``DequantizeLinear``."""
+def _quantized_weights(builder: Builder, value: ir.Value, node: ir.Node, axis: int, number: NumberFormat) -> ir.Value:
+    """Return weights that are stored in 8 bits, after ``DequantizeLinear``; that node stands in front of ``node``."""
     dtype, constant = value.dtype, value.const_value
     assert dtype is not None
     assert constant is not None
@@ -212,7 +238,7 @@ def _stored(builder: Builder, value: ir.Value, node: ir.Node, axis: int, number:
 
 
 def quantized_share(graph: ir.Graph, names: Iterable[str]) -> float:
-    """Share of all weights of products that the named layers have."""
+    """Return the named layers' share, 0 to 1, of the weights of all layers."""
     layers, chosen = find_layers(graph), set(names)
     sizes = {layer.name: math.prod(graph.initializers[layer.weight].shape.numpy()) for layer in layers}
     return float(sum(size for name, size in sizes.items() if name in chosen) / max(sum(sizes.values()), 1))

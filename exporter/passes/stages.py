@@ -1,4 +1,4 @@
-"""Split a denoiser into what runs once a prompt, once a schedule, and once a step."""
+"""Split a denoiser into stages: what runs once for a prompt, once for a schedule, and at every step of the loop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MOVEMENT = frozenset(
     {"Cast", "Concat", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Shape", "Slice", "Split"}
     | {"Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
-"""Operators that compute nothing: running them again costs no more than reading what they would have left."""
+"""Operators that only move or create numbers: running one costs no more than reading its result from memory."""
 
 _ASSUMED_LENGTH = 2
-"""Length of a dimension that is only known by name, when bytes are compared."""
+"""Length that a dimension known only by name is taken to have, when sizes in bytes are compared."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Stages:
     """A denoiser in up to three graphs; the outputs of the first two are inputs of ``step``, under the same names.
 
     Attributes:
-        prompt: Runs once a request; ``None`` where nothing depends on the conditioning alone.
-        schedule: Runs once a request with all timesteps as one batch; ``None`` where nothing depends on time alone.
-        step: Runs at every step.
+        prompt: Runs once for a request; ``None`` if nothing depends on the conditioning alone.
+        schedule: Runs once for a request, with all timesteps as one batch; ``None`` if nothing depends on time alone.
+        step: Runs at every step of the loop.
     """
 
     prompt: ir.Graph | None
@@ -36,13 +36,13 @@ class Stages:
 
     @property
     def prompt_tensors(self) -> tuple[str, ...]:
-        """Names of what the prompt stage hands to the step."""
-        return _names(self.prompt)
+        """Names of the tensors that the prompt stage computes for the step."""
+        return _output_names(self.prompt)
 
     @property
     def schedule_tensors(self) -> tuple[str, ...]:
-        """Names of what the schedule stage hands to the step."""
-        return _names(self.schedule)
+        """Names of the tensors that the schedule stage computes for the step."""
+        return _output_names(self.schedule)
 
 
 def split_stages(
@@ -50,34 +50,43 @@ def split_stages(
 ) -> Stages:
     """Split ``graph`` by the inputs that its values depend on.
 
+    The stages together compute what the graph computes: a value is hoisted out of the step only if all inputs that
+    reach it stay the same from step to step, or depend on nothing but the timestep, which is known beforehand.
+
     Cases:
         1. A value that depends on ``conditioning`` alone belongs to ``prompt``.
         2. A value that depends on ``time``, and on nothing else but ``vectors``, belongs to ``schedule``.
-        3. Everything else belongs to ``step``; constants go along with whoever uses them.
-        4. A value of the first two that a step uses is on the frontier, unless it is a shape computation, or moving
-           its producer into ``step`` makes the frontier smaller in bytes: then ``step`` computes it.
+        3. Everything else belongs to ``step``. Constants, and what is computed from constants alone, go into every
+           stage that uses them.
+        4. A value of cases 1 and 2 that a node of the step uses, or that the graph returns, is on the frontier: its
+           stage returns it, and the step takes it as an input.
+        5. A value on the frontier that an operator of :data:`MOVEMENT` computes moves into ``step`` with its producer,
+           if it is a shape, or if that makes the frontier smaller in bytes.
 
     Args:
-        graph: The denoiser; it is left as it is.
+        graph: The denoiser; it stays unchanged.
         conditioning: Inputs that change with the request alone (text states, pooled embeddings, image prompts).
-        time: Inputs that change with the step alone, with one row a sample.
-        vectors: The inputs among ``conditioning`` with one vector a sample, which a schedule may take in.
+        time: Inputs that change with the step alone, with one row for each sample.
+        vectors: The inputs among ``conditioning`` that have one vector for each sample; the schedule stage may use
+            them.
 
     Raises:
-        ValueError: if an input that is named does not exist.
+        ValueError: if the graph lacks one of these inputs.
     """
     known = {str(value.name) for value in graph.inputs}
     if unknown := [name for name in (*conditioning, *time, *vectors) if name not in known]:
         raise ValueError(f"the graph has no input {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    # Cases 1 to 3: the stage of each value that does not stay in the step.
     found = dependencies(graph)
     hoisted = {
         value: stage
         for value, names in found.items()
         if value.producer() is not None and (stage := _stage(names, set(conditioning), set(time), set(vectors)))
     }
-    frontier = _frontier(graph, hoisted)
+    # Case 5.
     for value in _demoted(graph, hoisted, found):
         del hoisted[value]
+    # Case 4.
     frontier = _frontier(graph, hoisted)
     prompt = [value for value in frontier if hoisted[value] == "prompt"]
     schedule = [value for value in frontier if hoisted[value] == "schedule"]
@@ -88,11 +97,12 @@ def split_stages(
     )
 
 
-def _names(graph: ir.Graph | None) -> tuple[str, ...]:
+def _output_names(graph: ir.Graph | None) -> tuple[str, ...]:
     return () if graph is None else tuple(str(value.name) for value in graph.outputs)
 
 
 def _stage(names: frozenset[str], conditioning: set[str], time: set[str], vectors: set[str]) -> str:
+    """Return the stage of a value that depends on the inputs ``names``; an empty string is the step."""
     if names and names <= conditioning:
         return "prompt"
     if names & time and names <= time | vectors:
@@ -101,7 +111,7 @@ def _stage(names: frozenset[str], conditioning: set[str], time: set[str], vector
 
 
 def _frontier(graph: ir.Graph, hoisted: Mapping[ir.Value, str]) -> list[ir.Value]:
-    """Hoisted values that a node of the step uses, or that the graph returns."""
+    """List the hoisted values that a node of the step uses or the graph returns (case 4), in the order of their use."""
     used: dict[ir.Value, None] = {}
     for node in graph:
         if node.outputs[0] not in hoisted:
@@ -110,7 +120,9 @@ def _frontier(graph: ir.Graph, hoisted: Mapping[ir.Value, str]) -> list[ir.Value
 
 
 def _demoted(graph: ir.Graph, hoisted: Mapping[ir.Value, str], found: Dependencies) -> set[ir.Value]:
-    """Values whose producers the step should run itself (case 4)."""
+    """Return the hoisted values that move into the step (case 5)."""
+    # A move puts the producer's inputs on the frontier, and one of these may be worth moving in turn: the search is
+    # repeated until it finds nothing.
     kept = dict(hoisted)
     demoted: set[ir.Value] = set()
     changed = True
@@ -120,6 +132,7 @@ def _demoted(graph: ir.Graph, hoisted: Mapping[ir.Value, str], found: Dependenci
             producer = value.producer()
             if producer is None or producer.op_type not in MOVEMENT:
                 continue
+            # Inputs that are on the frontier already, and constants, cost nothing more.
             others = {v for v in producer.inputs if v is not None and found.get(v)} - set(_frontier(graph, kept))
             if _is_shape(value) or sum(map(_bytes, others)) < _bytes(value):
                 for output in producer.outputs:
@@ -134,7 +147,7 @@ def _is_shape(value: ir.Value) -> bool:
 
 
 def _bytes(value: ir.Value) -> float:
-    """Size with every named length taken as a small one; infinite where not even the rank is known."""
+    """Return the size of a value with a small length for each named dimension; infinite if the rank is unknown."""
     if value.shape is None or value.dtype is None:
         return math.inf
     lengths = (d if isinstance(d, int) else _ASSUMED_LENGTH for d in value.shape)
@@ -155,7 +168,7 @@ def _extract(graph: ir.Graph, inputs: list[ir.Value], outputs: list[ir.Value], n
 
 
 def _step(graph: ir.Graph, frontier: list[ir.Value]) -> ir.Graph:
-    """The graph with the frontier as inputs, without what that leaves unused."""
+    """Return the graph with the frontier as inputs, without the nodes and inputs that this leaves unused."""
     step = ir.convenience.extract(graph, [*graph.inputs, *frontier], list(graph.outputs))
     step.name = "step"
     unused = [value for value in step.inputs if not value.uses() and value not in step.outputs]

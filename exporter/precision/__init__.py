@@ -1,1 +1,1 @@
-"""Reduced precision: calibration, fp32 islands, quantisation, quality gates."""
+"""Reduced precision: calibration, observation of values, fp32 islands, quantisation, and quality gates."""

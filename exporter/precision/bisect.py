@@ -1,4 +1,4 @@
-"""Where does an engine drift from the reference? The first operators of a graph whose results differ."""
+"""Find the operators of a graph at which an engine or a precision drifts from the reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from latentrt.engines import Array
+from latentrt.engines.checks import check_choice
 from latentrt.engines.errors import BundleError, InvalidRequestError, translated
 from latentrt.engines.onnxrt import load_sdk
 from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
@@ -23,9 +24,10 @@ from ..verification.emulate import emulated
 from .calibration import Calibration, record
 
 RUNNERS = ("emulated", "onnxruntime", "openvino")
-"""What the drift of can be found: the roundings of a precision, or an engine that runs on a CPU."""
+"""Ways to run the graph under test: with the roundings of its precision emulated, or by an engine for CPUs."""
 
-_AT_ONCE = 64  # values read in one call: all of those of a large model would not fit into memory
+_AT_ONCE = 64  # values that one call returns: all values of a large model together would not fit into memory
+_MOST = 200.0  # dB; stands for infinity in a difference
 _ERRORS_ONLY = 3
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -35,10 +37,10 @@ class Drift:
     """How far the result of an operator is from the reference.
 
     Attributes:
-        node: Name of the operator in the graph.
-        operator: Its kind, e.g. ``Conv``.
-        psnr: Of its result, in dB.
-        before: Of the worst of what it takes, in dB; infinite where it takes inputs alone.
+        node: Name of the node in the graph.
+        operator: Its operator, such as ``Conv``.
+        psnr: PSNR of its result, in dB.
+        before: Lowest PSNR of its inputs, in dB; infinite if all of them are inputs or constants of the graph.
     """
 
     node: str
@@ -48,59 +50,69 @@ class Drift:
 
     @property
     def lost(self) -> float:
-        """What this operator loses by itself, in dB."""
-        return min(self.before, 200.0) - self.psnr
+        """PSNR that this operator loses by itself, in dB."""
+        return min(self.before, _MOST) - self.psnr
 
 
 def find_drift(
     bundle: Bundle, component: str, precision: str, *, runner: str = "emulated", opset: int | None = None
 ) -> list[Drift]:
-    """Run a component's graph twice, in fp32 by ONNX Runtime and as asked for, and compare every operator's result.
+    """Run a component's graph as the reference and as asked for, and compare the results of every operator.
 
-    The inputs are those of a real picture. Both runs see the same graph; operators that only the reduced one has
-    (roundings to 8 bits) are passed over.
+    Both runs get the inputs of a real image. Operators that only the graph under test has (roundings to 8 bits) are
+    passed over.
+
+    Steps:
+        1. The form under test is chosen, and inputs are recorded while an image is drawn.
+        2. The reference becomes the graph without the roundings of the form, in fp32; the graph under test is rounded
+           where the runner does not round by itself.
+        3. Both graphs run, some values at a time, and the values that both have are compared by name.
 
     Args:
         bundle: The bundle; nothing is written to it.
-        component: Part of the model that a pipeline opens, e.g. ``"unet_step"``.
-        precision: What to compute in.
+        component: Part of the model that a pipeline opens, such as ``"unet_step"``.
+        precision: Precision under test.
         runner: One of :data:`RUNNERS`.
-        opset: Operator set of the form; ``None`` takes the one that ONNX Runtime and OpenVINO take, else the other.
+        opset: Operator set of the form; ``None`` prefers the one that ONNX Runtime and OpenVINO take.
 
     Returns:
         One entry for each operator with a floating-point result, in the graph's order.
 
     Raises:
-        InvalidRequestError: for an unknown runner.
+        InvalidRequestError: for an unknown runner, or a form that it cannot run.
         BundleError: if the bundle lacks the component or the form.
         EngineError: if a graph cannot be run.
     """
-    if runner not in RUNNERS:
-        raise InvalidRequestError(f"unknown runner {runner!r}; known runners: {', '.join(RUNNERS)}")
+    check_choice("runner", runner, RUNNERS)
+    # Step 1.
     form = _form(bundle, component, precision, runner, opset)
-    base, feeds = exported_form(form), _feeds(bundle, component, exported_form(form))
+    base = exported_form(form)
+    feeds = _feeds(bundle, component, base)
+    # Step 2.
     reference = ir.load(bundle.graph_path(component, base.name))
-    candidate = ir.load(bundle.graph_path(component, form.name))
     if base.precision != "fp32":
         widen(reference.graph)
-    if runner == "emulated":
-        if precision == "bf16" and form == PORTABLE:
-            round_values(candidate.graph, ir.DataType.BFLOAT16, keep="update_")
-        else:
-            widen(candidate.graph, rounded=True)
-    elif widen(candidate.graph):
-        raise InvalidRequestError(f"{runner} runs graphs of fp32 and int8 here; compare {precision} emulated")
-    names = [
+    candidate = ir.load(bundle.graph_path(component, form.name))
+    if runner != "emulated":
+        if widen(candidate.graph):
+            raise InvalidRequestError(f"{runner} runs graphs of fp32 and int8 here; compare {precision} emulated")
+    elif precision == "bf16" and form == PORTABLE:
+        round_values(candidate.graph, ir.DataType.BFLOAT16, keep="update_")  # OpenVINO rounds an fp32 graph by itself
+    else:
+        widen(candidate.graph, rounded=True)
+    # Step 3.
+    known = _computed(candidate.graph)
+    compared = [
         (node, str(value.name))
         for node in reference.graph
         for value in node.outputs[:1]
-        if value.dtype in _FLOATS and value.name in _made(candidate.graph)
+        if value.dtype in _FLOATS and value.name in known
     ]
-    values = [name for _, name in names]
+    names = [name for _, name in compared]
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="latentrt-bisect-") as scratch:
-        expected = _results(reference, values, Path(scratch, "reference.onnx"), "emulated", precision, feeds)
-        received = _results(candidate, values, Path(scratch, "candidate.onnx"), runner, precision, feeds)
+        expected = _results(reference, names, Path(scratch, "reference.onnx"), "emulated", precision, feeds)
+        received = _results(candidate, names, Path(scratch, "candidate.onnx"), runner, precision, feeds)
         for left, right in zip(expected, received, strict=True):
             found |= {name: psnr(left[name], right[name]) for name in left}
     return [
@@ -110,41 +122,45 @@ def find_drift(
             found[name],
             min((found[v.name] for v in node.inputs if v is not None and v.name in found), default=float("inf")),
         )
-        for node, name in names
+        for node, name in compared
     ]
 
 
 def _form(bundle: Bundle, component: str, precision: str, runner: str, opset: int | None) -> Form:
+    """Return the first form of a precision that the bundle has and the runner takes."""
     forms = [Form(each, precision) for each in (20, 23) if opset in (None, each)]
     if precision == "bf16" and opset in (None, 20):
         forms.append(PORTABLE)
     if runner != "emulated":
         forms = [form_for(runner, precision)]
-    there = bundle.manifest.components[component].graphs if component in bundle.manifest.components else {}
+    available = bundle.manifest.components[component].graphs if component in bundle.manifest.components else {}
     for form in forms:
-        if form.name in there:
+        if form.name in available:
             return form
-    bundle.graph(component, forms[0].name)
+    bundle.graph(component, forms[0].name)  # raises an error that says which forms there are
     raise BundleError(f"{component} has no form of {precision}")
 
 
 def _feeds(bundle: Bundle, component: str, form: Form) -> Mapping[str, Array]:
-    """Inputs of one call in the middle of drawing a picture, in fp32."""
+    """Return the component's inputs in the last call that is recorded while an image is drawn, in fp32."""
     with emulated(bundle, form.name, rounded=False) as (pipeline, _):
         calls = record(pipeline, Calibration(steps=4, recorded=1, prompts=("a red apple",))).calls
     if component not in calls:
-        raise BundleError(f"no picture needs {component}; compare one of {', '.join(calls)}")
+        raise BundleError(f"drawing an image does not run {component}; compare one of {', '.join(calls)}")
     return calls[component][-1]
 
 
-def _made(graph: ir.Graph) -> set[str]:
+def _computed(graph: ir.Graph) -> set[str]:
     return {str(value.name) for node in graph for value in node.outputs}
 
 
 def _results(
     model: ir.Model, names: Sequence[str], file: Path, runner: str, precision: str, feeds: Mapping[str, Array]
 ) -> Iterator[Mapping[str, Array]]:
-    """Values of a graph, some at a time. All are outputs of it, which keeps an engine from merging their operators."""
+    """Run a graph and return the values of these names, some at a time.
+
+    All of them become outputs of the graph in every run, which keeps an engine from fusing their operators.
+    """
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     model.graph.outputs.clear()
     model.graph.outputs.extend(values[name] for name in names)

@@ -1,4 +1,4 @@
-"""Calibration: what the parts of a model see while real pictures are drawn."""
+"""Record the inputs that the parts of a model receive while real images are drawn."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Array, Engine, TensorSpec
+from latentrt.engines.checks import check_integer
 from latentrt.engines.errors import InvalidRequestError
 from latentrt.runtime.pipeline import Pipeline
 
@@ -23,21 +24,25 @@ PROMPTS = (
     "a rocket over the moon, line drawing",
     "a yellow flower in front of a blue wall",
 )
-"""Prompts of a calibration for which none are given."""
+"""Prompts of a calibration for which the caller gives none."""
 
 MAX_PROMPTS = 1000
+"""Most prompts of a calibration."""
 _MAX_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to draw the pictures that a build of reduced precision learns from, and is judged by.
+    """How to draw the images that a build of reduced precision is calibrated on and measured by.
 
     Attributes:
-        prompts: Prompts, with one picture each.
-        steps: Steps of each picture.
-        checked: How many of the prompts are drawn once more, from another seed, to compare precisions.
-        recorded: Most calls of the denoiser to keep, spread over prompts and timesteps.
+        prompts: Prompts; one image is drawn for each.
+        steps: Steps of each image.
+        checked: Number of prompts that are drawn again, from another seed, to compare precisions.
+        recorded: Largest number of the denoiser's calls to keep, spread over prompts and timesteps.
+
+    Raises:
+        InvalidRequestError: if there are no prompts or too many, or a number is below 1.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -49,15 +54,14 @@ class Calibration:
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequestError(f"calibration has {len(self.prompts)} prompts, expected 1 to {MAX_PROMPTS}")
         for name in ("steps", "checked", "recorded"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}, expected a whole number from 1 on")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1))
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Prompts from a text file, one a line; blank lines and lines that begin with ``#`` are left out.
+    """Read prompts from a text file, one on each line; blank lines and lines that begin with ``#`` do not count.
 
     Raises:
-        InvalidRequestError: if the file cannot be read, is no UTF-8 text, or holds none or too many.
+        InvalidRequestError: if the file cannot be read, is not UTF-8 text, or holds no prompts or too many.
     """
     try:
         with path.open("rb") as file:
@@ -76,14 +80,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 class Recorder:
-    """An engine that keeps the inputs of some of its calls.
+    """An engine that runs another engine and keeps copies of its inputs.
 
     Args:
-        engine: The opened engine.
+        engine: The other engine, opened.
 
     Attributes:
-        calls: Inputs that were kept.
-        keep: Whether to keep those of the next call.
+        inputs: Inputs of the other engine.
+        outputs: Outputs of the other engine.
+        calls: Inputs of the calls that were kept.
+        keep: Whether to keep the inputs of the next call.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -95,64 +101,65 @@ class Recorder:
         self._bound: dict[str, Array] = {}
 
     def open(self) -> Recorder:
-        """It is open already."""
+        """Return the recorder: the engine is open already."""
         return self
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Pass on."""
+        """Bind inputs that stay the same for the calls to come."""
         self._bound |= feeds
         self._engine.bind(feeds)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Pass on, and keep a copy of the inputs."""
+        """Run the other engine, and keep a copy of all inputs, bound ones too, if ``keep`` is set."""
         if self.keep:
             self.calls.append({name: np.array(values) for name, values in (self._bound | dict(feeds)).items()})
         return self._engine.run(feeds)
 
     def close(self) -> None:
-        """Pass on."""
+        """Close the other engine."""
         self._engine.close()
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was seen while pictures were drawn.
+    """The inputs of a model's components while images were drawn, and the images.
 
     Attributes:
         calls: Inputs of the calls that were kept, by component.
-        pictures: uint8 ``[prompts, height, width, 3]``.
+        images: uint8 ``[prompts, height, width, 3]``.
     """
 
     calls: Mapping[str, list[Mapping[str, Array]]]
-    pictures: NDArray[np.uint8]
+    images: NDArray[np.uint8]
 
 
 def record(
     pipeline: Pipeline, calibration: Calibration, *, width: int | None = None, height: int | None = None
 ) -> Recording:
-    """Draw the prompts, and keep what each component was called with.
+    """Draw an image for each prompt, and keep the inputs of each component's calls.
 
-    Of the denoiser's calls at most ``calibration.recorded`` are kept: every prompt has its share, at timesteps that
-    together cover all of the run. Each holds both halves of guidance.
+    At most ``calibration.recorded`` calls of the denoiser are kept, equally many for each prompt, at timesteps that
+    together cover the whole run. Each call holds both halves of guidance.
 
     Args:
-        pipeline: Its engines are replaced by recorders.
-        calibration: What to draw.
-        width: Pixels; ``None`` is the bundle's default.
-        height: Likewise.
+        pipeline: The pipeline whose engines are recorded; it stays unchanged.
+        calibration: Prompts, steps, and the number of calls to keep.
+        width: Width of the images in pixels; ``None`` takes the bundle's default.
+        height: Height of the images in pixels; ``None`` takes the bundle's default.
     """
     recorders = {name: Recorder(engine) for name, engine in pipeline.engines.items()}
     family = pipeline.family
     step = recorders[family.stages()[-1] if family.stages()[-1] in recorders else family.denoiser]
     per_prompt = max(1, calibration.recorded // len(calibration.prompts))
-    pictures = []
+    images = []
     with Pipeline(pipeline.bundle, recorders, prompt_cache=0) as recorded:
         for number, prompt in enumerate(calibration.prompts):
             run = recorded.start(prompt, steps=calibration.steps, seed=number, width=width, height=height)
+            # Evenly spread steps; each prompt's begin a little later than those of the prompt before it.
             offset = number / len(calibration.prompts)
             wanted = {int((place + offset) * len(run) / per_prompt) for place in range(per_prompt)}
             while not run.done:
                 step.keep = run.index in wanted and len(step.calls) < calibration.recorded
                 recorded.advance([run])
-            pictures.append(recorded.finish(run))
-    return Recording({name: recorder.calls for name, recorder in recorders.items()}, np.concatenate(pictures))
+            images.append(recorded.finish(run))
+    return Recording({name: recorder.calls for name, recorder in recorders.items()}, np.concatenate(images))

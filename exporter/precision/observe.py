@@ -1,4 +1,7 @@
-"""What the values of a graph are like on real inputs, measured inside the graph: only a few numbers leave it."""
+"""Measure values of a graph on real inputs.
+
+The measuring operators are added to a copy of the graph, so that a few numbers leave a run and no whole activations.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,25 @@ from latentrt.engines.errors import translated
 from latentrt.engines.onnxrt import load_sdk
 
 from ..passes.builder import Builder
-from ..passes.quantize import Layer, NumberFormat, representable
+from ..passes.quantize import Layer, NumberFormat, representable, weight_scales
 
 Feeds = Sequence[Mapping[str, Array]]
-"""Inputs of a graph, one entry a call."""
+"""Inputs of a graph, one entry for each call."""
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of the largest magnitude that are tried as the range of an activation."""
+"""Shares of the largest magnitude that :func:`best_ranges` tries as the range of an activation."""
 
 _FLOAT = ir.DataType.FLOAT
 _ERRORS_ONLY = 3
 
 
 def largest_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[str, float]:
-    """Largest magnitude of each value over all calls.
+    """Measure the largest magnitude of each value over all calls.
 
     Args:
         path: An ONNX file whose floating-point values are fp32.
-        values: Names of values, graph inputs among them.
-        feeds: Inputs.
+        values: Names of values; inputs of the graph are allowed.
+        feeds: Inputs of the calls.
 
     Raises:
         EngineError: if the graph cannot be run.
@@ -53,12 +56,15 @@ def largest_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[
 
 
 def channel_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[str, NDArray[np.float32]]:
-    """Largest magnitude of each channel, the last dimension, of each value over all calls.
+    """Measure the largest magnitude of each channel (last axis) of each value over all calls.
 
     Args:
-        path: An ONNX file in fp32.
+        path: An ONNX file whose floating-point values are fp32.
         values: Names of values whose rank is known.
-        feeds: Inputs.
+        feeds: Inputs of the calls.
+
+    Returns:
+        Magnitudes, ``[channels]``, by value.
 
     Raises:
         EngineError: if the graph cannot be run.
@@ -80,15 +86,19 @@ def channel_magnitudes(path: Path, values: Iterable[str], feeds: Feeds) -> dict[
 
 
 def best_ranges(path: Path, largest: Mapping[str, float], number: NumberFormat, feeds: Feeds) -> dict[str, float]:
-    """For each activation the range that rounds it with the least squared error over all calls.
+    """Find the range of each activation that rounds it with the least squared error over all calls.
 
-    Beyond the range values saturate: where a few are far out, the many gain more by finer steps than the few lose.
+    Values beyond the range saturate. If only a few values are large, the finer steps of a smaller range gain more than
+    these few lose.
 
     Args:
-        path: An ONNX file in fp32.
+        path: An ONNX file whose floating-point values are fp32.
         largest: Largest magnitude of each activation, see :func:`largest_magnitudes`.
-        number: The format that it is rounded to.
-        feeds: Inputs.
+        number: Format to round to.
+        feeds: Inputs of the calls.
+
+    Returns:
+        For each activation one of :data:`CLIPS` times its largest magnitude.
 
     Raises:
         EngineError: if the graph cannot be run.
@@ -112,14 +122,23 @@ def best_ranges(path: Path, largest: Mapping[str, float], number: NumberFormat, 
 def layer_sqnr(
     path: Path, layers: Sequence[Layer], ranges: Mapping[str, float] | None, number: NumberFormat, feeds: Feeds
 ) -> dict[str, float]:
-    """Signal-to-quantisation-noise ratio in dB of each layer, were it alone quantised: of its products, over all calls.
+    """Measure how much noise quantisation alone adds to each layer's products over all calls.
+
+    Steps:
+        1. Each layer gets a twin, with rounded inputs and weights; the other layers stay exact.
+        2. Over all calls, the squares of the exact products (signal) and of the differences to the twin's (noise) are
+           summed.
+        3. The ratio of the two sums is the layer's SQNR.
 
     Args:
-        path: An ONNX file in fp32.
-        layers: Layers to look at, from :func:`~latentrt.exporter.passes.quantize.find_layers`.
+        path: An ONNX file whose floating-point values are fp32.
+        layers: Layers to measure, from :func:`~latentrt.exporter.passes.quantize.find_layers`.
         ranges: Range of each activation; ``None`` rounds the weights alone.
-        number: The format.
-        feeds: Inputs.
+        number: Format to round to.
+        feeds: Inputs of the calls.
+
+    Returns:
+        Signal-to-quantisation-noise ratio in dB, by the layer's name.
 
     Raises:
         EngineError: if the graph cannot be run.
@@ -130,22 +149,10 @@ def layer_sqnr(
         for layer in layers:
             node = nodes[layer.name]
             builder.before = behind[node.outputs[0]]
-            activation, weight = node.inputs[0], node.inputs[1]
-            assert activation is not None
-            assert weight is not None
-            assert weight.const_value is not None
-            rounded = activation
-            if ranges is not None:
-                rounded = _rounded(builder, activation, ranges[layer.activation] / number.largest, number)
-            array = weight.const_value.numpy()
-            axes = tuple(axis for axis in range(array.ndim) if axis != layer.axis)
-            scales = representable(np.abs(array).max(axis=axes) / number.largest, _FLOAT)
-            coarse = _rounded(builder, weight, scales, number, axis=layer.axis)
-            twin = ir.Node("", node.op_type, [rounded, coarse, *node.inputs[2:]], node.attributes.values())
-            builder.insert(twin)
-            twin.outputs[0].name = f"twin_{layer.name}"
+            scale = None if ranges is None else ranges[layer.activation] / number.largest
+            twin = _quantized_twin(builder, node, layer, scale, number)
             signal = node.outputs[0]
-            noise = builder.add("Sub", [signal, twin.outputs[0]], _FLOAT)
+            noise = builder.add("Sub", [signal, twin], _FLOAT)
             wanted[f"{layer.name}:signal"] = _squares(builder, signal)
             wanted[f"{layer.name}:noise"] = _squares(builder, noise)
         outputs = _outputs(graph, wanted)
@@ -155,13 +162,30 @@ def layer_sqnr(
     return {layer.name: _decibels(totals[f"{layer.name}:signal"], totals[f"{layer.name}:noise"]) for layer in layers}
 
 
+def _quantized_twin(
+    builder: Builder, node: ir.Node, layer: Layer, scale: float | None, number: NumberFormat
+) -> ir.Value:
+    """Add a copy of a layer with rounded weights, and with a rounded activation if that has a scale."""
+    activation, weight = node.inputs[0], node.inputs[1]
+    assert activation is not None
+    assert weight is not None
+    assert weight.const_value is not None
+    rounded = activation if scale is None else _rounded(builder, activation, scale, number)
+    scales = weight_scales(weight.const_value.numpy(), layer.axis, number, _FLOAT)
+    coarse = _rounded(builder, weight, scales, number, axis=layer.axis)
+    twin = ir.Node("", node.op_type, [rounded, coarse, *node.inputs[2:]], node.attributes.values())
+    builder.insert(twin)
+    twin.outputs[0].name = f"twin_{layer.name}"
+    return twin.outputs[0]
+
+
 def _decibels(signal: float, noise: float) -> float:
     return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 @contextlib.contextmanager
 def _extended(path: Path) -> Iterator[tuple[ir.Graph, Builder]]:
-    """A copy of a graph to add to; it is written beside the graph, where its weights are found."""
+    """Yield a copy of a graph to add to, and write it beside the graph, where its weights are found."""
     model = ir.load(path)
     yield model.graph, Builder(model.graph, "observe")
     ir.save(model, _beside(path))
@@ -172,15 +196,15 @@ def _beside(path: Path) -> Path:
 
 
 def _run(path: Path, outputs: Mapping[str, str], feeds: Feeds) -> Iterator[dict[str, Any]]:
-    """Results of each call, by the names given to :func:`_outputs`; the copy of the graph is removed afterwards."""
+    """Yield the results of each call, by the names in ``outputs``, and remove the copy of the graph afterwards."""
     ort = load_sdk()
     settings = ort.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
-    # In the order in which they are written, or all values would be kept until the last was computed.
+    # In the order of the file: each value is measured right after it is computed, and its memory is free again.
     settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     settings.enable_cpu_mem_arena = False
-    # As written: with its optimisations for quantised graphs ONNX Runtime would leave out or merge what is measured,
-    # and folded constants would be a second copy of the weights.
+    # ONNX Runtime's optimisations for quantised graphs would remove or fuse the roundings that are measured here, and
+    # folded constants would be a second copy of the weights.
     settings.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         with translated(f"{path.name} could not be observed"):
@@ -202,7 +226,7 @@ def _values(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _following(graph: ir.Graph) -> dict[ir.Value, ir.Node | None]:
-    """The node that stands behind the one that computes a value; ``None`` at the end."""
+    """Return, for each value, the node behind the one that computes it; ``None`` at the end of the graph."""
     nodes = list(graph)
     found: dict[ir.Value, ir.Node | None] = dict.fromkeys(graph.inputs, nodes[0] if nodes else None)
     for node, behind in zip(nodes, [*nodes[1:], None], strict=True):
@@ -211,7 +235,7 @@ def _following(graph: ir.Graph) -> dict[ir.Value, ir.Node | None]:
 
 
 def _outputs(graph: ir.Graph, values: Mapping[str, ir.Value]) -> dict[str, str]:
-    """Make these values the only outputs of a graph; returns the names of the outputs."""
+    """Make these values the only outputs of a graph, and return their names."""
     graph.outputs.clear()
     graph.outputs.extend(values.values())
     return {name: str(value.name) for name, value in values.items()}
@@ -226,9 +250,9 @@ def _squares(builder: Builder, value: ir.Value) -> ir.Value:
 
 
 def _rounded(builder: Builder, value: ir.Value, scale: Any, number: NumberFormat, axis: int | None = None) -> ir.Value:
-    """A value after rounding to a format and back."""
+    """Add the rounding of a value to a format and back; ``axis`` is that of the scales, if there are several."""
     scale = representable(np.asarray(scale, np.float32), _FLOAT)
     parameters = [builder.tensor(scale, _FLOAT), builder.tensor(np.zeros(scale.shape), number.dtype)]
-    along = 1 if axis is None else axis  # means nothing where the scale is a single number
+    along = 1 if axis is None else axis  # has no effect if the scale is a single number
     stored = builder.add("QuantizeLinear", [value, *parameters], number.dtype, axis=along)
     return builder.add("DequantizeLinear", [stored, *parameters], _FLOAT, axis=along)

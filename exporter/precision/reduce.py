@@ -1,4 +1,4 @@
-"""Reduced precision: which values of a half-precision graph stay in fp32, and which layers are quantised how."""
+"""Decide which values of a half-precision graph stay in fp32, and which layers are quantised and how."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.engines import Array
-from latentrt.engines.errors import ExportError, InvalidRequestError
+from latentrt.engines.checks import check_number
+from latentrt.engines.errors import ExportError
 from latentrt.runtime.bundle.manifest import Graph
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.families import family_of
@@ -23,31 +24,36 @@ from ..graphs.type_check import check_graph
 from ..passes.islands import keep_fp32
 from ..passes.quantize import FORMATS, Layer, NumberFormat, find_layers, quantize, quantized_share
 from ..passes.smooth import factors, smooth, smoothable
+from ..passes.update import RESULT
 from ..verification.components import psnr
 from ..verification.emulate import EmulatedEngine, emulated, widened_copy
 from .calibration import Calibration, record
 from .observe import Feeds, best_ranges, channel_magnitudes, largest_magnitudes, layer_sqnr
 
 FP16_LIMIT = float(np.finfo(np.float16).max) / 2
-"""Largest magnitude that a value of an fp16 graph may reach on known inputs: half of what the type holds."""
+"""Largest magnitude that a value of an fp16 graph may reach on known inputs: half of the largest fp16 number, since
+other inputs may lead further."""
 
-_NOISY = 35.0  # dB; above, there is no need to smooth
-_LEAST_GAIN = 3.0  # dB; less is not worth an operator more
+_NOISY = 35.0  # dB; layers with a higher SQNR need no smoothing
+_LEAST_GAIN = 3.0  # dB; a smaller gain is not worth another operator
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How layers are chosen.
+    """Settings for the choice of layers.
 
     Attributes:
-        least_sqnr: Layers whose products keep less signal over quantisation noise than this, in dB, stay as they are.
+        least_sqnr: Least signal-to-quantisation-noise ratio of a layer's products, 0 to 200 dB; layers below it are
+            not quantised.
+
+    Raises:
+        InvalidRequestError: if ``least_sqnr`` is not in that range.
     """
 
     least_sqnr: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.least_sqnr <= 200:  # also when it is NaN
-            raise InvalidRequestError(f"least SQNR is {self.least_sqnr}, expected 0 to 200 dB (20 is usual)")
+        check_number("least SQNR", self.least_sqnr, 0, 200, hint=" dB (20 is usual)")
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,12 @@ class Quantized:
 
     Attributes:
         graph: Its entry for the manifest.
-        layers: How many layers are quantised.
-        smoothed: Of how many of them the channels were smoothed.
-        excluded: Layers that are not, with the SQNR in dB that they would have had, worst first.
-        share: Share of the layers' weights that is quantised.
-        psnr: Of its results against the graph that it was made from, over the recorded calls, in dB.
+        layers: Number of quantised layers.
+        smoothed: Number of those whose activations were smoothed.
+        excluded: Layers that are not quantised, with the SQNR in dB that they would have, worst first.
+        share: Quantised share, 0 to 1, of the weights of all layers.
+        psnr: Lowest PSNR in dB, over the recorded calls, of its results against those of the graph that it was made
+            from.
     """
 
     graph: Graph
@@ -72,11 +79,11 @@ class Quantized:
 
 
 def out_of_range(path: Path, feeds: Sequence[Mapping[str, Array]]) -> dict[str, float]:
-    """Values of an fp16 graph that leave :data:`FP16_LIMIT`, with the magnitudes that they reach in fp32.
+    """Find the values of an fp16 graph that exceed :data:`FP16_LIMIT`, with the magnitudes that they reach in fp32.
 
     Args:
-        path: The graph.
-        feeds: Inputs, with fp32 in place of fp16.
+        path: The graph's file.
+        feeds: Inputs of the calls, with fp32 in place of fp16.
 
     Raises:
         EngineError: if the graph cannot be run.
@@ -95,11 +102,18 @@ def out_of_range(path: Path, feeds: Sequence[Mapping[str, Array]]) -> dict[str, 
 
 
 def keep_in_fp32(path: Path, values: Iterable[str]) -> int:
-    """Change a graph in place so that these of its values are fp32, see
-    :func:`~latentrt.exporter.passes.islands.keep_fp32`.
+    """Apply :func:`~latentrt.exporter.passes.islands.keep_fp32` to a graph's file.
+
+    Args:
+        path: The file; it is replaced.
+        values: Names of the values that become fp32.
 
     Returns:
-        How many of its nodes run in fp32 then.
+        The number of nodes that now run in fp32.
+
+    Raises:
+        ExportError: if the changed graph is not well typed.
+        ValueError: if no node computes a value of that name.
     """
     model = ir.load(path)
     nodes = keep_fp32(model.graph, set(values))
@@ -111,22 +125,51 @@ def keep_in_fp32(path: Path, values: Iterable[str]) -> int:
 def ranges_of_pictures(
     bundle: Bundle, form: Form, calibration: Calibration, *, width: int | None, height: int | None
 ) -> dict[str, dict[str, float]]:
-    """By component the values that leave the range of fp16 while pictures are drawn, see :func:`out_of_range`.
+    """Find the values of each component that exceed fp16's range while images are drawn, see :func:`out_of_range`.
 
-    The encoder is given the pictures that were drawn.
+    The VAE's encoder gets the images that were drawn.
+
+    Args:
+        bundle: The bundle.
+        form: An fp16 form; components without it are left out.
+        calibration: Prompts and steps.
+        width: Width of the images in pixels; ``None`` takes the bundle's default.
+        height: Height of the images in pixels; ``None`` takes the bundle's default.
+
+    Returns:
+        Magnitudes by the value's name, by component.
     """
     with emulated(bundle, form.name, rounded=False) as (pipeline, _):
         recording = record(pipeline, calibration, width=width, height=height)
     calls = dict(recording.calls)
     calls["vae_encoder"] = [
-        {"sample": picture[None].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)}
-        for picture in recording.pictures
+        {"sample": image[None].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)}
+        for image in recording.images
     ]
     return {
         name: out_of_range(bundle.graph_path(name, form.name), feeds)
         for name, feeds in calls.items()
         if form.name in bundle.manifest.components[name].graphs
     }
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """A step's behaviour on recorded calls, see :func:`_observe`.
+
+    Attributes:
+        calls: Inputs of the calls.
+        expected: The exact result of each call.
+        ranges: Range of each activation; ``None`` if only weights are quantised.
+        sqnr: SQNR in dB of each layer.
+        smoothed: Factors of the layers that gain by smoothing.
+    """
+
+    calls: Feeds
+    expected: Sequence[Array]
+    ranges: Mapping[str, float] | None
+    sqnr: Mapping[str, float]
+    smoothed: Mapping[str, NDArray[np.float32]]
 
 
 def quantize_step(
@@ -138,71 +181,107 @@ def quantize_step(
     width: int | None,
     height: int | None,
 ) -> Quantized:
-    """Quantise the denoiser's step by what it sees while pictures are drawn, and write it beside what it is made from.
+    """Quantise the denoiser's step by its inputs while images are drawn, and write it beside the graph it is made from.
+
+    Steps:
+        1. Images are drawn, and ranges, noise and smoothing factors of each layer are found, see :func:`_observe`.
+        2. Layers with an SQNR of at least ``least_sqnr`` are chosen.
+        3. They are smoothed where that helps, and quantised.
+        4. The graph is written and checked.
+        5. It runs on the recorded calls with all its roundings, and is compared with the exact results.
 
     Args:
         bundle: Holds the form that is quantised, see :func:`~latentrt.exporter.graphs.targets.exported_form`.
-        form: What to make.
-        calibration: What to draw.
-        quantization: How to choose layers.
-        width: Of the pictures, in pixels; ``None`` is the bundle's default.
-        height: Likewise.
+        form: The quantised form to make.
+        calibration: Prompts, steps, and the number of calls to record.
+        quantization: Settings for the choice of layers.
+        width: Width of the images in pixels; ``None`` takes the bundle's default.
+        height: Height of the images in pixels; ``None`` takes the bundle's default.
 
     Raises:
         ExportError: if no layer can be quantised.
     """
-    base, weights_only = exported_form(form), form.precision == "int8-weights"
     part = family_of(bundle.manifest).stages()[-1]
-    number = FORMATS["int8" if weights_only else form.precision]
+    number = FORMATS["int8" if form.precision == "int8-weights" else form.precision]
+    seen = _observe(bundle, part, form, number, calibration, {"width": width, "height": height})  # step 1
+    # Step 2.
+    chosen = [name for name, ratio in seen.sqnr.items() if ratio >= quantization.least_sqnr]
+    if not chosen:
+        raise ExportError(
+            f"{part}: no layer keeps {quantization.least_sqnr:.0f} dB in {form.precision}; take a higher precision"
+        )
+    # Step 3.
+    source = bundle.graph(part, exported_form(form).name)
+    model = ir.load(bundle.path / source.file)
+    share = quantized_share(model.graph, chosen)
+    smooth(model.graph, {name: factor for name, factor in seen.smoothed.items() if name in chosen})
+    quantize(model.graph, number, seen.ranges, layers=chosen)
+    # Step 4.
+    path = (bundle.path / source.file).with_name(f"step.{form.name}.onnx")
+    graph = _write(model, path, bundle.path, form)
+    check_graph(path, f"{part} ({form.precision})")
+    # Step 5.
+    with widened_copy(path, rounded=True) as copy, EmulatedEngine(copy, graph, part) as engine:
+        agreement = min(
+            psnr(result, engine.run(call)[RESULT]) for call, result in zip(seen.calls, seen.expected, strict=True)
+        )
+    helped = sum(name in chosen for name in seen.smoothed)
+    worst_first = sorted(seen.sqnr.items(), key=lambda item: item[1])
+    excluded = {name: ratio for name, ratio in worst_first if name not in chosen}
+    return Quantized(graph, len(chosen), helped, excluded, share, agreement)
+
+
+def _observe(
+    bundle: Bundle,
+    part: str,
+    form: Form,
+    number: NumberFormat,
+    calibration: Calibration,
+    size: Mapping[str, int | None],
+) -> _Observed:
+    """Draw images with the exact form in fp32, and measure the step's layers on the recorded calls."""
+    base = exported_form(form)
     with emulated(bundle, base.name, rounded=False) as (pipeline, paths):
-        calls = record(pipeline, calibration, width=width, height=height).calls[part]
+        calls = record(pipeline, calibration, width=size["width"], height=size["height"]).calls[part]
         layers = find_layers(ir.load(paths[part]).graph)
-        ranges = None if weights_only else _ranges(paths[part], layers, number, calls)
+        ranges = None if form.precision == "int8-weights" else _ranges(paths[part], layers, number, calls)
         sqnr = layer_sqnr(paths[part], layers, ranges, number, calls)
         smoothed: dict[str, NDArray[np.float32]] = {}
         if ranges is not None:
             smoothed = _smooth_where_it_helps(paths[part], number, calls, ranges, sqnr)
         with EmulatedEngine(paths[part], bundle.graph(part, base.name), part) as engine:
-            expected = [engine.run(call)["updated_registers"] for call in calls]
-    chosen = [name for name, ratio in sqnr.items() if ratio >= quantization.least_sqnr]
-    if not chosen:
-        raise ExportError(
-            f"{part}: no layer keeps {quantization.least_sqnr:.0f} dB in {form.precision}; take a higher precision"
-        )
-    source = bundle.graph(part, base.name)
-    model = ir.load(bundle.path / source.file)
-    share = quantized_share(model.graph, chosen)
-    smooth(model.graph, {name: factor for name, factor in smoothed.items() if name in chosen})
-    quantize(model.graph, number, ranges, layers=chosen)
-    folder, stem = Path(source.file).parent, f"step.{form.name}.onnx"
+            expected = [engine.run(call)[RESULT] for call in calls]
+    return _Observed(calls, expected, ranges, sqnr, smoothed)
+
+
+def _write(model: ir.Model, path: Path, root: Path, form: Form) -> Graph:
+    """Write a quantised graph, with its weights inside or in a file beside it, and return its entry."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    external = f"{stem}.data" if size > EXTERNAL_THRESHOLD else None
+    external = f"{path.name}.data" if size > EXTERNAL_THRESHOLD else None
     if external is None:
         ir.external_data.load_to_model(model)
-    path = bundle.path / folder / stem
     ir.save(model, path, external_data=external)
-    check_graph(path, f"{part} ({form.precision})")
-    files = (f"{folder.as_posix()}/{external}",) if external else ()
-    graph = graph_entry(model.graph, f"{folder.as_posix()}/{stem}", form, files)
-    with widened_copy(path, rounded=True) as copy, EmulatedEngine(copy, graph, part) as engine:
-        agreement = min(
-            psnr(result, engine.run(call)["updated_registers"]) for call, result in zip(calls, expected, strict=True)
-        )
-    helped = sum(name in chosen for name in smoothed)
-    excluded = {name: ratio for name, ratio in sorted(sqnr.items(), key=lambda item: item[1]) if name not in chosen}
-    return Quantized(graph, len(chosen), helped, excluded, share, agreement)
+    files = (path.with_name(external).relative_to(root).as_posix(),) if external else ()
+    return graph_entry(model.graph, path.relative_to(root).as_posix(), form, files)
 
 
 def _ranges(path: Path, layers: Sequence[Layer], number: NumberFormat, calls: Feeds) -> dict[str, float]:
     largest = largest_magnitudes(path, dict.fromkeys(layer.activation for layer in layers), calls)
-    # Floating point has finer steps near zero anyway: there nothing is gained by saturating.
+    # The steps of floating point are finer near zero anyway, so saturating large values gains nothing.
     return best_ranges(path, largest, number, calls) if number.name == "int8" else largest
 
 
 def _smooth_where_it_helps(
     path: Path, number: NumberFormat, calls: Feeds, ranges: dict[str, float], sqnr: dict[str, float]
 ) -> dict[str, NDArray[np.float32]]:
-    """Factors of the noisy layers that gain by smoothing; ``ranges`` and ``sqnr`` are brought up to date for them."""
+    """Return the factors of the noisy layers that gain by smoothing, and update ``ranges`` and ``sqnr`` for these.
+
+    Steps:
+        1. Layers below :data:`_NOISY` that can be smoothed get factors from their channels' magnitudes.
+        2. A copy of the graph is smoothed, and measured as the graph was.
+        3. Layers that gain at least :data:`_LEAST_GAIN` keep their factors.
+    """
+    # Step 1.
     model = ir.load(path)
     noisy = [layer for layer in smoothable(model.graph) if sqnr[layer.name] < _NOISY]
     if not noisy:
@@ -213,15 +292,17 @@ def _smooth_where_it_helps(
         constant = model.graph.initializers[layer.weight].const_value
         assert constant is not None
         tried[layer.name] = factors(magnitudes[layer.activation], np.abs(constant.numpy()).max(axis=layer.axis))
+    # Step 2.
     smooth(model.graph, tried)
     copy = path.with_name(f".{path.stem}.smooth.onnx")
     try:
-        ir.save(model, copy)  # what stays as it was is read from where it is
+        ir.save(model, copy)  # weights that did not change are read from the graph's own file
         layers = [layer for layer in find_layers(model.graph) if layer.name in tried]
         new_ranges = _ranges(copy, layers, number, calls)
         new_sqnr = layer_sqnr(copy, layers, new_ranges, number, calls)
     finally:
         copy.unlink(missing_ok=True)
+    # Step 3.
     helped = [layer for layer in layers if new_sqnr[layer.name] >= sqnr[layer.name] + _LEAST_GAIN]
     for layer in helped:
         sqnr[layer.name] = new_sqnr[layer.name]
@@ -230,7 +311,7 @@ def _smooth_where_it_helps(
 
 
 def describe(quantized: Quantized) -> str:
-    """One line about a quantised step."""
+    """Describe a quantised step in one line."""
     parts = [
         f"{quantized.layers} layers with {quantized.share:.1%} of the weights",
         f"{quantized.psnr:.1f} dB against unquantised",

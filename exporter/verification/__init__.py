@@ -1,1 +1,1 @@
-"""Comparing exported graphs with torch."""
+"""Compare exported graphs with torch, and emulate reduced precision on a CPU."""

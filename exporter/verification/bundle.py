@@ -1,4 +1,4 @@
-"""Comparing a bundle's graphs with torch, one after the other."""
+"""Compare the graphs of a bundle with torch, one after the other."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from ..progress import Reporter, Silent
 from .components import check_component, check_stages
 from .emulate import EmulatedEngine, widened_copy
 
-_MOST = 999.0  # dB; equal arrays are infinitely close, which JSON cannot say
+_MOST = 999.0  # dB; stands for the infinite PSNR of equal arrays, which JSON cannot write
 
 
 def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Path | None = None) -> float:
-    """PSNR in dB of a graph against torch; one of half precision is computed with all its roundings.
+    """Compute the PSNR in dB of a graph's outputs against torch, at most 999.
+
+    A graph in half precision is emulated in fp32 with all its roundings.
 
     Args:
         component: The component that it was exported from.
         graph: Its entry in the manifest.
         directory: The bundle.
-        scratch: Where to put a copy of the graph; ``None`` is beside it.
+        scratch: Folder for a temporary copy of the graph; ``None`` puts it beside the graph.
 
     Raises:
-        VerificationError: if it is below the gate of its precision.
+        VerificationError: if the PSNR is below the gate of the graph's precision.
+        EngineError: if the graph cannot be run.
     """
     with (
         widened_copy(directory / graph.file, rounded=True, scratch=scratch) as copy,
@@ -44,16 +47,19 @@ def graph_psnr(component: Component, graph: Graph, directory: Path, scratch: Pat
 def stages_psnr(
     component: Component, stages: Mapping[str, Graph], directory: Path, scratch: Path | None = None
 ) -> float:
-    """PSNR in dB of a guided step through the stages of a denoiser, computed with all its roundings.
+    """Compute the PSNR in dB of a guided step through a denoiser's stages against torch, at most 999.
+
+    Stages in half precision are emulated in fp32 with all their roundings.
 
     Args:
-        component: The component that they were exported from.
-        stages: Entries of its stages in the manifest, by name.
+        component: The denoiser that they were exported from.
+        stages: Their entries in the manifest, by name, such as ``unet_step``.
         directory: The bundle.
-        scratch: Where to put copies of the graphs; ``None`` is beside them.
+        scratch: Folder for temporary copies of the graphs; ``None`` puts them beside the graphs.
 
     Raises:
-        VerificationError: if it is below the gate of its precision.
+        VerificationError: if the PSNR is below the gate of the step's precision.
+        EngineError: if a graph cannot be run.
     """
     with ExitStack() as stack:
         engines = {}
@@ -73,7 +79,7 @@ def verify_bundle(bundle: Bundle, model: Model, reporter: Reporter | None = None
         reporter: Receives the progress; ``None`` reports to nobody.
 
     Returns:
-        PSNR in dB by graph.
+        PSNR in dB by the graph's file.
 
     Raises:
         BundleError: if the bundle comes from another source, or from other adapters.

@@ -1,4 +1,4 @@
-"""Images as hardware of reduced precision draws them, computed by ONNX Runtime on a CPU."""
+"""Emulate hardware of reduced precision with ONNX Runtime on a CPU, to draw the images that it would draw."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ERRORS_ONLY = 3
 
 
 class EmulatedEngine(BaseEngine):
-    """A graph whose values are all fp32, rounded where it says so: ONNX Runtime may not leave out a rounding.
+    """Runs a graph whose values are all fp32, with every rounding that is written into it.
 
     Args:
-        path: The graph.
+        path: The graph's file, see :func:`widened_copy`.
         graph: Its entry in the manifest; inputs and outputs of half precision there are fp32 here.
         label: Name of the engine in messages.
     """
@@ -44,7 +44,8 @@ class EmulatedEngine(BaseEngine):
         ort = load_sdk()
         settings = ort.SessionOptions()
         settings.log_severity_level = _ERRORS_ONLY
-        # Kernels for 8 bits may overflow on older processors, and merge roundings that hardware keeps.
+        # ONNX Runtime's kernels for 8 bits may overflow on older processors, and would fuse roundings that hardware
+        # makes.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
         with translated(f"{self.label} could not load {self._path.name}"):
             self._session = ort.InferenceSession(str(self._path), settings, providers=["CPUExecutionProvider"])
@@ -75,20 +76,20 @@ def widened_copy(
     scratch: Path | None = None,
     weights: bool = True,
 ) -> Iterator[Path]:
-    """A copy of a graph without half precision, there until the end of the with statement.
+    """Yield a temporary copy of a graph in fp32; it is removed at the end of the ``with`` statement.
 
     Args:
-        path: The graph. One that has no value of half precision is not copied, unless ``lowered`` is given.
-        rounded: Round every value to its type in the graph, see :func:`~latentrt.exporter.passes.widen.widen`.
-        lowered: Round the model's values to this type, as an engine does that lowers fp32 by itself.
-        scratch: Where to put it; ``None`` is beside the graph.
-        weights: Widen the weights in it, or each where it is used, see :func:`~latentrt.exporter.passes.widen.widen`;
-            then the copy is beside the graph and uses its file of weights.
+        path: The graph's file. If no value is of half precision and ``lowered`` is ``None``, it is yielded itself.
+        rounded: Round every value as half precision does, see :func:`~latentrt.exporter.passes.widen.widen`.
+        lowered: Round the values of the model to this type, as an engine does that lowers fp32 by itself.
+        scratch: Folder of the copy; ``None`` puts it beside the graph.
+        weights: Turn the weights into fp32 in the copy. ``False`` converts each where it is used; the copy then uses
+            the graph's file of weights, and must be beside it.
     """
     model = ir.load(path)
     widened = widen(model.graph, rounded=rounded, weights=weights)
     if lowered is not None:
-        round_values(model.graph, lowered, keep="update_")  # guidance and the sampler's update
+        round_values(model.graph, lowered, keep="update_")  # guidance and the sampler's update stay fp32
     elif not widened:
         yield path
         return
@@ -112,13 +113,13 @@ def widened_copy(
 def emulated(
     bundle: Bundle, form: str, *, rounded: bool, lowered: ir.DataType | None = None
 ) -> Iterator[tuple[Pipeline, dict[str, Path]]]:
-    """A pipeline over one form of a bundle's graphs, run in fp32, and the graphs that it runs by component.
+    """Yield a pipeline that runs one form of a bundle's graphs in fp32, and the graphs' files by component.
 
     Args:
-        bundle: Its graphs' files may be added to while it is open: copies are made beside them.
+        bundle: The bundle. Temporary copies are put beside its graphs.
         form: The form of every component.
-        rounded: Round values to half precision where the form has that.
-        lowered: As for :func:`widened_copy`.
+        rounded: Round values to half precision where the form has it.
+        lowered: Round the values of the model to this type, as for :func:`widened_copy`.
 
     Raises:
         BundleError: if a component lacks the form.

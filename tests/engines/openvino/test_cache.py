@@ -63,13 +63,13 @@ def cache(graph: Path) -> ModelCache:
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Graphs that were read to be compiled, oldest first."""
-    read, seen = ov._read_onnx, []
+    read, seen = ov.read_onnx, []
 
     def reading(path: Path) -> Any:
         seen.append(path)
         return read(path)
 
-    monkeypatch.setattr(ov, "_read_onnx", reading)
+    monkeypatch.setattr(ov, "read_onnx", reading)
     return seen
 
 
@@ -165,7 +165,7 @@ def test_another_version_processor_or_size_has_another_model(
     sdk = ov.load_sdk()
     newer = types.SimpleNamespace(__version__="2099.1.0", Tensor=sdk.Tensor)
     monkeypatch.setattr(ov, "load_sdk", lambda: newer)
-    monkeypatch.setattr(ov, "_read_onnx", lambda path: compilations.append(path) or ov.load_core().read_model(path))
+    monkeypatch.setattr(ov, "read_onnx", lambda path: compilations.append(path) or ov.load_core().read_model(path))
     run(graph, cache)
     assert len(compilations) == 4
     assert "and this is 2099.1.0; compiling again" in warnings()[1]
@@ -272,5 +272,5 @@ def test_fixed_shapes(graph: Path) -> None:
     with pytest.raises(InvalidRequestError, match="unet has no length called 'depth'; it has batch, height"):
         OpenVinoEngine(graph, OpenVinoOptions(shapes={"depth": 4}), "unet", SPECS).open()
     for length in (0, True, "4"):
-        with pytest.raises(InvalidRequestError, match=r"shapes has height = .*, expected a whole number from 1"):
+        with pytest.raises(InvalidRequestError, match=r"^length height in shapes is .*, expected"):
             OpenVinoOptions(shapes={"height": length})

@@ -1,4 +1,4 @@
-"""Rewriting of OpenVINO models: the results are those of ONNX Runtime on the graph as it was."""
+"""Rewrites of OpenVINO models (rewrite.py, graph.py): the results are those of ONNX Runtime on the graph as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions, _read_onnx, load_sdk
+from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions, load_sdk, read_onnx
 from latentrt.engines.openvino.rewrite import convolve_before_upsampling, split_gates
 
 RNG = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def received(path: Path, x: Array) -> list[Array]:
 
 def places(path: Path, rewriting: Callable[[Any, Any], int], shape: list[int] | None = None) -> tuple[int, Any]:
     """How many places change, and the model that comes of it."""
-    model = _read_onnx(path)
+    model = read_onnx(path)
     if shape:
         model.reshape({"x": shape})
     return rewriting(model, load_sdk()), model

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from latentrt.engines.openvino import engine as ov
 from latentrt.engines.openvino import rewrite as ov_rewrite
 from latentrt.engines.openvino import winograd as ov_winograd
-from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions, _read_onnx, load_sdk
+from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions, load_sdk, read_onnx
 from latentrt.engines.openvino.winograd import CHANNELS, convolve_by_tiles, largest_tile, transforms
 
 RNG = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def take_all(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
 
 def points(path: Path, largest: int = 4, **fewest: int) -> int:
     """Products of a tile, which are the convolutions of one pixel that the model comes to have; 0 for none."""
-    model = _read_onnx(path)
+    model = read_onnx(path)
     count = convolve_by_tiles(model, load_sdk(), largest=largest, **fewest)
     kernels = [
         list(node.get_input_shape(1))[2:] for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"
@@ -171,7 +171,7 @@ def test_only_where_it_is_worth_it(
 def test_other_convolutions_are_left(tmp_path: Path, taps: int, attributes: dict[str, Any]) -> None:
     """Only kernels of 3x3 with a pixel of padding, that skip nothing, are taken."""
     path = convolution(tmp_path / "m.onnx", kernel(6, 4, taps), (8, 8), **attributes)
-    assert convolve_by_tiles(_read_onnx(path), load_sdk(), largest=4, channels=1, tiles=1) == 0
+    assert convolve_by_tiles(read_onnx(path), load_sdk(), largest=4, channels=1, tiles=1) == 0
 
 
 def test_weights_that_are_not_fp32_are_left(tmp_path: Path) -> None:

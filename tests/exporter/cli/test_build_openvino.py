@@ -52,7 +52,7 @@ def test_a_pipeline_opens_what_was_compiled(
     def refuse(path: Path) -> Any:
         raise AssertionError(f"{path} was compiled")
 
-    monkeypatch.setattr(ov, "_read_onnx", refuse)
+    monkeypatch.setattr(ov, "read_onnx", refuse)
     with Pipeline.load(output, "openvino", threads=1) as pipe:
         assert opened(pipe) == [True] * 5
     with Pipeline.load(output, "openvino") as pipe:

@@ -96,7 +96,7 @@ def test_a_value_without_a_type_is_found(tmp_path: Path) -> None:
     model = onnx.load(path)
     model.opset_import.append(helper.make_opsetid("nowhere", 1))
     onnx.save(model, path)
-    with pytest.raises(ExportError, match="nothing says what Mystery 'm' gives as 'riddle'"):
+    with pytest.raises(ExportError, match="the type of 'riddle', an output of Mystery 'm', is unknown"):
         check_graph(path, "g")
 
 

@@ -1,4 +1,4 @@
-"""Bundles of reduced precision: calibrated on real trajectories, held to a gate, and run by the engines."""
+"""Bundles of reduced precision (reduce.py), where they drift (bisect.py), and verifying them: whole builds."""
 
 from __future__ import annotations
 
@@ -6,139 +6,27 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import pytest
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latentrt.engines.errors import BundleError, InvalidRequestError, VerificationError
 from latentrt.exporter.builder.build import BuildReport, build_bundle
 from latentrt.exporter.builder.request import BuildRequest
-from latentrt.exporter.graphs.targets import PORTABLE, TARGETS, Form, exported_form, form_for, next_higher
+from latentrt.exporter.graphs.targets import PORTABLE, Form
 from latentrt.exporter.model import Model
 from latentrt.exporter.passes.quantize import find_layers
 from latentrt.exporter.precision import quality
 from latentrt.exporter.precision.bisect import find_drift
-from latentrt.exporter.precision.calibration import PROMPTS, Calibration, read_prompts, record
-from latentrt.exporter.precision.quality import Judgement, PictureQuality, picture_psnr, picture_ssim, require
-from latentrt.exporter.precision.reduce import Quantization
+from latentrt.exporter.precision.calibration import Calibration
+from latentrt.exporter.precision.quality import picture_psnr
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.verification.bundle import verify_bundle
-from latentrt.exporter.verification.emulate import emulated
 from latentrt.runtime import Pipeline
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli import main
-from latentrt.runtime.components.engine_probe import SUPPORTED
 
 QUICK = Calibration(("a red apple", "rocket"), steps=4, checked=2, recorded=4)
 PICTURES = "pictures/onnxruntime/int8"
-
-
-# --- the table of targets
-
-
-def test_every_precision_of_every_engine_has_a_form() -> None:
-    """Each is exported as itself or quantised from a form that is, and has a higher precision to be compared with."""
-    assert TARGETS.keys() == SUPPORTED.keys()
-    for engine, precisions in SUPPORTED.items():
-        for precision in precisions:
-            form = form_for(engine, precision)
-            base = exported_form(form)
-            assert form.opset == base.opset == TARGETS[engine].opset
-            assert base.precision in ("fp32", "fp16", "bf16")
-            assert form.quantized == (base != form)
-            assert next_higher(engine, precision) in precisions
-    assert form_for("openvino", "bf16") == PORTABLE  # it rounds by itself
-    with pytest.raises(InvalidRequestError, match=r"onnxruntime does not compute in fp8; choose .*tensorrt"):
-        form_for("onnxruntime", "fp8")
-
-
-# --- pictures
-
-
-def test_figures_of_pictures_are_those_of_scikit_image() -> None:
-    """PSNR and SSIM agree with an independent implementation, at Wang's settings."""
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 256, (24, 33, 3)).astype(np.uint8)
-    for noise in (1, 12, 80):
-        second = np.clip(first + rng.normal(0, noise, first.shape), 0, 255).astype(np.uint8)
-        assert picture_psnr(first, second) == pytest.approx(peak_signal_noise_ratio(first, second))
-        # scikit-image averages over the whole picture with mirrored borders, unless the window is told to stay inside.
-        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-        _, local = structural_similarity(first, second, channel_axis=2, full=True, **options)
-        assert picture_ssim(first, second) == pytest.approx(float(local[5:-5, 5:-5].mean()), abs=1e-6)
-    assert (picture_psnr(first, first), picture_ssim(first, first)) == (100, pytest.approx(1))
-
-
-def test_gate_says_what_was_measured_and_what_to_do() -> None:
-    """Pictures below the gate of their precision, or that are no numbers, are refused."""
-    require(PictureQuality(25.1, 20, 0.9), "int8", "onnxruntime")
-    for psnr in (24.9, float("nan")):
-        with pytest.raises(VerificationError, match=r"onnxruntime: pictures in int8 .* 25 dB .*--accept-quality"):
-            require(PictureQuality(psnr, 20, 0.9), "int8", "onnxruntime")
-
-
-def test_a_slower_precision_is_reported() -> None:
-    """What takes longer than the next higher precision on this machine is said to."""
-    assert "slower on this machine: a step takes 1.50 times as long as in fp32" in str(
-        Judgement(PictureQuality(30, 29, 0.9, 1.5), False, "fp32")
-    )
-    assert "0.50 of the time that fp16 takes" in str(Judgement(PictureQuality(30, 29, 0.9, 0.5), False, "fp16"))
-    assert "emulated" in str(Judgement(PictureQuality(30, 29, 0.9), True, "fp16"))
-
-
-# --- calibration
-
-
-def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
-    """One a line; blank lines and comments are left out; what is no list of prompts is refused in one sentence."""
-    path = tmp_path / "prompts.txt"
-    path.write_text("# mine\n\n  a red apple \nein Haus, schön\n", encoding="utf-8")
-    assert read_prompts(path) == ("a red apple", "ein Haus, schön")
-    for content, words in (
-        (b"# nothing\n", "holds 0 prompts"),
-        (b"\xff\xfe", "not UTF-8"),
-        (b"a\n" * 1001, "1001 prompts"),
-        (b"a" * (1 << 20) + b"b", "more than"),
-        (b"a" * (1 << 20) + "ö".encode(), "more than"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(InvalidRequestError, match=words):
-            read_prompts(path)
-    with pytest.raises(InvalidRequestError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
-
-
-@pytest.mark.parametrize("change", [{"prompts": ()}, {"steps": 0}, {"checked": 0}, {"recorded": True}])
-def test_a_calibration_that_draws_nothing_is_refused(change: dict[str, object]) -> None:
-    """Prompts, steps and pictures are at least one."""
-    with pytest.raises(InvalidRequestError):
-        Calibration(**change)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequestError, match="least SQNR"):
-        Quantization(float("nan"))
-
-
-@pytest.mark.heavy
-def test_recording_covers_prompts_timesteps_and_both_halves(emoji_bundle: Path) -> None:
-    """Kept calls come from every prompt, at timesteps spread over the run, with two rows a sample."""
-    calibration = Calibration(PROMPTS[:3], steps=6, recorded=6)
-    with emulated(Bundle.open(emoji_bundle), PORTABLE.name, rounded=False) as (pipeline, paths):
-        recording = record(pipeline, calibration)
-    assert {name: len(calls) for name, calls in recording.calls.items()} == {
-        "text_encoder": 6,  # each prompt and the empty negative one
-        "unet_prompt": 6,
-        "unet_schedule": 3,
-        "unet_step": 6,
-        "vae_decoder": 3,
-    }
-    steps = recording.calls["unet_step"]
-    assert len({float(call["input_scale"][0]) for call in steps} | {call["update"].tobytes() for call in steps}) >= 5
-    assert all(len(call["rows"]) == 2 for call in steps)
-    assert recording.pictures.shape == (3, 64, 64, 3)
-    assert not [path for path in paths["unet_step"].parent.iterdir() if path.name.startswith(".")]
-
-
-# --- whole builds
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +120,13 @@ def test_what_to_verify_must_be_said(
 def test_drift_of_what_is_not_there_is_refused(reduced: BuildReport) -> None:
     """Runner, component and precision are named in the refusal."""
     bundle = Bundle.open(reduced.path)
-    with pytest.raises(InvalidRequestError, match="unknown runner 'magic'"):
+    with pytest.raises(InvalidRequestError, match="runner is 'magic', expected one of emulated, "):
         find_drift(bundle, "unet_step", "int8", runner="magic")
     with pytest.raises(BundleError, match="no component 'unet_leap'"):
         find_drift(bundle, "unet_leap", "int8")
     with pytest.raises(BundleError, match="no form 'opset20-fp8'"):
         find_drift(bundle, "unet_step", "fp8")
-    with pytest.raises(BundleError, match="no picture needs vae_encoder"):
+    with pytest.raises(BundleError, match="drawing an image does not run vae_encoder"):
         find_drift(bundle, "vae_encoder", "int8")
 
 
