@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
+from latentrt.engines.kind import CPU, PRESENT
+from latentrt.engines.kinds import KINDS
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import print_json
 from latentrt.runtime.components.engine_choice import choose_graph
-from latentrt.runtime.components.engine_probe import PRESENT, SUPPORTED, probe
+from latentrt.runtime.components.engine_probe import probe
 from latentrt.runtime.families import family_of
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.samplers import SAMPLERS
 
 from .contest.assemble import Assembly
 from .contest.builds import build
-from .contest.contenders import ON_CPU, Contender, chosen, ours
+from .contest.contenders import Contender, chosen, ours
 from .contest.job import Job
 from .contest.rounds import RELOADED, RESIDENT, Contest, Settings
 from .machine import describe
@@ -158,13 +160,12 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def fitting(bundle: Bundle, device: str) -> list[Contender]:
     """LatentRT's contenders that the bundle has graphs for and that can run here."""
     found = []
-    for engine, precisions in SUPPORTED.items():
-        if (device == "cpu") != (engine in ON_CPU) or probe(engine).state != PRESENT:
+    for engine, kind in KINDS.items():
+        if (device == CPU) != (kind.device == CPU) or probe(engine).state != PRESENT:
             continue
-        for precision in precisions:
-            stored = "fp32" if (engine, precision) == ("openvino", "bf16") else precision
+        for precision in kind.precisions:
             try:
-                choose_graph(bundle.manifest.components["vae_decoder"], engine, stored)
+                choose_graph(bundle.manifest.components["vae_decoder"], engine, kind.graph_precision(precision))
             except (LookupError, ValueError):
                 continue
             found.append(ours(engine, precision))

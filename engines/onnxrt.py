@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .base import Array, BaseEngine, TensorSpec, check_feeds, check_threads
+from .base import Array, BaseEngine, Engine, TensorSpec, check_feeds, check_threads
 from .errors import EngineClosedError, EngineError, EngineUnavailableError, TensorMismatchError, translated
+from .kind import CPU, DECOMPOSED, EngineArguments, EngineKind
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -226,3 +227,35 @@ def _spec(node: Any) -> TensorSpec:
         d if isinstance(d, int) else str(d) if d else f"{node.name}_{axis}" for axis, d in enumerate(node.shape)
     )
     return TensorSpec(node.name, DTYPES[node.type], shape)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeKind(EngineKind):
+    """ONNX Runtime on the CPU."""
+
+    def version(self) -> str:
+        """Version of ONNX Runtime."""
+        return str(load_sdk().__version__)
+
+    def make(self, arguments: EngineArguments) -> Engine:
+        """The engine of one component."""
+        return OnnxRuntimeEngine(
+            arguments.path,
+            OnnxRuntimeOptions(threads=arguments.threads, arena=not arguments.low_memory),
+            f"{arguments.component} ({self.name})",
+            arguments.weights,
+            arguments.exchangeable,
+        )
+
+
+ONNX_RUNTIME = OnnxRuntimeKind(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    extra="",
+    device=CPU,
+    precisions=("fp32", "fp16", "int8", "int8-weights"),  # it has no bf16 and no fp8 arithmetic on a CPU
+    form=DECOMPOSED,
+    priority=40,
+    switchable=True,
+)
+"""ONNX Runtime on the CPU."""

@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Array
+from .base import Array, Engine
 from .device import DLPACK_CPU, DLPACK_CUDA, dlpack_capsule
 from .errors import EngineError, EngineUnavailableError, translated
-from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions
-from .trt.cuda import cuda_devices
+from .kind import CUDA, DECOMPOSED, NATIVE, EngineArguments
+from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions, load_sdk
+from .trt.cuda import cuda_devices, no_device
+from .trt.kind import TENSORRT_PRECISIONS, CudaKind
 
 _logger = logging.getLogger("latentrt.engines.onnxrt_gpu")
 
@@ -306,9 +308,7 @@ def require_provider(ort: ModuleType, engine: str) -> str:
     """
     plugged = find_provider(ort, engine)
     if not cuda_devices():
-        raise EngineUnavailableError(
-            f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
-        )
+        raise EngineUnavailableError(no_device(engine))
     return plugged
 
 
@@ -344,3 +344,32 @@ def _heavy_on_cpu(session: Any) -> list[str]:
         return []
     nodes = [n for part in assignment() if part.ep_name == "CPUExecutionProvider" for n in part.get_nodes()]
     return sorted({node.op_type for node in nodes} & _HEAVY)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeGpuKind(CudaKind):
+    """One of ONNX Runtime's providers for NVIDIA GPUs."""
+
+    def version(self) -> str:
+        """Version of an ONNX Runtime that has the provider."""
+        ort = load_sdk()
+        find_provider(ort, self.name)
+        return str(ort.__version__)
+
+    def make(self, arguments: EngineArguments) -> Engine:
+        """The engine of one component."""
+        label = f"{arguments.component} ({self.name})"
+        return OnnxRuntimeGpuEngine(arguments.path, self.name, label=label, weights=arguments.weights)
+
+
+GPU_KINDS = (
+    # The CUDA provider has no kernel for GroupNormalization, had none for Attention until 2026, and lacks some of other
+    # operators' newest versions; what it lacks goes to the CPU. So it takes the decomposed graph, whose operators it
+    # has had for years. That graph is of operator set 20, in which ONNX has no convolution of bf16.
+    OnnxRuntimeGpuKind(
+        "onnxruntime-cuda", "ONNX Runtime CUDA", "cuda", CUDA, ("fp32", "fp16"), DECOMPOSED, priority=30
+    ),
+    OnnxRuntimeGpuKind("onnxruntime-tensorrt", "ONNX Runtime TensorRT", "cuda", CUDA, TENSORRT_PRECISIONS, NATIVE),
+    OnnxRuntimeGpuKind("onnxruntime-tensorrt-rtx", "ONNX Runtime TensorRT-RTX", "", CUDA, TENSORRT_PRECISIONS, NATIVE),
+)
+"""ONNX Runtime's providers. Those for TensorRT build at the first request."""

@@ -35,8 +35,9 @@ from types import TracebackType
 from typing import Any, Self, TypedDict
 
 from latentrt.engines.errors import EngineError, EngineUnavailableError, InvalidRequestError, LatentRTError, OutputError
+from latentrt.engines.kinds import KINDS
 from latentrt.exporter.precision.calibration import PROMPTS, read_prompts
-from latentrt.runtime.components.engine_probe import SUPPORTED, probe
+from latentrt.runtime.components.engine_probe import probe
 from latentrt.runtime.denoising.run import Run
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request.options import RequestOptions
@@ -443,7 +444,7 @@ def _versions(pipeline: Pipeline) -> dict[str, str]:
         "python": platform.python_version(),
     }
     name = pipeline.engine_choice.name
-    return found | {name: probe(name).version} if name in SUPPORTED else found
+    return found | {name: probe(name).version} if name in KINDS else found
 
 
 def _notes(pipeline: Pipeline, duration: float, percentile: float | None) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from latentrt.engines.errors import BundleError, EngineUnavailableError
 from latentrt.engines.store import EngineRecord, EngineStore, engine_key
 from latentrt.engines.trt import BuildOptions, load_sdk
-from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.engines.trt.cuda import cuda_devices, no_device
 
 from ..bundle.manifest import PRECISIONS, Graph
 from ..bundle.reader import Bundle
@@ -75,9 +75,7 @@ def find_plan(bundle: Bundle, engine: str, component: str, precision: str | None
         plans = [plan for plan in plans if plan.precision == precision]
     sdk = load_sdk(engine)
     if not (devices := cuda_devices()):
-        raise EngineUnavailableError(
-            f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
-        )
+        raise EngineUnavailableError(no_device(engine))
     architecture = devices[0].architecture
     here = [plan for plan in plans if fits_gpu(plan.record.target, architecture)]
     if not here:

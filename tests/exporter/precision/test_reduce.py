@@ -12,9 +12,10 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from latentrt.engines.errors import BundleError, InvalidRequestError, VerificationError
+from latentrt.engines.kinds import KINDS
 from latentrt.exporter.builder.build import BuildReport, build_bundle
 from latentrt.exporter.builder.request import BuildRequest
-from latentrt.exporter.graphs.targets import PORTABLE, TARGETS, Form, exported_form, form_for, next_higher
+from latentrt.exporter.graphs.targets import PORTABLE, Form, exported_form, form_for, next_higher
 from latentrt.exporter.passes.quantize import find_layers
 from latentrt.exporter.precision import quality
 from latentrt.exporter.precision.bisect import find_drift
@@ -27,7 +28,6 @@ from latentrt.exporter.verification.emulate import emulated
 from latentrt.runtime import Pipeline
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli import main
-from latentrt.runtime.components.engine_probe import SUPPORTED
 
 QUICK = Calibration(("a red apple", "rocket"), steps=4, checked=2, recorded=4)
 PICTURES = "pictures/onnxruntime/int8"
@@ -38,15 +38,14 @@ PICTURES = "pictures/onnxruntime/int8"
 
 def test_every_precision_of_every_engine_has_a_form() -> None:
     """Each is exported as itself or quantised from a form that is, and has a higher precision to be compared with."""
-    assert TARGETS.keys() == SUPPORTED.keys()
-    for engine, precisions in SUPPORTED.items():
-        for precision in precisions:
+    for engine, kind in KINDS.items():
+        for precision in kind.precisions:
             form = form_for(engine, precision)
             base = exported_form(form)
-            assert form.opset == base.opset == TARGETS[engine].opset
+            assert form.opset == base.opset == kind.form.opset
             assert base.precision in ("fp32", "fp16", "bf16")
             assert form.quantized == (base != form)
-            assert next_higher(engine, precision) in precisions
+            assert next_higher(engine, precision) in kind.precisions
     assert form_for("openvino", "bf16") == PORTABLE  # it rounds by itself
     with pytest.raises(InvalidRequestError, match=r"onnxruntime does not compute in fp8; choose .*tensorrt"):
         form_for("onnxruntime", "fp8")
