@@ -102,6 +102,8 @@ class OnnxRuntimeEngine(BaseEngine):
                 raise EngineError(f"{self.label}: {self.path.name} has no weights named {min(lacking)!r} of its own")
         inputs = {node.name: _spec(node) for node in session.get_inputs()}
         outputs = {node.name: _spec(node) for node in session.get_outputs()}
+        # ONNX Runtime gives an unknown rank as an empty shape, like that of a scalar.
+        self._shapeless = frozenset(name for name, spec in outputs.items() if not spec.shape)
         self._session, self._output_names = session, list(outputs)
         return inputs, outputs
 
@@ -160,6 +162,7 @@ class ExchangedWeights(BaseEngine):
             check_feeds({name: known[name] for name in self._weights if name in known}, self._weights)
         except TensorMismatchError as error:
             raise TensorMismatchError(f"{self.label}: {error}") from None
+        self._shapeless = self.engine._shapeless
         return self.engine.inputs, self.engine.outputs
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
