@@ -570,7 +570,8 @@ def onnx_plan(path: Any, largest: int = 128, weights: Any = None) -> FakePlan:
 
 def add_plans(path: Any, module: Any, engine: str) -> None:
     """Put plans of all components into a bundle, and what they compute into a make-believe SDK."""
-    from latentrt.engines.store import EngineStore, engine_key
+    from latentrt.engines.records import engine_key
+    from latentrt.engines.store import EngineStore
     from latentrt.engines.trt import BuildOptions
     from latentrt.runtime.bundle.reader import Bundle
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from latentrt.engines.errors import BundleError, BundleIntegrityError, LatentRTError, OutputError
 
 from .manifest import ENGINES_DIRECTORY, MANIFEST_FILE, MAX_JSON_BYTES, FileEntry, Manifest
-from .onnx_guard import plain_file
+from .manifest_reading import read_manifest
+from .paths import plain_file
 from .reader import Bundle, sha256_of
 
 _PARTIAL = ".partial"  # a bundle being written, or what a killed writer left
-
-
 _OLDER = ".older"  # the older bundle while it is being replaced in two steps
 
 
@@ -34,8 +33,8 @@ class BundleWriter:
     """A bundle being written; made by :func:`write_bundle`.
 
     Attributes:
-        target: Where the bundle will be.
-        directory: Where to put its files until then.
+        target: Path that the bundle will have.
+        directory: Directory of its files until then.
     """
 
     def __init__(self, target: Path, directory: Path, claim: int | None) -> None:
@@ -45,7 +44,7 @@ class BundleWriter:
         self._claim = claim
 
     def preview(self, manifest: Manifest) -> Bundle:
-        """The bundle as it stands, to be run before it is committed; nothing is hashed or written.
+        """A bundle of the files so far, to be run before it is committed; nothing is hashed or written.
 
         Args:
             manifest: Everything but :attr:`Manifest.files`, which is filled in here with sizes alone.
@@ -77,7 +76,7 @@ class BundleWriter:
         with _as_output_error(self.target):
             complete = replace(manifest, files=self._collect())
             text = complete.to_json()
-            complete = Manifest.from_json(text, origin="the manifest to write")
+            complete = read_manifest(text, origin="the manifest to write")
             with (self.directory / MANIFEST_FILE).open("xb") as file:
                 file.write(text.encode())
                 file.flush()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.openvino.kind import OPENVINO
-from latentrt.engines.store import EngineRecord
+from latentrt.engines.records import EngineRecord
 
 from ..bundle.reader import Bundle
 from .engine_choice import EngineSettings, FixedSize, engine_arguments

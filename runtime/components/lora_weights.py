@@ -18,7 +18,7 @@ from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, SourceError
 
 from ..bundle.manifest import MAX_JSON_BYTES, Graph
-from ..bundle.onnx_guard import ExternalTensor
+from ..bundle.onnx_reader import ExternalTensor
 from ..bundle.reader import Bundle
 from ..families import Family
 from ..lora.reading import Lora, Shapes, Target

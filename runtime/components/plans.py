@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentrt.engines.errors import BundleError, EngineUnavailableError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key
+from latentrt.engines.records import EngineRecord, engine_key
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import BuildOptions, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices, no_device
 

@@ -23,7 +23,8 @@ from latentrt.engines.openvino import engine as ov
 from latentrt.engines.openvino.cache import ModelCache
 from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.openvino.rewrite import VERSION
-from latentrt.engines.store import EngineStore, file_sha256
+from latentrt.engines.records import file_sha256
+from latentrt.engines.store import EngineStore
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 20]>
