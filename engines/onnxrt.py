@@ -46,7 +46,7 @@ class OnnxRuntimeOptions:
     arena: bool = True
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        object.__setattr__(self, "threads", check_threads(self.threads))
 
 
 class OnnxRuntimeEngine(BaseEngine):

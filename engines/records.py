@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .checks import is_integer
 from .errors import BundleIntegrityError, BundleVersionError
 
 FORMAT_VERSION = 2
@@ -213,8 +214,7 @@ def as_profile(shapes: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tu
     result = {}
     for name, entry in shapes.items():
         smallest, usual, largest = entry
-        triple = (tuple(smallest), tuple(usual), tuple(largest))
-        if not all(type(length) is int for shape in triple for length in shape):
+        if not all(is_integer(length) for shape in (smallest, usual, largest) for length in shape):
             raise ValueError(name)
-        result[name] = triple
+        result[name] = (tuple(map(int, smallest)), tuple(map(int, usual)), tuple(map(int, largest)))
     return result

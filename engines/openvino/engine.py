@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..base import Array, BaseEngine, TensorSpec, check_threads
+from ..checks import check_choice, check_integer
 from ..errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, translated
 from .cache import ModelCache, Opened
 from .rewrite import rewrite
@@ -52,12 +53,10 @@ class OpenVinoOptions:
     shapes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InvalidRequestError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        check_threads(self.threads)
-        for symbol, length in self.shapes.items():
-            if type(length) is not int or length < 1:
-                raise InvalidRequestError(f"shapes has {symbol} = {length!r}, expected a whole number from 1")
+        check_choice("precision", self.precision, PRECISIONS)
+        object.__setattr__(self, "threads", check_threads(self.threads))
+        lengths = {symbol: check_integer(f"shapes[{symbol!r}]", length, 1) for symbol, length in self.shapes.items()}
+        object.__setattr__(self, "shapes", lengths)
 
     def computed_in(self, *, has_bf16: bool) -> str:
         """``"fp32"`` or ``"bf16"``: what is not quantised is computed in, with or without instructions for bf16."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import Array, TensorSpec, nbytes
+from ..checks import check_flag, check_integer
 from ..errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, LatentRTError
 from .caches import read_cache, write_cache
 from .context import Context, PlanProfile, Shapes, choose_profile
@@ -61,14 +62,11 @@ class SessionOptions:
     allow_host_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.device < 0:
-            raise InvalidRequestError(f"device is {self.device}; expected a number from 0")
-        if self.contexts < 1:
-            raise InvalidRequestError(f"contexts is {self.contexts}; expected at least 1")
-        if self.weight_streaming_budget is not None and self.weight_streaming_budget < 0:
-            raise InvalidRequestError(
-                f"weight streaming budget is {self.weight_streaming_budget} bytes; expected 0 or more"
-            )
+        for name, least in (("device", 0), ("contexts", 1), ("weight_streaming_budget", 0)):
+            if (value := getattr(self, name)) is not None or name != "weight_streaming_budget":
+                object.__setattr__(self, name, check_integer(name, value, least))
+        for name in ("cuda_graphs", "runtime_cache", "allow_host_code"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
 
 
 class Plan:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import TensorSpec
+from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import BundleError, SourceError
 
 from ..bundle.manifest import MAX_JSON_BYTES, Graph
@@ -216,6 +217,6 @@ def _layers(bundle: Bundle) -> dict[str, Shapes]:
 
 
 def _length(value: object) -> int:
-    if type(value) is not int or not 0 < value < 2**31:
+    if not is_integer(value) or not 0 < value < 2**31:
         raise ValueError
     return value

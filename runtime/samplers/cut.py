@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 
+from latentrt.engines.checks import is_number, show
 from latentrt.engines.errors import InvalidRequestError
 
 from .plan import Plan
@@ -20,10 +20,8 @@ def check_part(start: Any, end: Any) -> tuple[float | None, float | None]:
     """
     found: list[float | None] = []
     for name, value in (("denoising_start", start), ("denoising_end", end)):
-        if value is not None:
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number or not 0 < value < 1:  # NaN compares false
-                raise InvalidRequestError(f"{name} is {value!r}, expected a number between 0 and 1, or nothing")
+        if value is not None and not (is_number(value) and 0 < value < 1):
+            raise InvalidRequestError(f"{name} is {show(value)}, expected a number between 0 and 1, or nothing")
         found.append(None if value is None else float(value))
     first, last = found
     if first is not None and last is not None and first >= last:
@@ -84,7 +82,7 @@ def rows_of_part(
 
 
 def row_after_skipped(plan: Plan, skipped_steps: int, sampler: str) -> int:
-    """The row that a run begins at which leaves steps out, so as to change a picture that is there.
+    """The first row of a run that leaves steps out, so as to change an image that is there.
 
     Steps are counted as diffusers' pipelines do it. They take the repeated call of ``pndm`` for a step.
 

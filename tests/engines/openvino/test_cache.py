@@ -273,5 +273,5 @@ def test_fixed_shapes(graph: Path) -> None:
     with pytest.raises(InvalidRequestError, match="unet has no length called 'depth'; it has batch, height"):
         OpenVinoEngine(graph, OpenVinoOptions(shapes={"depth": 4}), "unet", SPECS).open()
     for length in (0, True, "4"):
-        with pytest.raises(InvalidRequestError, match=r"shapes has height = .*, expected a whole number from 1"):
+        with pytest.raises(InvalidRequestError, match=r"shapes\['height'\] is .*, expected (a whole number|1 or more)"):
             OpenVinoOptions(shapes={"height": length})
