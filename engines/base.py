@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute all outputs from ``feeds`` together with what is bound."""
+        """Compute all outputs from ``feeds`` and the inputs that are bound."""
         ...
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) ->
         The lengths of the inputs' symbols.
 
     Raises:
-        TensorMismatchError: naming the tensor, what was received and what is expected.
+        TensorMismatchError: naming the tensor, the value received and the one expected.
     """
     return _check("input", inputs, feeds, {}, (), TensorMismatchError)
 
@@ -111,7 +111,7 @@ def check_outputs(
     symbols: Symbols,
     shapeless: Collection[str] = (),
 ) -> None:
-    """Check names, dtypes and shapes of what an engine computed against the outputs that it declares.
+    """Check names, dtypes and shapes of computed outputs against the declared ones.
 
     A symbol of an input keeps the length that it has there. A symbol that only outputs have must stand for one length
     throughout them.
@@ -123,7 +123,7 @@ def check_outputs(
         shapeless: Outputs whose graph declares no shape; any is right.
 
     Raises:
-        EngineError: naming the tensor, what was received and what is expected.
+        EngineError: naming the tensor, the value received and the one expected.
     """
     _check("output", outputs, received, dict(symbols), shapeless, EngineError)
 
@@ -292,7 +292,7 @@ def check_threads(threads: object) -> int:
     """Check a number of threads inside an operator; 0 leaves the choice to the SDK.
 
     Raises:
-        InvalidRequestError: naming what was received and the range.
+        InvalidRequestError: naming the value received and the range.
     """
     if not is_integer(threads) or not 0 <= threads <= MAX_THREADS:
         raise InvalidRequestError(f"threads is {show(threads)}, expected 0 (automatic) to {MAX_THREADS}")

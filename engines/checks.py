@@ -1,13 +1,13 @@
-"""Validators of single values, for all layers: one rule of what a whole number, a number and a flag is.
+"""Validators of single values, for all layers: one rule for whole numbers, numbers, flags and words of a list.
 
-- numpy's integers and floats count as numbers, and its booleans as flags, wherever Python's do; what is returned is
+- numpy's integers and floats count as numbers, and its booleans as flags, wherever Python's do; the returned value is
   Python's.
 - A boolean is never a number, a float such as ``2.0`` never a whole number, a text never either, and no number is NaN
   or infinite. An integer too large for a float is a whole number, but no number.
-- An array is no number, even one of no dimensions: ``array.item()`` says what it means.
-- JSON has none of numpy's types, so what is read from a file is checked by the same rule.
+- An array is no number, even one of no dimensions: ``array.item()`` is one.
+- JSON has none of numpy's types, so values read from a file are checked by the same rule.
 
-Every message is one sentence: the name, what was received, what was expected.
+Every message is one sentence: the name, the value received, the value expected.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def check_integer(
     """A whole number from ``least`` to ``most``, as Python's ``int``.
 
     Args:
-        name: What the message calls it.
-        value: What was received.
+        name: Name of the value in the message.
+        value: The value.
         least: The smallest value that is allowed.
         most: The largest value that is allowed; ``None`` sets no limit.
         error: The class to raise.
-        hint: What to add to the message about a wrong range, after a space or punctuation of its own.
+        hint: Text to add to the message about a wrong range, with a space or punctuation of its own before it.
 
     Raises:
         LatentRTError: of class ``error``.

@@ -48,13 +48,13 @@ NATIVE = GraphForm(23, "fp16", native=True)
 
 @dataclass(frozen=True)
 class Availability:
-    """What a look for an engine's SDK and device found.
+    """Result of a look for an engine's SDK and device.
 
     Attributes:
         name: Name of the engine.
         state: :data:`PRESENT`, :data:`MISSING` or :data:`UNUSABLE`.
         version: Version of its SDK; empty where it is missing.
-        detail: What it runs on; or what is missing and how to get it; or why it cannot run.
+        detail: The device that it runs on; or the missing package and how to get it; or the reason why it cannot run.
     """
 
     name: str
@@ -71,7 +71,7 @@ class EngineArguments:
         component: Part of the model that the graph computes.
         path: The ONNX graph, all of whose files were checked; the compiled plan where the kind needs plans.
         inputs: Inputs of the graph as the manifest lists them.
-        outputs: Outputs of the graph, likewise.
+        outputs: Outputs of the graph as the manifest lists them.
         precision: The precision that the caller asked for; ``None`` for the graph's own.
         threads: Threads inside an operator on a CPU; 0 is automatic.
         low_memory: Keep no memory between runs that the next one could use.
@@ -81,7 +81,7 @@ class EngineArguments:
         graph_sha256: SHA-256 (hex) of the ONNX graph's file.
         weights_sha256: Name -> SHA-256 (hex) of every external weights file of the graph.
         store: Compiled models that the engine may use; ``None`` for none.
-        keep_compiled: Store what the engine had to compile.
+        keep_compiled: Store models that the engine had to compile.
         must_keep: Fail where a compiled model cannot be stored, in place of a warning.
         target: GPU architectures that a plan was built for, e.g. ``"sm_80+"``; empty without a plan.
     """
@@ -109,8 +109,8 @@ class EngineKind(ABC):
     """One kind of engine.
 
     Attributes:
-        name: What the API and the command line call it.
-        title: What reports call it.
+        name: Name in the API and on the command line.
+        title: Name in reports.
         extra: Extra of this package that installs its SDK; empty where none does.
         device: :data:`CPU` or :data:`CUDA`.
         precisions: Precisions that it has kernels for, the highest first; of
@@ -148,7 +148,7 @@ class EngineKind(ABC):
         """The engine of one component, not yet opened."""
 
     def runs_on(self) -> str:
-        """What the engine would run on here, in a few words.
+        """The device that the engine would run on here, in a few words.
 
         Raises:
             EngineUnavailableError: if a library beside the SDK is missing; the message says how to get it.

@@ -34,7 +34,7 @@ class OnnxRuntimeOptions:
 
     Attributes:
         threads: Threads inside an operator; 0 leaves the choice to ONNX Runtime (one a physical core).
-        spinning: Let idle threads spin for the next operator while a run lasts: faster for a single picture, wasteful
+        spinning: Let idle threads spin for the next operator while a run lasts: faster for a single image, wasteful
             where several requests share the processor. After a run they sleep: every session has threads of its own,
             and those of the text encoder would otherwise take processors from the first steps.
         arena: Keep memory between runs in an arena, which grows to the largest request that was served and never
@@ -58,7 +58,7 @@ class OnnxRuntimeEngine(BaseEngine):
         path: The graph. It must have passed :meth:`latentrt.runtime.bundle.reader.Bundle.graph_path`, since ONNX
             Runtime itself opens whatever files a graph names.
         options: Session settings.
-        label: What messages call the engine.
+        label: Name of the engine in messages.
         weights: Initializers to put in place of the graph's own, which it must have in another file. They must not be
             changed while the engine is open.
         exchangeable: Initializers that :meth:`with_weights` may replace later. They are not laid out for the processor

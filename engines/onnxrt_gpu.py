@@ -55,12 +55,12 @@ class Provider:
     """A way of ONNX Runtime to run on a GPU.
 
     Attributes:
-        name: What ONNX Runtime calls it.
-        others: Providers that may run what it does not, on the same GPU.
+        name: ONNX Runtime's name of it.
+        others: Providers that may run operators that it lacks, on the same GPU.
         options: Its settings.
         install: How to get an ONNX Runtime that has it.
         plugin: Python module that brings it to an ONNX Runtime that lacks it; empty where there is none.
-        memory: What ONNX Runtime calls the memory that it computes in.
+        memory: ONNX Runtime's name of the memory that it computes in.
     """
 
     name: str
@@ -92,7 +92,7 @@ class OrtArray:
 
     Args:
         value: ONNX Runtime's ``OrtValue``.
-        place: What ONNX Runtime calls the memory (``"cuda"`` or ``"cpu"``), and the device's number.
+        place: ONNX Runtime's name of the memory (``"cuda"`` or ``"cpu"``), and the device's number.
         session: The session whose memory it is, which must outlive it; ``None`` if it belongs to none.
     """
 
@@ -152,7 +152,7 @@ class OnnxRuntimeGpuOptions:
 class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
     """One ONNX graph in an ONNX Runtime session on an NVIDIA GPU.
 
-    What :meth:`bind` is given goes to the GPU once and stays there; so do outputs, unless the options say otherwise.
+    Bound inputs go to the GPU once and stay there; so do outputs, unless the options say otherwise.
     They may be fed again, and are not copied then: a loop's state never leaves the GPU. :meth:`run` returns when the
     GPU is done. Many threads may call it at once; each run has a binding and outputs of its own.
 
@@ -162,7 +162,7 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         path: The graph; see :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
         engine: A key of :data:`PROVIDERS`.
         options: Settings.
-        label: What messages call the engine.
+        label: Name of the engine in messages.
         weights: See :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
     """
 
@@ -283,7 +283,7 @@ def find_provider(ort: ModuleType, engine: str) -> str:
         The name under which a plugin has brought the provider; empty where it is part of ONNX Runtime.
 
     Raises:
-        EngineUnavailableError: saying what to install.
+        EngineUnavailableError: naming the package to install.
     """
     provider = PROVIDERS[engine]
     if provider.name in ort.get_available_providers():
@@ -304,7 +304,7 @@ def require_provider(ort: ModuleType, engine: str) -> str:
         As :func:`find_provider`.
 
     Raises:
-        EngineUnavailableError: saying what to install or to choose.
+        EngineUnavailableError: naming the package to install, or the engine to choose.
     """
     plugged = find_provider(ort, engine)
     if not cuda_devices():
@@ -338,7 +338,7 @@ def _preload(ort: ModuleType) -> None:
 
 
 def _heavy_on_cpu(session: Any) -> list[str]:
-    """Operators that take time and were given to the CPU; before ONNX Runtime 1.24 nothing tells."""
+    """Operators that take time and were left to the CPU; ONNX Runtime before 1.24 does not record them."""
     assignment = getattr(session, "get_provider_graph_assignment_info", None)
     if assignment is None:
         return []

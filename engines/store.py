@@ -1,4 +1,4 @@
-"""Compiled engines of a bundle: ``engines/<key>/``, one directory for each engine, found by what decides it.
+"""Compiled engines of a bundle: ``engines/<key>/``, one directory for each, named by all that decides it.
 
 A directory holds the compiled file (the plan) and ``engine.json``, its record. It appears under its key in one
 rename, complete, and neither is changed afterwards (a session may put a cache of its own beside them); so readers need
@@ -126,12 +126,12 @@ class EngineStore:
     ) -> EngineRecord:
         """Compile an engine and keep it.
 
-        Whatever ``write`` raises passes through, KeyboardInterrupt too, and nothing is left behind; what a killed
-        process left behind is removed by the next call on the same machine.
+        Whatever ``write`` raises passes through, KeyboardInterrupt too, and nothing is left behind. The next
+        call on the same machine removes the leftovers of a killed process.
 
         Args:
             key: From :func:`~latentrt.engines.records.engine_key`.
-            write: Compiles the engine to the path it is given. It is timed.
+            write: Compiles the engine to a path. It is timed.
             engine: As in :class:`~latentrt.engines.records.EngineRecord`; so are the other arguments.
 
         Returns:
@@ -221,7 +221,7 @@ class EngineStore:
             raise OutputError(f"cannot write an engine to {self.root}: {error.strerror or error}") from error
 
     def _remove_stale(self) -> None:
-        """Remove what builds that were killed left behind; a build that may still run is left alone."""
+        """Remove leftovers of builds that were killed; a build that may still run is left alone."""
         for name in os.listdir(self.root):
             if not (match := _TEMPORARY.fullmatch(name)):
                 continue
@@ -263,7 +263,7 @@ def _host() -> str:
 
 def _is_running(pid: int) -> bool:
     if os.name != "posix":
-        return True  # os.kill(pid, 0) is no mere question on Windows; there only age tells
+        return True  # os.kill(pid, 0) is no mere question on Windows; there only its age counts
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -88,7 +88,7 @@ class BuildOptions:
 
 
 def build_target(sdk: Sdk, options: BuildOptions) -> str:
-    """What a plan built here with these options runs on, e.g. ``"sm_90"`` or ``"sm_80+"`` (that and later).
+    """GPU architectures that a plan built here with these options runs on, e.g. ``"sm_90"``, or ``"sm_80+"`` and later.
 
     Raises:
         InvalidRequestError: if the options are not this SDK's.
@@ -139,7 +139,7 @@ def build_plan(
         output: Where the plan goes, in one rename.
         profile: Shapes of the dynamic inputs.
         options: None for the defaults.
-        on_progress: Called as :data:`Progress` says, in this thread or the SDK's; what it raises stops the build.
+        on_progress: Called as :data:`Progress` says, in this thread or the SDK's; an exception of it stops the build.
         timing_cache: TensorRT only: file of kernels' timings, read and extended, so that the next build is faster. A
             damaged one is named in a warning and made anew. TensorRT-RTX times nothing when it builds.
 

@@ -16,7 +16,7 @@ class CudaDevice:
     """A GPU that the CUDA driver offers.
 
     Attributes:
-        name: What the driver calls it, e.g. ``"NVIDIA H100 80GB HBM3"``.
+        name: The driver's name of it, e.g. ``"NVIDIA H100 80GB HBM3"``.
         architecture: Its compute capability, e.g. ``"sm_90"``.
     """
 

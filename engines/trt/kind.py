@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as kinds of engines, and what all kinds on an NVIDIA GPU have in common."""
+"""TensorRT and TensorRT-RTX as kinds of engines, and the common part of all kinds on an NVIDIA GPU."""
 
 from __future__ import annotations
 

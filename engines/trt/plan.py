@@ -76,7 +76,7 @@ class Plan:
         sdk: The SDK.
         cuda: The device, which is the calling thread's.
         path: The plan's file.
-        label: What messages call it.
+        label: Name of the plan in messages.
         device: The device in words.
         options: How to run it.
         arena: Memory of the activations.
@@ -108,7 +108,7 @@ class Plan:
         self._free = threading.Condition()
         self._cache_file = path.with_name(f"{path.name}.{device.architecture}.cache")
         self._cache: Any = None
-        self._saved = b""  # SHA-256 of what the file holds
+        self._saved = b""  # SHA-256 of the file's content
         self._saving = threading.Lock()
         self._runtime: Any = None
         self._engine: Any = None
@@ -165,7 +165,7 @@ class Plan:
         engine.weight_streaming_budget_v2 = min(budget, streamable)
 
     def _make_config(self, engine: Any) -> Any:
-        """How execution contexts are created, with what TensorRT-RTX compiled in earlier runs."""
+        """Settings of execution contexts, with the kernels that TensorRT-RTX compiled in earlier runs."""
         module = self._sdk.module
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -6,7 +6,7 @@ ONNX package and the runtimes were led out of the model's directory that way aga
 by unknown keys of the external data (CVE-2026-34445), and by ONNX Runtime's own marker for "this tensor is at
 that address in memory". So the runtime reads the graph itself, see :mod:`latentrt.runtime.bundle.onnx_reader`.
 
-What this does not cover: a file that someone exchanges between this check and the SDK's own opening of it
+Not covered are a file that someone exchanges between this check and the SDK's own opening of it
 (whoever can write into the bundle while it is in use has to be trusted), and what nodes compute at run time.
 """
 
@@ -43,7 +43,7 @@ class GraphSummary:
 
 
 def check_graph(root: Path, graph: Graph) -> tuple[ExternalTensor, ...]:
-    """Make sure that an SDK which opens ``graph`` reads nothing but what the manifest lists for it.
+    """Make sure that an SDK which opens ``graph`` reads nothing but the files that the manifest lists for it.
 
     Args:
         root: Directory of the bundle.
@@ -98,7 +98,7 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     the training information.
 
     Raises:
-        BundleIntegrityError: if the file is not an ONNX model, is damaged, or holds what no exported model holds.
+        BundleIntegrityError: if the file is not an ONNX model, is damaged, or has contents that no exported model has.
     """
     return tuple(_read(path).found)
 

@@ -1,6 +1,6 @@
 """A reader of serialised ONNX models that trusts nothing, without the ``onnx`` package.
 
-It visits every tensor of a model, wherever it hides, and refuses what is not plain. It is stricter than protobuf: a
+It visits every tensor of a model, wherever it hides, and refuses whatever is not plain. It is stricter than protobuf: a
 field that ONNX does not define, a field of the wrong wire type, and a single field that comes twice are refused, so
 that no two readers can disagree on the content of a file. It skips the weights' bytes, visits each field once, and
 bounds nesting and counts.
@@ -214,7 +214,7 @@ class OnnxReader:
             position += length
 
     def _walk(self, message: str, begin: int, end: int, depth: int) -> None:
-        """Visit a message and what is inside it."""
+        """Visit a message and the messages inside it."""
         if depth > _MAX_DEPTH:
             self._refuse(f"its messages are nested more than {_MAX_DEPTH} deep")
         sparse_dims: list[int] = []

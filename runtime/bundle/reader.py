@@ -42,7 +42,7 @@ class Bundle:
         """Read the manifest and look at every file that it lists.
 
         Args:
-            path: Directory of the bundle; it may be a symbolic link, what is inside may not.
+            path: Directory of the bundle; it may be a symbolic link, its files may not.
             verify_hash: Read every file and compare its SHA-256, not only kind and size.
 
         Raises:
@@ -81,7 +81,7 @@ class Bundle:
         """A graph's entry in the manifest.
 
         Raises:
-            BundleError: naming what the bundle has instead.
+            BundleError: naming those that the bundle has instead.
         """
         parts = self.manifest.components
         if component not in parts:
@@ -112,7 +112,7 @@ class Bundle:
     def graph_path(self, component: str, form: str) -> Path:
         """Path of an ONNX graph that may be handed to an SDK: all files that it names are the bundle's own.
 
-        The graph is read once a bundle; :mod:`latentrt.runtime.bundle.onnx_guard` says what is checked and what is not.
+        The graph is read once a bundle; :mod:`latentrt.runtime.bundle.onnx_guard` lists the checks, and their limits.
 
         Raises:
             BundleError: if the bundle has no such graph.

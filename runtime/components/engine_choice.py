@@ -153,7 +153,7 @@ def choose_engine(
     Raises:
         InvalidRequestError: if the engine or the precision is unknown, or the two do not go together.
         EngineUnavailableError: if the engine, or with ``"auto"`` every one, lacks something here.
-        BundleError: if the bundle lacks what the engine needs.
+        BundleError: if the bundle has no graph for the engine.
     """
     components = list(components)
     if settings.name != "auto":

@@ -1,4 +1,4 @@
-"""Which engines can run here, at which precisions, and what is missing where one cannot."""
+"""Engines that can run here, their precisions, and the reason where one cannot run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_engine(name: str, precision: str | None) -> None:
 
     Raises:
         InvalidRequestError: if the name or the precision is unknown, or the engine never computes in it.
-        EngineUnavailableError: if something is missing on this machine; the message says what.
+        EngineUnavailableError: if something is missing on this machine; the message names it.
     """
     check_precision(name, precision)
     found = probe(name)

@@ -49,7 +49,7 @@ def find_plan(bundle: Bundle, engine: str, component: str, precision: str | None
         precision: The only one to take; None takes any.
 
     Raises:
-        EngineUnavailableError: if none fits; the message says why, and what to do.
+        EngineUnavailableError: if none fits; the message gives the reason and the way out.
     """
     build = f"build one with: latentrt build-engine SOURCE --output {bundle.path} --engine {engine}"
     records = [record for record in _sound_records(bundle) if record.engine == engine and record.component == component]
@@ -107,7 +107,7 @@ def planned(bundle: Bundle, engine: str, component: str) -> set[str]:
 
 
 def fits_graph(record: EngineRecord, bundle: Bundle, graph: Graph) -> bool:
-    """Whether a plan is just what the bundle's present graph and weights give with the facts of its record."""
+    """Whether a plan was built from the bundle's present graph and weights, with the facts of its record."""
     files = bundle.manifest.files
     key = engine_key(
         graph=files[graph.file].sha256,
@@ -134,7 +134,7 @@ def fits_gpu(target: str, architecture: str) -> bool:
 
 def _number(architecture: str) -> int:
     digits = architecture.removeprefix("sm_")
-    return int(digits) if digits.isdecimal() else 1 << 30  # what is no architecture fits none
+    return int(digits) if digits.isdecimal() else 1 << 30  # a target that is no architecture fits none
 
 
 def _fits_version(record: EngineRecord, version: str) -> bool:

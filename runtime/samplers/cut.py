@@ -1,4 +1,4 @@
-"""Which rows of a plan belong to a part of a run, such as a base model's share and its refiner's."""
+"""Rows of a plan that belong to a part of a run, such as a base model's share or its refiner's."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def row_after(plan: Plan, fraction: float, train_timesteps: int) -> int:
     """The first row of a plan whose step begins after a fraction of the trained timesteps.
 
     Timesteps are counted as diffusers' pipelines of SDXL do. A step is never cut in two: where those stop between the
-    calls of a sampler of second order, and begin that step again from what the first call gave, all of its rows belong
+    calls of a sampler of second order, and begin that step again from the first call's result, all of its rows belong
     to the part in which it begins.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         fraction: From 0, pure noise, to 1.
         train_timesteps: Number of timesteps that the model was trained with.
 
@@ -58,11 +58,11 @@ def rows_of_part(
     """First row of a part of a run, and the row before which it ends.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         start: Fraction at which the part begins; ``None`` is the run's start.
         end: Fraction at which it ends; ``None`` is the run's end.
         train_timesteps: Number of timesteps that the model was trained with.
-        sampler: Its name, for messages.
+        sampler: Name of the sampler, for messages.
 
     Raises:
         InvalidRequestError: if no step begins between the two.
@@ -87,9 +87,9 @@ def row_after_skipped(plan: Plan, skipped_steps: int, sampler: str) -> int:
     Steps are counted as diffusers' pipelines do it. They take the repeated call of ``pndm`` for a step.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         skipped_steps: Steps to leave out.
-        sampler: Its name.
+        sampler: Name of the sampler.
 
     Raises:
         InvalidRequestError: if no step would be left.

@@ -1,4 +1,4 @@
-"""Gaussian noise that equals PyTorch's, without PyTorch: same seed, same picture.
+"""Gaussian noise that equals PyTorch's, without PyTorch: same seed, same image.
 
 Reproduces ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`` in float32, draw after draw.
 
@@ -49,7 +49,7 @@ class Noise(Protocol):
 class TorchGenerator:
     """The normal deviates of ``torch.Generator("cpu")``; consecutive draws continue one stream.
 
-    The 32-bit words are PyTorch's exactly. The deviates agree to 5e-7 with what PyTorch computes on x86 (its AVX2
+    The 32-bit words are PyTorch's exactly. The deviates agree to 5e-7 with PyTorch's on x86 (its AVX2
     kernel, which AVX-512 machines run too), and to 3e-6 with its builds for other processors, which round the
     angle differently and so differ from x86 by as much.
 
@@ -124,7 +124,7 @@ class TorchGenerator:
 class SharedNoise:
     """One stream of noise for several: each draw is made for all of them at once, and every member gets its part.
 
-    So noise is what it is in diffusers for one generator and several prompts. The members draw equally often, and no
+    So noise is that of diffusers for one generator and several prompts. The members draw equally often, and no
     shape but the first dimension differs between them. Not for use from several threads at once.
 
     Args:
@@ -189,7 +189,7 @@ def varied_noise(
 
     Args:
         stream: Where noise comes from.
-        shape: What to draw; the first dimension are pictures, each of which turns by an angle of its own.
+        shape: Shape of the noise; the first dimension is that of images, each of which turns by an angle of its own.
         seed: The other seed.
         strength: 0 to 1; ``None`` is 0.
 

@@ -273,7 +273,7 @@ def denoised_ve(prediction: str, x: Floats, output: Floats, sigma: float) -> Flo
 
 
 class VeRow(TypedDict):
-    """What a row's latent is, in the form that adds noise to an unscaled sample; see :meth:`PlanBuilder.append`."""
+    """Level of a row's latent, in the form that adds noise to an unscaled sample; see :meth:`PlanBuilder.append`."""
 
     level: tuple[float, float]
     input_scale: float
