@@ -1,4 +1,4 @@
-"""The shared part of engines: checks of inputs and outputs, bound inputs, the closed state."""
+"""The shared part of engines: checks of inputs and outputs, bound inputs, the closed state, errors (errors.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewriting of OpenVINO models: the results are those of ONNX Runtime on the graph as it was."""
+"""Rewriting of OpenVINO models (rewrite.py, graph.py): the results are those of ONNX Runtime."""
 
 from __future__ import annotations
 
