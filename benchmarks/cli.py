@@ -12,18 +12,20 @@ from typing import NoReturn
 
 from latentrt.engines.checks import check_integer, is_number
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
+from latentrt.engines.kind import CPU, PRESENT
+from latentrt.engines.kinds import KINDS
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.cli.console import print_json
 from latentrt.runtime.components.engine_choice import choose_graph
-from latentrt.runtime.components.engine_probe import PRESENT, SUPPORTED, probe
+from latentrt.runtime.components.engine_probe import probe
 from latentrt.runtime.families import family_of
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.samplers import SAMPLERS
 
 from .assembly.assemble import Assembly
 from .contest.builds import build
-from .contest.contenders import ON_CPU, Contender, chosen, ours, stored_precision
+from .contest.contenders import Contender, chosen, ours
 from .contest.job import Job
 from .contest.rounds import RELOADED, RESIDENT, Contest, Settings
 from .machine import describe
@@ -169,12 +171,12 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def fitting(bundle: Bundle, device: str) -> list[Contender]:
     """LatentRT's contenders that have graphs in the bundle and an engine on this machine."""
     found = []
-    for engine, precisions in SUPPORTED.items():
-        if (device == "cpu") != (engine in ON_CPU) or probe(engine).state != PRESENT:
+    for engine, kind in KINDS.items():
+        if (device == CPU) != (kind.device == CPU) or probe(engine).state != PRESENT:
             continue
-        for precision in precisions:
+        for precision in kind.precisions:
             try:
-                choose_graph(bundle.manifest.components["vae_decoder"], engine, stored_precision(engine, precision))
+                choose_graph(bundle.manifest.components["vae_decoder"], engine, kind.graph_precision(precision))
             except (LookupError, ValueError):
                 continue
             found.append(ours(engine, precision))

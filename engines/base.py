@@ -1,6 +1,7 @@
-"""What every engine is: named tensors in, named tensors out.
+"""The engine protocol: named tensors in, named tensors out.
 
-The checks of names, dtypes and shapes live here, once, and run before any SDK sees a tensor.
+The checks of names, dtypes and shapes live here, once: of inputs before the SDK sees a tensor, of outputs before a
+caller does.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
@@ -16,7 +17,8 @@ from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EngineClosedError, InvalidRequestError, TensorMismatchError
+from .checks import is_integer, show
+from .errors import EngineClosedError, EngineError, InvalidRequestError, LatentRTError, TensorMismatchError
 
 Array: TypeAlias = NDArray[Any]
 """A numpy array, or from and to an engine that says ``on_device`` a :class:`~latentrt.engines.device.DeviceArray`.
@@ -29,9 +31,8 @@ DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "
 
 _NUMPY_DTYPES = {name: np.dtype(name) for name in DTYPES if name != "bfloat16"}
 
-
 MAX_THREADS = 1024
-"""Most threads that an engine on a CPU may be given; they are started at once, needed or not."""
+"""Most threads of an engine on a CPU; the SDK starts all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute all outputs from ``feeds`` together with what is bound."""
+        """Compute all outputs from ``feeds`` and the inputs that are bound."""
         ...
 
     def close(self) -> None:
@@ -86,37 +87,87 @@ class Engine(Protocol):
         ...
 
 
-def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
+Symbols: TypeAlias = dict[str, tuple[int, str]]
+"""Lengths of symbols in one call, each with the tensor that it was read from, such as ``"input 'sample'"``."""
+
+
+def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> Symbols:
     """Check names, dtypes and shapes of ``feeds`` against ``inputs``.
 
     A symbol must stand for one length throughout a call.
 
+    Returns:
+        The lengths of the inputs' symbols.
+
     Raises:
-        TensorMismatchError: naming the tensor, what was received and what is expected.
+        TensorMismatchError: naming the tensor, the value received and the one expected.
     """
-    if missing := [name for name in inputs if name not in feeds]:
-        raise TensorMismatchError(f"missing input {missing[0]!r}; expected {_join(inputs)}, received {_join(feeds)}")
-    if unknown := [name for name in feeds if name not in inputs]:
-        raise TensorMismatchError(f"unknown input {unknown[0]!r}; expected {_join(inputs)}")
-    symbols: dict[str, tuple[int, str]] = {}
-    for name, spec in inputs.items():
-        array = feeds[name]
+    return _check("input", inputs, feeds, {}, (), TensorMismatchError)
+
+
+def check_outputs(
+    outputs: Mapping[str, TensorSpec],
+    received: Mapping[str, Array],
+    symbols: Symbols,
+    shapeless: Collection[str] = (),
+) -> None:
+    """Check names, dtypes and shapes of computed outputs against the declared ones.
+
+    A symbol of an input keeps the length that it has there. A symbol that only outputs have must stand for one length
+    throughout them.
+
+    Args:
+        outputs: The declared outputs.
+        received: The computed ones; on a device too, since nothing is copied.
+        symbols: Lengths of the inputs' symbols, from :func:`check_feeds`.
+        shapeless: Outputs whose graph declares no shape; any is right.
+
+    Raises:
+        EngineError: naming the tensor, the value received and the one expected.
+    """
+    _check("output", outputs, received, dict(symbols), shapeless, EngineError)
+
+
+def _check(
+    kind: str,
+    specs: Mapping[str, TensorSpec],
+    arrays: Mapping[str, Array],
+    symbols: Symbols,
+    shapeless: Collection[str],
+    error: type[LatentRTError],
+) -> Symbols:
+    """Check arrays against specs; ``symbols`` holds lengths that are known, and gets those that are found."""
+    if missing := [name for name in specs if name not in arrays]:
+        raise error(f"missing {kind} {missing[0]!r}; expected {_join(specs)}, received {_join(arrays)}")
+    if unknown := [name for name in arrays if name not in specs]:
+        raise error(f"unknown {kind} {unknown[0]!r}; expected {_join(specs)}")
+    for name, spec in specs.items():
+        array, label = arrays[name], f"{kind} {name!r}"
         if not (hasattr(array, "dtype") and hasattr(array, "shape")):
-            raise TensorMismatchError(f"input {name!r} is a {type(array).__name__}, expected an array {spec}")
+            raise error(f"{label} is a {type(array).__name__}, expected an array {spec}")
         # The name of a numpy dtype takes microseconds to make, and a step has dozens of inputs.
         if array.dtype is not _NUMPY_DTYPES.get(spec.dtype) and str(array.dtype) != spec.dtype:
-            raise TensorMismatchError(f"input {name!r} is {array.dtype}, expected {spec.dtype}")
+            raise error(f"{label} is {array.dtype}, expected {spec.dtype}")
+        if name in shapeless:
+            continue
         if len(array.shape) != len(spec.shape):
-            raise TensorMismatchError(f"input {name!r} has shape {tuple(array.shape)}, expected {spec}")
+            raise error(f"{label} has shape {tuple(array.shape)}, expected {spec}")
         for length, expected in zip(array.shape, spec.shape, strict=True):
             if isinstance(expected, str):
-                known, where = symbols.setdefault(expected, (length, name))
+                known, where = symbols.setdefault(expected, (length, label))
                 if known != length:
-                    raise TensorMismatchError(
-                        f"input {name!r} has {expected}={length}, but input {where!r} has {expected}={known}"
-                    )
+                    raise error(f"{label} has {expected}={length}, but {where} has {expected}={known}")
             elif expected != length:
-                raise TensorMismatchError(f"input {name!r} has shape {tuple(array.shape)}, expected {spec}")
+                raise error(f"{label} has shape {tuple(array.shape)}, expected {spec}")
+    return symbols
+
+
+def _kinds(arrays: Mapping[str, Array]) -> dict[str, tuple[Any, Any]] | None:
+    """Element types and shapes by name; ``None`` where something is no array."""
+    try:
+        return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    except AttributeError:
+        return None
 
 
 def _join(names: Mapping[str, object]) -> str:
@@ -126,8 +177,7 @@ def _join(names: Mapping[str, object]) -> str:
 class BaseEngine(ABC):
     """Shared part of the engines: bound inputs, checks, the closed state and the context manager.
 
-    A subclass sets :attr:`inputs` and :attr:`outputs` while opening, and implements :meth:`_open`,
-    :meth:`_run` and :meth:`_close`.
+    A subclass implements :meth:`_open`, which returns inputs and outputs, :meth:`_run` and :meth:`_close`.
     """
 
     on_device = False
@@ -135,9 +185,10 @@ class BaseEngine(ABC):
 
     def __init__(self, label: str) -> None:
         self.label = label
-        """What messages call this engine, e.g. ``"unet (onnxruntime)"``."""
+        """Name of this engine in messages, e.g. ``"unet (onnxruntime)"``."""
         self._inputs: Mapping[str, TensorSpec] = {}
         self._outputs: Mapping[str, TensorSpec] = {}
+        self._shapeless: frozenset[str] = frozenset()  # outputs whose graph declares no shape; set while opening
         self._local = threading.local()
         self._opened = False
         self._lock = threading.Lock()
@@ -186,21 +237,30 @@ class BaseEngine(ABC):
             feeds: Every input that is not bound, by name; a name that is bound is overridden for this run.
 
         Raises:
-            TensorMismatchError: before the SDK is called.
-            EngineError: if the SDK fails.
+            TensorMismatchError: before the SDK is called, if an input is not as declared.
+            EngineError: if the SDK fails, or an output is not as declared.
         """
         self._require_open()
         local = self._local.__dict__
         merged = {**local.get("bound", {}), **feeds}
-        # A loop's steps give the same names, types and shapes again and again: those of the last run are known good.
-        kinds = {name: (getattr(array, "dtype", None), getattr(array, "shape", None)) for name, array in merged.items()}
-        if kinds != local.get("checked"):
+        # A loop's steps take and give the same names, types and shapes again and again: those of this thread's last run
+        # are known good.
+        given = _kinds(merged)
+        if given is None or given != local.get("given"):
             try:
-                check_feeds(self._inputs, merged)
+                local["symbols"] = check_feeds(self._inputs, merged)
             except TensorMismatchError as error:
                 raise TensorMismatchError(f"{self.label}: {error}") from None
-            local["checked"] = kinds
-        return self._run(merged)
+            local["given"], local["received"] = given, None
+        found = self._run(merged)
+        received = _kinds(found)
+        if received is None or received != local["received"]:
+            try:
+                check_outputs(self._outputs, found, local["symbols"], self._shapeless)
+            except EngineError as error:
+                raise EngineError(f"{self.label} broke its declaration: {error}") from None
+            local["received"] = received
+        return found
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
@@ -228,14 +288,15 @@ class BaseEngine(ABC):
         return None
 
 
-def check_threads(threads: object) -> None:
+def check_threads(threads: object) -> int:
     """Check a number of threads inside an operator; 0 leaves the choice to the SDK.
 
     Raises:
-        InvalidRequestError: naming what was received and the range.
+        InvalidRequestError: naming the value received and the range.
     """
-    if type(threads) is not int or not 0 <= threads <= MAX_THREADS:
-        raise InvalidRequestError(f"threads is {threads!r}, expected 0 (automatic) to {MAX_THREADS}")
+    if not is_integer(threads) or not 0 <= threads <= MAX_THREADS:
+        raise InvalidRequestError(f"threads is {show(threads)}, expected 0 (automatic) to {MAX_THREADS}")
+    return int(threads)
 
 
 def nbytes(spec: TensorSpec, lengths: Mapping[str, int]) -> int:

@@ -1,8 +1,13 @@
-"""Validators of single values, for all layers: one rule for what a whole number, a number and a flag is.
+"""Validators of single values, for all layers: one rule for whole numbers, numbers, flags and words of a list.
 
-numpy's integers and floats count as numbers, and its booleans as flags, wherever Python's do. A boolean is never a
-number, and
-no number is NaN or infinite. Every message is one sentence: the name, what was received, what was expected.
+- numpy's integers and floats count as numbers, and its booleans as flags, wherever Python's do; the returned value is
+  Python's.
+- A boolean is never a number, a float such as ``2.0`` never a whole number, a text never either, and no number is NaN
+  or infinite. An integer too large for a float is a whole number, but no number.
+- An array is no number, even one of no dimensions: ``array.item()`` is one.
+- JSON has none of numpy's types, so values read from a file are checked by the same rule.
+
+Every message is one sentence: the name, the value received, the value expected.
 """
 
 from __future__ import annotations
@@ -22,10 +27,15 @@ _SHORT.maxstring = 120
 
 
 def show(value: object) -> str:
-    """A value as a message shows it: short, and safe for integers that Python itself refuses to print."""
+    """A value as a message shows it: short, numpy's numbers like Python's, and integers of any length safely."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to print very long integers, here inside of a container
+        return f"a {type(value).__name__} of integers too long to show"
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -55,12 +65,12 @@ def check_integer(
     """A whole number from ``least`` to ``most``, as Python's ``int``.
 
     Args:
-        name: What the message calls it.
-        value: What was received.
+        name: Name of the value in the message.
+        value: The value.
         least: The smallest value that is allowed.
         most: The largest value that is allowed; ``None`` sets no limit.
         error: The class to raise.
-        hint: What to add to the message about a wrong range, after a space or punctuation of its own.
+        hint: Text to add to the message about a wrong range, with a space or punctuation of its own before it.
 
     Raises:
         LatentRTError: of class ``error``.
@@ -77,21 +87,26 @@ def check_integer(
 def check_number(
     name: str,
     value: Any,
-    least: float = 0,
+    least: float | None = 0,
     most: float | None = None,
     *,
     error: type[LatentRTError] = InvalidRequestError,
     hint: str = "",
 ) -> float:
-    """A finite number from ``least`` to ``most``, as Python's ``float``; arguments as for :func:`check_integer`.
+    """A finite number from ``least`` to ``most``, as Python's ``float``.
+
+    Arguments are those of :func:`check_integer`, save that ``least`` may be ``None``, too.
 
     Raises:
         LatentRTError: of class ``error``.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error(f"{name} is {show(value)}, expected a number")
-    if not is_number(value) or value < least or (most is not None and value > most):
-        expected = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+    if not is_number(value) or (least is not None and value < least) or (most is not None and value > most):
+        if least is None:
+            expected = "a finite number" if most is None else f"{most:g} or less"
+        else:
+            expected = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
         raise error(f"{name} is {show(value)}, expected {expected}{hint}")
     return float(value)
 

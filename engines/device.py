@@ -1,4 +1,4 @@
-"""Arrays that stay on a device: what an engine on a GPU hands out, and the way back to numpy.
+"""Arrays that stay on a device: those that an engine on a GPU hands out, and their way back to numpy.
 
 Copies are explicit: a device array has no ``__array__``, so numpy never fetches one unasked. Other frameworks take one
 without a copy through DLPack, e.g. ``torch.from_dlpack(array)``.
@@ -89,7 +89,7 @@ _CODES = {
     "bool": (6, 8),
 }
 _NAME = b"dltensor"
-_exported: dict[int, tuple[Any, ...]] = {}  # what must live as long as another framework uses it, by address
+_exported: dict[int, tuple[Any, ...]] = {}  # objects that must live as long as another framework uses them, by address
 
 
 def _let_go(tensor: int) -> None:

@@ -2,7 +2,7 @@
 
 One base, :class:`LatentRTError`; each class also inherits the builtin that fits, so that code which
 knows nothing of LatentRT (``except ValueError``) still does the right thing. A message is one sentence
-that says what was received, what was expected and, where there is one, the way out.
+that says which value was received, which was expected and, where there is one, the way out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class InvalidRequestError(LatentRTError, ValueError):
 
 
 class TensorMismatchError(LatentRTError, ValueError):
-    """A tensor's name, dtype or shape is not what an engine takes."""
+    """A tensor's name, dtype or shape is none that an engine takes."""
 
 
 class BundleError(LatentRTError, ValueError):
-    """A bundle is missing, damaged, hostile, or lacks what was asked of it."""
+    """A bundle is missing, damaged, hostile, or lacks a part that was asked for."""
 
 
 class BundleVersionError(BundleError):
@@ -44,7 +44,7 @@ class ExportError(LatentRTError, RuntimeError):
 
 
 class VerificationError(ExportError):
-    """An exported component or engine does not compute what its source computes."""
+    """An exported component or engine computes other values than its source."""
 
 
 class EngineError(LatentRTError, RuntimeError):
@@ -56,7 +56,7 @@ class EngineUnavailableError(EngineError):
 
 
 class EngineMemoryError(EngineError, MemoryError):
-    """A device has too little free memory for what is asked of it."""
+    """A device has too little free memory for a request."""
 
 
 class EngineClosedError(EngineError):
@@ -72,8 +72,8 @@ def translated(what: str, *, line: int = 0) -> Iterator[None]:
     """Turn any exception of an SDK into an :class:`EngineError`, with the SDK's own as its cause.
 
     Args:
-        what: What failed; the message begins with it.
-        line: Which line of the SDK's message tells the reason: ONNX Runtime puts it first, OpenVINO last.
+        what: The action that failed; the message begins with it.
+        line: Index of the line of the SDK's message that gives the reason: ONNX Runtime puts it first, OpenVINO last.
 
     Raises:
         EngineError: from any exception that is not LatentRT's own.

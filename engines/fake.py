@@ -13,8 +13,8 @@ class FakeEngine(BaseEngine):
     """Runs ``function`` in place of a graph, with the same checks as a real engine, and records its calls.
 
     Args:
-        inputs: Specs of what the function takes.
-        outputs: Specs of what it returns.
+        inputs: Specs of the function's inputs.
+        outputs: Specs of its outputs.
         function: Maps inputs by name to outputs by name.
 
     Example:

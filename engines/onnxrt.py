@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .base import Array, BaseEngine, TensorSpec, check_feeds, check_threads
+from .base import Array, BaseEngine, Engine, TensorSpec, check_feeds, check_threads
 from .errors import EngineClosedError, EngineError, EngineUnavailableError, TensorMismatchError, translated
+from .kind import CPU, DECOMPOSED, EngineArguments, EngineKind
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -33,7 +34,7 @@ class OnnxRuntimeOptions:
 
     Attributes:
         threads: Threads inside an operator; 0 leaves the choice to ONNX Runtime (one a physical core).
-        spinning: Let idle threads spin for the next operator while a run lasts: faster for a single picture, wasteful
+        spinning: Let idle threads spin for the next operator while a run lasts: faster for a single image, wasteful
             where several requests share the processor. After a run they sleep: every session has threads of its own,
             and those of the text encoder would otherwise take processors from the first steps.
         arena: Keep memory between runs in an arena, which grows to the largest request that was served and never
@@ -45,7 +46,7 @@ class OnnxRuntimeOptions:
     arena: bool = True
 
     def __post_init__(self) -> None:
-        check_threads(self.threads)
+        object.__setattr__(self, "threads", check_threads(self.threads))
 
 
 class OnnxRuntimeEngine(BaseEngine):
@@ -57,7 +58,7 @@ class OnnxRuntimeEngine(BaseEngine):
         path: The graph. It must have passed :meth:`latentrt.runtime.bundle.reader.Bundle.graph_path`, since ONNX
             Runtime itself opens whatever files a graph names.
         options: Session settings.
-        label: What messages call the engine.
+        label: Name of the engine in messages.
         weights: Initializers to put in place of the graph's own, which it must have in another file. They must not be
             changed while the engine is open.
         exchangeable: Initializers that :meth:`with_weights` may replace later. They are not laid out for the processor
@@ -101,6 +102,8 @@ class OnnxRuntimeEngine(BaseEngine):
                 raise EngineError(f"{self.label}: {self.path.name} has no weights named {min(lacking)!r} of its own")
         inputs = {node.name: _spec(node) for node in session.get_inputs()}
         outputs = {node.name: _spec(node) for node in session.get_outputs()}
+        # ONNX Runtime gives an unknown rank as an empty shape, like that of a scalar.
+        self._shapeless = frozenset(name for name, spec in outputs.items() if not spec.shape)
         self._session, self._output_names = session, list(outputs)
         return inputs, outputs
 
@@ -159,6 +162,7 @@ class ExchangedWeights(BaseEngine):
             check_feeds({name: known[name] for name in self._weights if name in known}, self._weights)
         except TensorMismatchError as error:
             raise TensorMismatchError(f"{self.label}: {error}") from None
+        self._shapeless = self.engine._shapeless
         return self.engine.inputs, self.engine.outputs
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -226,3 +230,35 @@ def _spec(node: Any) -> TensorSpec:
         d if isinstance(d, int) else str(d) if d else f"{node.name}_{axis}" for axis, d in enumerate(node.shape)
     )
     return TensorSpec(node.name, DTYPES[node.type], shape)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeKind(EngineKind):
+    """ONNX Runtime on the CPU."""
+
+    def version(self) -> str:
+        """Version of ONNX Runtime."""
+        return str(load_sdk().__version__)
+
+    def make(self, arguments: EngineArguments) -> Engine:
+        """The engine of one component."""
+        return OnnxRuntimeEngine(
+            arguments.path,
+            OnnxRuntimeOptions(threads=arguments.threads, arena=not arguments.low_memory),
+            f"{arguments.component} ({self.name})",
+            arguments.weights,
+            arguments.exchangeable,
+        )
+
+
+ONNX_RUNTIME = OnnxRuntimeKind(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    extra="",
+    device=CPU,
+    precisions=("fp32", "fp16", "int8", "int8-weights"),  # it has no bf16 and no fp8 arithmetic on a CPU
+    form=DECOMPOSED,
+    priority=40,
+    switchable=True,
+)
+"""ONNX Runtime on the CPU."""

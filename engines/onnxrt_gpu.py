@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Array
+from .base import Array, Engine
 from .device import DLPACK_CPU, DLPACK_CUDA, dlpack_capsule
 from .errors import EngineError, EngineUnavailableError, translated
-from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions
-from .trt.cuda import cuda_devices
+from .kind import CUDA, DECOMPOSED, NATIVE, EngineArguments
+from .onnxrt import DTYPES, OnnxRuntimeEngine, OnnxRuntimeOptions, load_sdk
+from .trt.cuda import cuda_devices, no_device
+from .trt.kind import TENSORRT_PRECISIONS, CudaKind
 
 _logger = logging.getLogger("latentrt.engines.onnxrt_gpu")
 
@@ -53,12 +55,12 @@ class Provider:
     """A way of ONNX Runtime to run on a GPU.
 
     Attributes:
-        name: What ONNX Runtime calls it.
-        others: Providers that may run what it does not, on the same GPU.
+        name: ONNX Runtime's name of it.
+        others: Providers that may run operators that it lacks, on the same GPU.
         options: Its settings.
         install: How to get an ONNX Runtime that has it.
         plugin: Python module that brings it to an ONNX Runtime that lacks it; empty where there is none.
-        memory: What ONNX Runtime calls the memory that it computes in.
+        memory: ONNX Runtime's name of the memory that it computes in.
     """
 
     name: str
@@ -90,7 +92,7 @@ class OrtArray:
 
     Args:
         value: ONNX Runtime's ``OrtValue``.
-        place: What ONNX Runtime calls the memory (``"cuda"`` or ``"cpu"``), and the device's number.
+        place: ONNX Runtime's name of the memory (``"cuda"`` or ``"cpu"``), and the device's number.
         session: The session whose memory it is, which must outlive it; ``None`` if it belongs to none.
     """
 
@@ -150,7 +152,7 @@ class OnnxRuntimeGpuOptions:
 class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
     """One ONNX graph in an ONNX Runtime session on an NVIDIA GPU.
 
-    What :meth:`bind` is given goes to the GPU once and stays there; so do outputs, unless the options say otherwise.
+    Bound inputs go to the GPU once and stay there; so do outputs, unless the options say otherwise.
     They may be fed again, and are not copied then: a loop's state never leaves the GPU. :meth:`run` returns when the
     GPU is done. Many threads may call it at once; each run has a binding and outputs of its own.
 
@@ -160,7 +162,7 @@ class OnnxRuntimeGpuEngine(OnnxRuntimeEngine):
         path: The graph; see :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
         engine: A key of :data:`PROVIDERS`.
         options: Settings.
-        label: What messages call the engine.
+        label: Name of the engine in messages.
         weights: See :class:`~latentrt.engines.onnxrt.OnnxRuntimeEngine`.
     """
 
@@ -281,7 +283,7 @@ def find_provider(ort: ModuleType, engine: str) -> str:
         The name under which a plugin has brought the provider; empty where it is part of ONNX Runtime.
 
     Raises:
-        EngineUnavailableError: saying what to install.
+        EngineUnavailableError: naming the package to install.
     """
     provider = PROVIDERS[engine]
     if provider.name in ort.get_available_providers():
@@ -302,13 +304,11 @@ def require_provider(ort: ModuleType, engine: str) -> str:
         As :func:`find_provider`.
 
     Raises:
-        EngineUnavailableError: saying what to install or to choose.
+        EngineUnavailableError: naming the package to install, or the engine to choose.
     """
     plugged = find_provider(ort, engine)
     if not cuda_devices():
-        raise EngineUnavailableError(
-            f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
-        )
+        raise EngineUnavailableError(no_device(engine))
     return plugged
 
 
@@ -338,9 +338,38 @@ def _preload(ort: ModuleType) -> None:
 
 
 def _heavy_on_cpu(session: Any) -> list[str]:
-    """Operators that take time and were given to the CPU; before ONNX Runtime 1.24 nothing tells."""
+    """Operators that take time and were left to the CPU; ONNX Runtime before 1.24 does not record them."""
     assignment = getattr(session, "get_provider_graph_assignment_info", None)
     if assignment is None:
         return []
     nodes = [n for part in assignment() if part.ep_name == "CPUExecutionProvider" for n in part.get_nodes()]
     return sorted({node.op_type for node in nodes} & _HEAVY)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeGpuKind(CudaKind):
+    """One of ONNX Runtime's providers for NVIDIA GPUs."""
+
+    def version(self) -> str:
+        """Version of an ONNX Runtime that has the provider."""
+        ort = load_sdk()
+        find_provider(ort, self.name)
+        return str(ort.__version__)
+
+    def make(self, arguments: EngineArguments) -> Engine:
+        """The engine of one component."""
+        label = f"{arguments.component} ({self.name})"
+        return OnnxRuntimeGpuEngine(arguments.path, self.name, label=label, weights=arguments.weights)
+
+
+GPU_KINDS = (
+    # The CUDA provider has no kernel for GroupNormalization, had none for Attention until 2026, and lacks some of other
+    # operators' newest versions; what it lacks goes to the CPU. So it takes the decomposed graph, whose operators it
+    # has had for years. That graph is of operator set 20, in which ONNX has no convolution of bf16.
+    OnnxRuntimeGpuKind(
+        "onnxruntime-cuda", "ONNX Runtime CUDA", "cuda", CUDA, ("fp32", "fp16"), DECOMPOSED, priority=30
+    ),
+    OnnxRuntimeGpuKind("onnxruntime-tensorrt", "ONNX Runtime TensorRT", "cuda", CUDA, TENSORRT_PRECISIONS, NATIVE),
+    OnnxRuntimeGpuKind("onnxruntime-tensorrt-rtx", "ONNX Runtime TensorRT-RTX", "", CUDA, TENSORRT_PRECISIONS, NATIVE),
+)
+"""ONNX Runtime's providers. Those for TensorRT build at the first request."""

@@ -1,4 +1,4 @@
-"""Compiled engines of a bundle: ``engines/<key>/``, one directory for each engine, found by what decides it.
+"""Compiled engines of a bundle: ``engines/<key>/``, one directory for each, named by all that decides it.
 
 A directory holds the compiled file (the plan) and ``engine.json``, its record. It appears under its key in one
 rename, complete, and neither is changed afterwards (a session may put a cache of its own beside them); so readers need
@@ -20,119 +20,26 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from .errors import BundleIntegrityError, BundleVersionError, LatentRTError, OutputError
-
-FORMAT_VERSION = 2
-"""Version of ``engine.json`` that this module writes and reads."""
-
-RECORD_NAME = "engine.json"
-
-Shapes: TypeAlias = Mapping[str, Sequence[Sequence[int]]]
-"""An optimisation profile: input name -> (minimum, optimum, maximum) shape."""
+from .records import (
+    FORMAT_VERSION,
+    PLAIN_NAME,
+    RECORD_NAME,
+    EngineRecord,
+    Shapes,
+    as_profile,
+    check_file,
+    file_sha256,
+    read_engine,
+)
 
 _KEY = re.compile(r"[0-9a-f]{24}")
 _TEMPORARY = re.compile(r"\.(?P<key>[0-9a-f]{24})\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 _STALE_SECONDS = 24 * 3600
-_MAX_RECORD_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class EngineRecord:
-    """What ``engine.json`` says about a compiled engine.
-
-    Attributes:
-        key: What :func:`engine_key` returned for it, and the name of its directory.
-        engine: Name of the engine, e.g. ``"tensorrt-rtx"``.
-        component: Part of the model that it computes, e.g. ``"unet"``.
-        file: Plain name of the compiled file, inside the directory.
-        size: Length of that file in bytes.
-        sha256: Its SHA-256, in hex.
-        precision: ``"fp32"``, ``"fp16"``, ...
-        profile: Input name -> (minimum, optimum, maximum) shape, for the inputs with dynamic shapes.
-        flags: Builder options by name, as they went into the key; None where the builder's defaults were used.
-        sdk: Name of the SDK that compiled it.
-        sdk_version: Version of that SDK.
-        target: What it runs on: ``"sm_90"``, ``"sm_80+"``, a CPU instruction set.
-        built_seconds: How long compiling took.
-        created: When, in UTC, ISO 8601.
-    """
-
-    key: str
-    engine: str
-    component: str
-    file: str
-    size: int
-    sha256: str
-    precision: str
-    profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    flags: Mapping[str, Any] | None
-    sdk: str
-    sdk_version: str
-    target: str
-    built_seconds: float
-    created: str
-
-
-def engine_key(
-    *,
-    graph: str,
-    weights: Mapping[str, str],
-    engine: str,
-    sdk: str,
-    sdk_version: str,
-    precision: str,
-    profile: Shapes,
-    flags: Mapping[str, Any],
-    target: str,
-) -> str:
-    """Name an engine by all that decides it; change any of it and the key is another.
-
-    Args:
-        graph: SHA-256 (hex) of the ONNX graph file.
-        weights: Name -> SHA-256 (hex) of every external weights file that the graph uses.
-        engine: Name of the engine, e.g. ``"tensorrt-rtx"``.
-        sdk: Name of the SDK.
-        sdk_version: Version of the SDK, in full.
-        precision: ``"fp32"``, ``"fp16"``, ...
-        profile: Input name -> (minimum, optimum, maximum) shape.
-        flags: Builder options by name, JSON values.
-        target: GPU architecture or compute-capability target, or CPU instruction set.
-
-    Returns:
-        The first 24 hex digits (96 bits) of the SHA-256 of all this in canonical JSON.
-    """
-    decides = {
-        "graph": graph,
-        "weights": dict(weights),
-        "engine": engine,
-        "sdk": sdk,
-        "sdk_version": sdk_version,
-        "precision": precision,
-        "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
-        "flags": dict(flags),
-        "target": target,
-    }
-    canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:24]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class EngineStore:
@@ -169,7 +76,7 @@ class EngineStore:
         """Look an engine up.
 
         Args:
-            key: What :func:`engine_key` returned.
+            key: From :func:`~latentrt.engines.records.engine_key`.
             repair: Remove an engine that is damaged or of another format version, and return None for it, so that
                 it is built anew.
             verify_hash: Read the whole compiled file and compare its SHA-256, besides its size.
@@ -186,7 +93,7 @@ class EngineStore:
         if not self._has_root() or not os.path.lexists(self.root / key):
             return None
         try:
-            return _read_directory(self.root / key, key, verify_hash)
+            return read_engine(self.root / key, key, verify_hash)
         except (BundleIntegrityError, BundleVersionError):
             if not repair:
                 raise
@@ -199,7 +106,7 @@ class EngineStore:
             BundleIntegrityError: if it is not.
         """
         _check_key(record.key)
-        _check_file(self.root / record.key, record)
+        check_file(self.root / record.key, record)
         return self.root / record.key / record.file
 
     def add(
@@ -219,13 +126,13 @@ class EngineStore:
     ) -> EngineRecord:
         """Compile an engine and keep it.
 
-        Whatever ``write`` raises passes through, KeyboardInterrupt too, and nothing is left behind; what a killed
-        process left behind is removed by the next call on the same machine.
+        Whatever ``write`` raises passes through, KeyboardInterrupt too, and nothing is left behind. The next
+        call on the same machine removes the leftovers of a killed process.
 
         Args:
-            key: What :func:`engine_key` returned.
-            write: Compiles the engine to the path it is given. It is timed.
-            engine: As in :class:`EngineRecord`; so are the other arguments.
+            key: From :func:`~latentrt.engines.records.engine_key`.
+            write: Compiles the engine to a path. It is timed.
+            engine: As in :class:`~latentrt.engines.records.EngineRecord`; so are the other arguments.
 
         Returns:
             The record of the engine now under ``key``: if another process was faster, that one's.
@@ -235,7 +142,7 @@ class EngineStore:
             BundleIntegrityError: if another engine stands under ``key`` and is damaged.
         """
         _check_key(key)
-        if not _PLAIN_NAME.fullmatch(file) or file == RECORD_NAME:
+        if not PLAIN_NAME.fullmatch(file) or file == RECORD_NAME:
             raise ValueError(f"{file!r} cannot name an engine's file; expected a plain file name such as 'unet.plan'")
         with self._writing():
             created_root = not self._has_root()
@@ -256,7 +163,7 @@ class EngineStore:
                     size=(temporary / file).stat().st_size,
                     sha256=file_sha256(temporary / file),
                     precision=precision,
-                    profile=_profile({name: [list(shape) for shape in shapes] for name, shapes in profile.items()}),
+                    profile=as_profile({name: [list(shape) for shape in shapes] for name, shapes in profile.items()}),
                     flags=None if flags is None else dict(flags),
                     sdk=sdk,
                     sdk_version=sdk_version,
@@ -314,7 +221,7 @@ class EngineStore:
             raise OutputError(f"cannot write an engine to {self.root}: {error.strerror or error}") from error
 
     def _remove_stale(self) -> None:
-        """Remove what builds that were killed left behind; a build that may still run is left alone."""
+        """Remove leftovers of builds that were killed; a build that may still run is left alone."""
         for name in os.listdir(self.root):
             if not (match := _TEMPORARY.fullmatch(name)):
                 continue
@@ -333,7 +240,7 @@ class EngineStore:
                 return None
             try:
                 # Another process may have repaired it since it was read: then it goes back.
-                record = _read_directory(aside, key, verify_hash)
+                record = read_engine(aside, key, verify_hash)
             except (BundleIntegrityError, BundleVersionError):
                 _remove(aside)
                 return None
@@ -350,89 +257,13 @@ def _check_key(key: str) -> None:
         raise ValueError(f"{key!r} is not the key of an engine; expected 24 hex digits, as engine_key returns")
 
 
-def _read_directory(directory: Path, key: str, verify_hash: bool) -> EngineRecord:
-    if not stat.S_ISDIR(os.lstat(directory).st_mode):
-        raise BundleIntegrityError(f"engine {key} is not a directory; delete {directory} and build it again")
-    try:
-        record = _read_record(directory, key)
-        _check_file(directory, record)
-        if verify_hash and file_sha256(directory / record.file) != record.sha256:
-            raise _damaged(directory, f"the SHA-256 of {record.file} is not the recorded one")
-    except OSError as error:
-        raise _damaged(directory, f"it cannot be read ({error.strerror or error})") from error
-    return record
-
-
-def _damaged(directory: Path, what: str) -> BundleIntegrityError:
-    return BundleIntegrityError(f"engine {directory.name} is damaged: {what}; delete {directory} and build it again")
-
-
-def _regular_size(directory: Path, name: str) -> int:
-    try:
-        status = os.lstat(directory / name)
-    except FileNotFoundError:
-        raise _damaged(directory, f"{name} is missing") from None
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        raise _damaged(directory, f"{name} is a link or no regular file")
-    return status.st_size
-
-
-def _check_file(directory: Path, record: EngineRecord) -> None:
-    size = _regular_size(directory, record.file)
-    if size != record.size:
-        raise _damaged(directory, f"{record.file} has {size} bytes, its record says {record.size}")
-
-
-def _read_record(directory: Path, key: str) -> EngineRecord:
-    if _regular_size(directory, RECORD_NAME) > _MAX_RECORD_BYTES:
-        raise _damaged(directory, f"{RECORD_NAME} is larger than {_MAX_RECORD_BYTES} bytes")
-    try:
-        data = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
-        version = data.pop("format_version")
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise _damaged(directory, f"{RECORD_NAME} is no engine record ({type(error).__name__})") from error
-    if version != FORMAT_VERSION:
-        raise BundleVersionError(
-            f"engine {key} has a record of format version {version!r}, this version of LatentRT reads "
-            f"{FORMAT_VERSION}; delete {directory} and build it again"
-        )
-    kinds: dict[str, tuple[type, ...]] = {field.name: (str,) for field in dataclasses.fields(EngineRecord)}
-    kinds |= {"size": (int,), "built_seconds": (int, float), "profile": (dict,)}
-    kinds["flags"] = (dict, type(None))
-    if wrong := sorted(data.keys() ^ kinds.keys()):
-        raise _damaged(directory, f"{RECORD_NAME} lacks or adds {wrong[0]!r}")
-    if wrong := [name for name, kind in kinds.items() if not isinstance(data[name], kind)]:
-        raise _damaged(directory, f"{RECORD_NAME} has {wrong[0]} = {data[wrong[0]]!r:.40}")
-    if data["key"] != key:
-        raise _damaged(directory, f"its record is of engine {data['key']!r:.40}")
-    if not _PLAIN_NAME.fullmatch(data["file"]) or data["file"] == RECORD_NAME:
-        raise _damaged(directory, f"its record names the file {data['file']!r:.80}, which is no plain file name")
-    try:
-        data["profile"] = _profile(data["profile"])
-    except (TypeError, ValueError) as error:
-        raise _damaged(directory, f"{RECORD_NAME} has a profile that is none") from error
-    return EngineRecord(**data)
-
-
-def _profile(shapes: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """Raises ValueError or TypeError unless every entry is three lists of integers."""
-    result = {}
-    for name, entry in shapes.items():
-        smallest, usual, largest = entry
-        triple = (tuple(smallest), tuple(usual), tuple(largest))
-        if not all(type(length) is int for shape in triple for length in shape):
-            raise ValueError(name)
-        result[name] = triple
-    return result
-
-
 def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _is_running(pid: int) -> bool:
     if os.name != "posix":
-        return True  # os.kill(pid, 0) is no mere question on Windows; there only age tells
+        return True  # os.kill(pid, 0) is no mere question on Windows; there only its age counts
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
-from latentrt.engines.trt import SDK_MODULES
+from latentrt.engines.kinds import KINDS
 
 from .bundle.manifest import IMAGE_ENCODER, SAFETY_CHECKER, Manifest
 from .bundle.reader import Bundle
-from .components.engine_choice import ENGINES, EngineSettings, graph_for
-from .components.engine_probe import SUPPORTED
+from .components.engine_choice import EngineSettings, graph_for
 from .components.opening import components_for
 from .components.plans import planned
 from .denoising.plain import between_whole
@@ -79,14 +78,14 @@ def _has(bundle: Bundle, loop: str) -> bool:
 
 
 def _engines(bundle: Bundle) -> Mapping[str, list[str]]:
-    found = {name: [precision for precision in SUPPORTED[name] if _serves(bundle, name, precision)] for name in ENGINES}
+    found = {name: [each for each in kind.precisions if _serves(bundle, name, each)] for name, kind in KINDS.items()}
     return {name: precisions for name, precisions in found.items() if precisions}
 
 
 def _serves(bundle: Bundle, engine: str, precision: str) -> bool:
     """Whether the bundle has every graph or plan that an engine opens."""
     components = components_for(bundle)
-    if engine in SDK_MODULES:
+    if KINDS[engine].needs_plans:
         return all(precision in planned(bundle, engine, component) for component in components)
     settings = EngineSettings(engine, precision)
     try:

@@ -570,7 +570,8 @@ def onnx_plan(path: Any, largest: int = 128, weights: Any = None) -> FakePlan:
 
 def add_plans(path: Any, module: Any, engine: str) -> None:
     """Put plans of all components into a bundle, and what they compute into a make-believe SDK."""
-    from latentrt.engines.store import EngineStore, engine_key
+    from latentrt.engines.records import engine_key
+    from latentrt.engines.store import EngineStore
     from latentrt.engines.trt import BuildOptions
     from latentrt.runtime.bundle.reader import Bundle
 
@@ -615,15 +616,15 @@ def make_sdk(cuda: FakeCuda, engine: str) -> Any:
 def installed(monkeypatch: Any, module: Any, cuda: FakeCuda, engine: str) -> Iterator[None]:
     """Let ``latentrt`` find this SDK, this CUDA and an H100."""
     from latentrt.engines.trt import cuda as driver
-    from latentrt.engines.trt import sdk, session
-    from latentrt.runtime.components import engine_choice, engine_probe, plans
+    from latentrt.engines.trt import kind, sdk, session
+    from latentrt.runtime.components import engine_choice, plans
 
     with monkeypatch.context() as patched:
-        for place in (session, plans, engine_probe, engine_choice):
+        for place in (session, plans, kind, engine_choice):
             patched.setattr(place, "cuda_devices", lambda: (driver.CudaDevice("H100", "sm_90"),))
-        for place in (session, engine_probe):
+        for place in (session, kind):
             patched.setattr(place, "load_cuda", lambda: cuda)
-        for place in (session, plans, engine_probe):
+        for place in (session, plans, kind):
             patched.setattr(place, "load_sdk", lambda name: sdk.Sdk(engine, module))
         yield
 
@@ -635,7 +636,8 @@ def onnxruntime_on_cpu(monkeypatch: Any) -> Iterator[None]:
 
     from latentrt.engines import onnxrt_gpu
     from latentrt.engines.trt import cuda as driver
-    from latentrt.runtime.components import engine_choice, engine_probe
+    from latentrt.engines.trt import kind
+    from latentrt.runtime.components import engine_choice
 
     real = onnxruntime.InferenceSession
 
@@ -645,7 +647,7 @@ def onnxruntime_on_cpu(monkeypatch: Any) -> Iterator[None]:
 
     on_cpu = onnxrt_gpu.Provider("CPUExecutionProvider", memory="cpu")
     with monkeypatch.context() as patched:
-        for place in (onnxrt_gpu, engine_probe, engine_choice):
+        for place in (onnxrt_gpu, kind, engine_choice):
             patched.setattr(place, "cuda_devices", lambda: (driver.CudaDevice("H100", "sm_90"),))
         patched.setitem(onnxrt_gpu.PROVIDERS, "onnxruntime-cuda", on_cpu)
         patched.setattr(onnxrt_gpu, "_heavy_on_cpu", lambda session: [])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentrt.engines.errors import EngineUnavailableError
+from latentrt.engines.kinds import KINDS
 from latentrt.exporter.graphs.targets import PORTABLE
 from latentrt.exporter.precision.calibration import PROMPTS
 from latentrt.runtime.bundle.onnx_guard import summarize as summarize_graph
@@ -22,7 +23,7 @@ from latentrt.runtime.components.engine_choice import choose_graph
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.samplers import compile_plan
 
-from ..contest.contenders import OURS, REFERENCES, Contender, stored_precision
+from ..contest.contenders import OURS, REFERENCES, Contender
 from ..contest.job import Job
 from ..contest.rounds import MEASURED, PARTIAL, RELOADED, STAGES, Contest, Entry, Settings
 from ..machine import CONTROL, now
@@ -250,7 +251,7 @@ class Assembly:
             return PORTABLE.name, str(options.get("dtype", options.get("precision")))
         engine, precision = options["engine"], options["precision"]
         decoder = self._bundle.manifest.components["vae_decoder"]
-        form, _ = choose_graph(decoder, engine, stored_precision(engine, precision))
+        form, _ = choose_graph(decoder, engine, KINDS[engine].graph_precision(precision))
         return form, precision
 
     def _work(self, form: str) -> dict[str, StageWork]:

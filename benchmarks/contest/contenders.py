@@ -7,24 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentrt.engines.errors import InvalidRequestError
-from latentrt.runtime.components.engine_probe import SUPPORTED
+from latentrt.engines.kinds import KINDS
 
 OURS, PEER = "latentrt", "peer"
 """Kinds of contenders."""
-
-ON_CPU = ("onnxruntime", "openvino")
-"""Engines that run on a CPU."""
-
-_TITLES = {
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "onnxruntime-cuda": "ONNX Runtime CUDA",
-    "onnxruntime-tensorrt": "ONNX Runtime TensorRT",
-    "onnxruntime-tensorrt-rtx": "ONNX Runtime TensorRT-RTX",
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT-RTX",
-}
-_COMPILING = ("openvino",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,8 @@ class Contender:
     @property
     def compiles(self) -> bool:
         """Whether opening compiles models that the bundle may keep."""
-        return self.options.get("engine") in _COMPILING
+        engine = self.options.get("engine")
+        return engine in KINDS and KINDS[engine].compiles
 
 
 def ours(engine: str, precision: str) -> Contender:
@@ -60,16 +47,11 @@ def ours(engine: str, precision: str) -> Contender:
         "precision": precision,
         "loop": "auto",
         "engine_cache": "read",
-        "fixed_size": engine == "openvino",  # which is faster then
+        "fixed_size": KINDS[engine].compiles,  # which is faster then
     }
     return Contender(
-        f"latentrt-{engine}-{precision}", f"LatentRT, {_TITLES[engine]} {precision}", OURS, options=options
+        f"latentrt-{engine}-{precision}", f"LatentRT, {KINDS[engine].title} {precision}", OURS, options=options
     )
-
-
-def stored_precision(engine: str, precision: str) -> str:
-    """The precision of the graphs that an engine reads to compute in ``precision``; OpenVINO makes bf16 from fp32."""
-    return "fp32" if (engine, precision) == ("openvino", "bf16") else precision
 
 
 def _peer(name: str, label: str, program: str, environment: str, **options: Any) -> Contender:
@@ -129,7 +111,7 @@ REFERENCES = ("diffusers-fp32", "latentrt-onnxruntime-fp32", "latentrt-openvino-
 
 def known() -> dict[str, Contender]:
     """Every contender by name."""
-    engines = [ours(engine, precision) for engine, precisions in SUPPORTED.items() for precision in precisions]
+    engines = [ours(engine, precision) for engine, kind in KINDS.items() for precision in kind.precisions]
     return {contender.name: contender for contender in (*engines, *PEERS)}
 
 

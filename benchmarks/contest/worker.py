@@ -128,22 +128,20 @@ def _versions(engine: str) -> dict[str, str]:
 
 
 def _disk_bytes(pipeline: Pipeline, options: dict[str, Any]) -> int:
-    """Size of all files that the pipeline's engines read."""
+    """Size of all files that the pipeline's engines read, each counted once."""
+    from latentrt.engines.kinds import KINDS
     from latentrt.engines.store import EngineStore
-    from latentrt.engines.trt import SDK_MODULES
     from latentrt.runtime.components.engine_choice import choose_graph
     from latentrt.runtime.components.plans import find_plan
-
-    from .contenders import stored_precision
 
     bundle, engine, precision = pipeline.bundle, options["engine"], options["precision"]
     files: dict[str, int] = {}
     for component in pipeline.engines:
-        if engine in SDK_MODULES:
+        if KINDS[engine].needs_plans:
             plan = find_plan(bundle, engine, component, precision)
             files[plan.record.key] = EngineStore(bundle.engines_directory).path(plan.record).stat().st_size
             continue
-        stored = stored_precision(engine, precision)
+        stored = KINDS[engine].graph_precision(precision)
         _, graph = choose_graph(bundle.manifest.components[component], engine, stored)
         for name in (graph.file, *graph.external):
             files[name] = bundle.manifest.files[name].size

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError, LatentRTError
+from latentrt.engines.kinds import KINDS
 from latentrt.exporter.precision.calibration import PROMPTS, read_prompts
-from latentrt.runtime.components.engine_probe import SUPPORTED, probe
+from latentrt.runtime.components.engine_probe import probe
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request.options import RequestOptions
 
@@ -156,7 +157,7 @@ def run_loadgen(
 def _versions(pipeline: Pipeline) -> dict[str, str]:
     found = {**versions("mlcommons-loadgen", "latentrt"), "python": system_facts()["python"]}
     name = pipeline.engine_choice.name
-    return found | {name: probe(name).version} if name in SUPPORTED else found
+    return found | {name: probe(name).version} if name in KINDS else found
 
 
 def _notes(pipeline: Pipeline, terms: Terms) -> list[str]:

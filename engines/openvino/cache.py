@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import BundleError, LatentRTError
-from ..store import EngineRecord, EngineStore, engine_key
+from ..records import EngineRecord, engine_key
+from ..store import EngineStore
 from .rewrite import VERSION
 
 ENGINE = "openvino"

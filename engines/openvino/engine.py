@@ -58,8 +58,8 @@ class OpenVinoOptions:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
-        check_threads(self.threads)
-        lengths = {symbol: check_integer(f"length {symbol} in shapes", n, 1) for symbol, n in self.shapes.items()}
+        object.__setattr__(self, "threads", check_threads(self.threads))
+        lengths = {symbol: check_integer(f"shapes[{symbol!r}]", length, 1) for symbol, length in self.shapes.items()}
         object.__setattr__(self, "shapes", lengths)
 
     def computed_in(self, *, has_bf16: bool) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_flag, check_integer, show
 from ..errors import (
     EngineError,
     EngineUnavailableError,
@@ -63,13 +64,15 @@ class BuildOptions:
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise InvalidRequestError(f"workspace is {self.workspace_bytes} bytes; expected at least 1")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise InvalidRequestError(f"optimization level is {self.optimization_level}; expected 0 to 5")
+        # Kept as Python's own numbers: they go into the engine's key as JSON.
+        for name, least, most in (("workspace_bytes", 1, None), ("optimization_level", 0, 5)):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_integer(name, value, least, most))
+        for name in ("tf32", "hardware_compatible", "version_compatible", "refittable", "weight_streaming"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         for architecture in self.compute_capabilities:
-            if not _ARCHITECTURE.fullmatch(architecture):
-                raise InvalidRequestError(f"{architecture!r} is no compute capability; expected one such as sm_89")
+            if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
+                raise InvalidRequestError(f"{show(architecture)} is no compute capability; expected one such as sm_89")
 
     def as_flags(self) -> dict[str, int | bool | None]:
         """The options that an engine's key needs besides its target."""
@@ -85,7 +88,7 @@ class BuildOptions:
 
 
 def build_target(sdk: Sdk, options: BuildOptions) -> str:
-    """What a plan built here with these options runs on, e.g. ``"sm_90"`` or ``"sm_80+"`` (that and later).
+    """GPU architectures that a plan built here with these options runs on, e.g. ``"sm_90"``, or ``"sm_80+"`` and later.
 
     Raises:
         InvalidRequestError: if the options are not this SDK's.
@@ -136,7 +139,7 @@ def build_plan(
         output: Where the plan goes, in one rename.
         profile: Shapes of the dynamic inputs.
         options: None for the defaults.
-        on_progress: Called as :data:`Progress` says, in this thread or the SDK's; what it raises stops the build.
+        on_progress: Called as :data:`Progress` says, in this thread or the SDK's; an exception of it stops the build.
         timing_cache: TensorRT only: file of kernels' timings, read and extended, so that the next build is faster. A
             damaged one is named in a warning and made anew. TensorRT-RTX times nothing when it builds.
 

@@ -20,11 +20,11 @@ _HEADER = len(_MAGIC) + 32
 
 
 def read_cache(path: Path, what: str) -> bytes:
-    """What :func:`write_cache` wrote; empty if there is no file, or none that is sound.
+    """The content that :func:`write_cache` wrote; empty if there is no file, or none that is sound.
 
     Args:
         path: The file.
-        what: What it holds, for the warning about a damaged one, e.g. ``"runtime cache"``.
+        what: Kind of the content, for the warning about a damaged one, e.g. ``"runtime cache"``.
     """
     try:
         content = path.read_bytes()

@@ -23,7 +23,7 @@ from .sdk import Sdk, failure, sdk_errors
 _logger = logging.getLogger("latentrt.engines.trt")
 
 Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
-"""Name and shape of every input: what one set of buffers and graphs serves."""
+"""Name and shape of every input, which one set of buffers and graphs serves."""
 
 MAX_GRAPHS = 4
 """Most CUDA graphs of a context. More than one where threads have their own bound inputs."""
@@ -131,7 +131,7 @@ class Context:
         cuda: The device.
         pool: Where memory for outputs comes from.
         arena: Memory of the activations.
-        label: What messages call the plan.
+        label: Name of the plan in messages.
         graphs: Whether to use CUDA graphs.
 
     Raises:
@@ -190,7 +190,7 @@ class Context:
             feeds: All inputs, checked: numpy arrays, or arrays on this device.
             bound: Those of them that stay where they are from run to run: their own memory is the plan's input.
             profiles: The plan's profiles.
-            seconds: What the device takes is appended here; ``None`` does not measure it.
+            seconds: The device's time is appended here; ``None`` does not measure it.
 
         Raises:
             TensorMismatchError: if no profile holds the shapes.
@@ -264,7 +264,7 @@ class Context:
         return places, end
 
     def _place_inputs(self, feeds: Mapping[str, Any]) -> dict[str, int]:
-        """Copy what is not bound into the slab. Returns the addresses."""
+        """Copy inputs that are not bound into the slab. Returns the addresses."""
         # Places depend on the shapes alone: a graph serves a tensor from the host and from the device alike.
         places, total = self._layout({name: array.nbytes for name, array in feeds.items()})
         if self._inputs_slab.grow(total):
@@ -351,7 +351,7 @@ class Context:
         return graph
 
     def drop_graphs(self) -> None:
-        """Destroy all graphs: what they were captured with has changed."""
+        """Destroy all graphs, since shapes or addresses that they were captured with have changed."""
         while self._graphs:
             self._destroy(self._graphs.popitem()[1])
 

@@ -1,4 +1,4 @@
-"""Which CUDA devices this machine has, asked of the driver itself; no CUDA package is needed for that."""
+"""CUDA devices of this machine, as the driver itself lists them; no CUDA package is needed for that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CudaDevice:
     """A GPU that the CUDA driver offers.
 
     Attributes:
-        name: What the driver calls it, e.g. ``"NVIDIA H100 80GB HBM3"``.
+        name: The driver's name of it, e.g. ``"NVIDIA H100 80GB HBM3"``.
         architecture: Its compute capability, e.g. ``"sm_90"``.
     """
 
@@ -46,3 +46,8 @@ def cuda_devices() -> tuple[CudaDevice, ...]:
         if not failed:
             devices.append(CudaDevice(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
     return tuple(devices)
+
+
+def no_device(engine: str) -> str:
+    """The sentence for an engine that needs a GPU, on a machine without one."""
+    return f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"

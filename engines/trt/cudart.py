@@ -1,6 +1,6 @@
 """The CUDA runtime through cuda-python, which is imported when a plan is opened and not before.
 
-Every call is checked; a failure is one sentence that says what was being done.
+Every call is checked; a failure is one sentence that names the action.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Cuda:
         return int(free), int(total)
 
     def require(self, nbytes: int, purpose: str, advice: str) -> None:
-        """Refuse what cannot fit, before anything is allocated.
+        """Refuse an allocation that cannot fit, before it is tried.
 
         Args:
             nbytes: Device memory that is needed.
-            purpose: For what, e.g. ``"the weights of unet_step"``.
-            advice: What to do where it does not fit.
+            purpose: Purpose of the memory, e.g. ``"the weights of unet_step"``.
+            advice: The way out where it does not fit.
 
         Raises:
             EngineMemoryError: if less is free.
@@ -93,7 +93,7 @@ class Cuda:
         return int(self._call(action, self.module.cudaHostAlloc(nbytes, self.module.cudaHostAllocDefault)))
 
     def free(self, address: int) -> None:
-        """Free device memory. Nothing raises: what fails while things are taken down is logged."""
+        """Free device memory. Nothing raises: failures while things are taken down are logged."""
         self._release("free device memory", self.module.cudaFree(address))
 
     def host_free(self, address: int) -> None:
@@ -136,7 +136,7 @@ class Cuda:
         self.synchronize(0)
 
     def begin_capture(self, stream: Any) -> None:
-        """Record what is put into a stream from now on, in place of running it."""
+        """Record the work that is put into a stream from now on, in place of running it."""
         # Of this thread only: other threads may allocate meanwhile.
         mode = self.module.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("begin to capture a graph", self.module.cudaStreamBeginCapture(stream, mode))
@@ -165,7 +165,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def timed(self, stream: Any, seconds: list[float]) -> Iterator[None]:
-        """Append to ``seconds`` what the device spends on the work that is put into a stream meanwhile."""
+        """Append to ``seconds`` the device's time for the work that is put into a stream meanwhile."""
         events = [self._call("create an event", self.module.cudaEventCreate()) for _ in range(2)]
         try:
             self._call("record an event", self.module.cudaEventRecord(events[0], stream))

@@ -1,4 +1,4 @@
-"""Device memory of sessions: arrays that are handed out, one arena for activations, and what a plan needs."""
+"""Device memory of sessions: arrays that are handed out, one arena for activations, and the needs of a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import EngineError, EngineMemoryError, InvalidRequestError
 from .cudart import Cuda, mib
 
 ALIGNMENT = 256
-"""Bytes; what the SDKs ask of tensors' and activations' addresses."""
+"""Bytes that the SDKs want the addresses of tensors and activations to be multiples of."""
 
 _KEPT = 64 << 20  # bytes of returned memory that a pool keeps for the next arrays
 
@@ -66,7 +66,7 @@ class Pool:
 
     Args:
         cuda: The device.
-        label: What messages call the owner.
+        label: Name of the owner in messages.
     """
 
     def __init__(self, cuda: Cuda, label: str) -> None:
@@ -103,7 +103,7 @@ class Pool:
             return self._cuda.malloc(size, purpose)
 
     def close(self) -> None:
-        """Free what is kept; what is still in use is freed when it is let go."""
+        """Free the memory that is kept; memory still in use is freed when it is let go."""
         self._closed.set()
         self._free_kept()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import Array, TensorSpec, nbytes
+from ..checks import check_flag, check_integer
 from ..errors import EngineClosedError, EngineError, EngineUnavailableError, InvalidRequestError, LatentRTError
 from .caches import read_cache, write_cache
 from .context import Context, PlanProfile, Shapes, choose_profile
@@ -61,14 +62,11 @@ class SessionOptions:
     allow_host_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.device < 0:
-            raise InvalidRequestError(f"device is {self.device}; expected a number from 0")
-        if self.contexts < 1:
-            raise InvalidRequestError(f"contexts is {self.contexts}; expected at least 1")
-        if self.weight_streaming_budget is not None and self.weight_streaming_budget < 0:
-            raise InvalidRequestError(
-                f"weight streaming budget is {self.weight_streaming_budget} bytes; expected 0 or more"
-            )
+        for name, least in (("device", 0), ("contexts", 1), ("weight_streaming_budget", 0)):
+            if (value := getattr(self, name)) is not None or name != "weight_streaming_budget":
+                object.__setattr__(self, name, check_integer(name, value, least))
+        for name in ("cuda_graphs", "runtime_cache", "allow_host_code"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
 
 
 class Plan:
@@ -78,7 +76,7 @@ class Plan:
         sdk: The SDK.
         cuda: The device, which is the calling thread's.
         path: The plan's file.
-        label: What messages call it.
+        label: Name of the plan in messages.
         device: The device in words.
         options: How to run it.
         arena: Memory of the activations.
@@ -110,7 +108,7 @@ class Plan:
         self._free = threading.Condition()
         self._cache_file = path.with_name(f"{path.name}.{device.architecture}.cache")
         self._cache: Any = None
-        self._saved = b""  # SHA-256 of what the file holds
+        self._saved = b""  # SHA-256 of the file's content
         self._saving = threading.Lock()
         self._runtime: Any = None
         self._engine: Any = None
@@ -167,7 +165,7 @@ class Plan:
         engine.weight_streaming_budget_v2 = min(budget, streamable)
 
     def _make_config(self, engine: Any) -> Any:
-        """How execution contexts are created, with what TensorRT-RTX compiled in earlier runs."""
+        """Settings of execution contexts, with the kernels that TensorRT-RTX compiled in earlier runs."""
         module = self._sdk.module
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)

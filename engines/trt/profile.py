@@ -1,4 +1,4 @@
-"""Optimisation profiles: for which input shapes a plan is built, and for which it is fastest."""
+"""Optimisation profiles: the input shapes that a plan takes, and those that it is tuned for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..base import TensorSpec
+from ..checks import is_integer, show
 from ..errors import InvalidRequestError
 
 _RANGE = re.compile(r"([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})|([0-9]{1,9})")
@@ -23,7 +24,7 @@ class Range:
         max: Largest length.
 
     Raises:
-        InvalidRequestError: unless 1 <= min <= opt <= max.
+        InvalidRequestError: unless all three are whole numbers and 1 <= min <= opt <= max.
     """
 
     min: int
@@ -31,6 +32,10 @@ class Range:
     max: int
 
     def __post_init__(self) -> None:
+        for name in ("min", "opt", "max"):
+            if not is_integer(length := getattr(self, name)):
+                raise InvalidRequestError(f"{name} of a range is {show(length)}, expected a whole number")
+            object.__setattr__(self, name, int(length))
         if not 1 <= self.min <= self.opt <= self.max:
             raise InvalidRequestError(f"range {self} is not in order; expected 1 <= MIN <= OPT <= MAX")
 
@@ -103,7 +108,8 @@ class ShapeRange:
         max: Largest shape.
 
     Raises:
-        InvalidRequestError: unless all three have one rank and 1 <= min <= opt <= max in every dimension.
+        InvalidRequestError: unless all three have one rank, and whole numbers 1 <= min <= opt <= max in every
+            dimension.
     """
 
     min: tuple[int, ...]
@@ -112,7 +118,8 @@ class ShapeRange:
 
     def __post_init__(self) -> None:
         ordered = len(self.min) == len(self.opt) == len(self.max) and all(
-            1 <= low <= usual <= high for low, usual, high in zip(self.min, self.opt, self.max, strict=True)
+            all(map(is_integer, (low, usual, high))) and 1 <= low <= usual <= high
+            for low, usual, high in zip(self.min, self.opt, self.max, strict=True)
         )
         if not ordered:
             raise InvalidRequestError(

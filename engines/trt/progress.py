@@ -1,4 +1,4 @@
-"""What happens while a plan is built: progress to a callback, and Ctrl-C that stops the build."""
+"""Progress of a build that is reported to a callback, and Ctrl-C that stops the build."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""``on_progress(phase, done, total)``: what the SDK is doing, and how much of the *whole* build is done.
+"""``on_progress(phase, done, total)``: the SDK's phase, and how much of the *whole* build is done.
 
 ``done`` never decreases and is at most ``total``. An exception that it raises stops the build and reaches the caller.
 """
 
 TOTAL = 1000
-"""The ``total`` of every call: progress is told in thousandths."""
+"""The ``total`` of every call: progress is reported in thousandths."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Phase:
 
 
 class BuildMonitor:
-    """Offloader the SDK's nested phases into one number, and stops the build when told to.
+    """Turns the SDK's nested phases into one number, and stops the build on demand.
 
     The SDK reports phases that lie within a step of their parent; their share of it counts as done. It swallows what
     a monitor raises, so nothing is raised inside its calls: an exception is kept for :meth:`check`.
@@ -66,12 +66,12 @@ class BuildMonitor:
             self._error = error
 
     def check(self) -> None:
-        """Raise what stopped the build, if anything did."""
+        """Raise the exception that stopped the build, if one did."""
         if self._error is not None:
             raise self._error
 
     def report(self, phase: str, done: int) -> None:
-        """Tell the callback that ``done`` thousandths are done, or more if that was told before."""
+        """Report ``done`` thousandths to the callback, or more if more were reported before."""
         self._reported = max(self._reported, min(done, TOTAL))
         if self._on_progress is not None and self._error is None:
             self._on_progress(phase, self._reported, TOTAL)

@@ -147,17 +147,17 @@ class SdkLog:
 
 @functools.cache
 def sdk_log(sdk: Sdk) -> SdkLog:
-    """The one log of an SDK. (It keeps the logger that it is given first for the whole process.)"""
+    """The one log of an SDK. (It keeps its first logger for the whole process.)"""
     return SdkLog(sdk.module)
 
 
 @contextlib.contextmanager
 def sdk_errors(sdk: Sdk, action: str) -> Iterator[list[str]]:
-    """Translate what the SDK raises.
+    """Translate exceptions of the SDK.
 
     Args:
         sdk: The SDK that is called inside the with statement.
-        action: What is done, to complete "TensorRT failed to ...".
+        action: The action, to complete "TensorRT failed to ...".
 
     Yields:
         The errors that the SDK logs meanwhile; see :func:`failure` for calls that fail without raising.

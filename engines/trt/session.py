@@ -32,12 +32,12 @@ class TensorRTEngine(BaseEngine):
     Args:
         plan: The plan's file.
         engine: ``"tensorrt-rtx"`` or ``"tensorrt"``.
-        target: What the plan was built for, as its record says, e.g. ``"sm_80+"``.
+        target: GPU architectures that the plan was built for, from its record, e.g. ``"sm_80+"``.
         signature: Inputs and outputs as the graph has them, for the names of their dynamic dimensions; without it a
             length that inputs share is not checked before the SDK does.
         options: How to run it.
         arena: Memory of the activations, to share with other plans; ``None`` makes one of its own.
-        label: What messages call the engine.
+        label: Name of the engine in messages.
         weights: Put in place of the plan's own when it is opened, see :meth:`refit`.
     """
 
@@ -63,7 +63,7 @@ class TensorRTEngine(BaseEngine):
         self.options = options or SessionOptions()
         self.arena = arena or Arena()
         self.device_seconds: list[float] | None = None
-        """Set it to a list, and every run appends what the device took for the plan itself (by CUDA events)."""
+        """Set it to a list, and every run appends the device's time for the plan itself (by CUDA events)."""
         self._signature = signature
         self._gate = _Gate()
         self._plan: Plan | None = None

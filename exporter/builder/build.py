@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.engines.errors import BundleError, InvalidRequestError
-from latentrt.engines.store import RECORD_NAME, EngineStore
+from latentrt.engines.records import RECORD_NAME
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import SDK_MODULES, build_target, load_sdk
 from latentrt.runtime.bundle import manifest as m
 from latentrt.runtime.bundle.reader import Bundle

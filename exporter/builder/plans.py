@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentrt.engines.errors import InvalidRequestError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key
+from latentrt.engines.records import EngineRecord, engine_key
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import SDK_MODULES, BuildOptions, Profile, Range, Sdk, build_plan, build_target
 from latentrt.runtime.bundle import manifest as m
 from latentrt.runtime.bundle.reader import Bundle

@@ -1,9 +1,9 @@
-"""The form of graph that each engine takes, in one table.
+"""Forms of exported graphs, and which of them each engine takes.
 
 ONNX Runtime's CPU kernels and OpenVINO are fastest on decomposed attention and group normalisation, which their own
-optimisers recognise (OpenVINO's bf16 takes twice as long on the native operators). TensorRT and TensorRT-RTX take the
-native operators ``Attention`` and ``GroupNormalization`` and choose a kernel themselves; their networks are strongly
-typed, so precision is a property of the graph.
+optimisers recognise; TensorRT and TensorRT-RTX take the native operators ``Attention`` and ``GroupNormalization`` and
+choose a kernel themselves. Networks are strongly typed there, so precision is a property of the graph. Which form an
+engine takes is in its :class:`~latentrt.engines.kind.EngineKind`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentrt.engines.errors import InvalidRequestError
+from latentrt.engines.kind import EngineKind
+from latentrt.engines.kinds import KINDS
 from latentrt.runtime.bundle.manifest import PRECISIONS as PRECISIONS
 from latentrt.runtime.components.engine_probe import check_precision
 
@@ -36,7 +38,7 @@ class Form:
 
     @property
     def suffix(self) -> str:
-        """Part of the graph's file name between ``model`` and ``.onnx``; empty for the portable form."""
+        """The part of the graph's file name between ``model`` and ``.onnx``; empty for the portable form."""
         return "" if self == PORTABLE else f".{self.name}"
 
     @property
@@ -45,37 +47,13 @@ class Form:
         return self.precision in QUANTIZED
 
 
-@dataclass(frozen=True)
-class Target:
-    """The graphs that an engine takes.
-
-    Attributes:
-        opset: Operator set of its graphs.
-        rest: Precision, in a quantised graph, of everything that is not quantised.
-    """
-
-    opset: int
-    rest: str
-
-
 PORTABLE = Form(20, "fp32")
-"""The form that every tool reads. Images of reduced precision are compared with those that it draws."""
+"""The form that every tool reads; images of reduced precision are compared with its images."""
 
 QUANTIZED = ("int8", "fp8", "int8-weights")
 """Precisions whose graphs are made by quantising a graph of another form."""
 
-_DECOMPOSED, _NATIVE = Target(20, "fp32"), Target(23, "fp16")
-
-# ONNX Runtime's CUDA provider lacks kernels for the native operators.
-TARGETS: Mapping[str, Target] = {
-    "onnxruntime": _DECOMPOSED,
-    "openvino": _DECOMPOSED,
-    "onnxruntime-cuda": _DECOMPOSED,
-    "onnxruntime-tensorrt": _NATIVE,
-    "onnxruntime-tensorrt-rtx": _NATIVE,
-    "tensorrt": _NATIVE,
-    "tensorrt-rtx": _NATIVE,
-}
+TARGETS: Mapping[str, EngineKind] = KINDS
 """Engines that a bundle can be built for."""
 
 
@@ -88,22 +66,18 @@ def form_for(engine: str, precision: str) -> Form:
     if engine not in TARGETS:
         raise InvalidRequestError(f"unknown engine {engine!r}; known engines: {', '.join(TARGETS)}")
     check_precision(engine, precision)
-    if engine == "openvino" and precision == "bf16":
-        return PORTABLE  # OpenVINO rounds an fp32 graph by itself
-    return Form(TARGETS[engine].opset, precision)
+    kind = KINDS[engine]
+    return Form(kind.form.opset, kind.rounds.get(precision, precision))
 
 
 def exported_form(form: Form) -> Form:
-    """Return the form that torch exports for ``form``: itself, or the one that is quantised to make it."""
+    """The form that torch exports for ``form``: the form itself, or the one that is quantised to make it."""
     if not form.quantized:
         return form
-    rest = {target.opset: target.rest for target in TARGETS.values()}
-    return Form(form.opset, rest[form.opset])
+    unquantized = {kind.form.opset: kind.form.unquantized for kind in KINDS.values()}
+    return Form(form.opset, unquantized[form.opset])
 
 
 def next_higher(engine: str, precision: str) -> str:
-    """Return the precision that ``precision`` should be faster than on an engine.
-
-    For a quantised one that is the precision of what is not quantised, and for half precision fp32.
-    """
-    return TARGETS[engine].rest if precision in QUANTIZED else "fp32"
+    """The precision that ``precision`` should be faster than on an engine: that of unquantised products, or fp32."""
+    return KINDS[engine].form.unquantized if precision in QUANTIZED else "fp32"

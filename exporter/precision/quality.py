@@ -12,6 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.engines.errors import EngineUnavailableError, VerificationError
+from latentrt.engines.kind import CPU
+from latentrt.engines.kinds import KINDS
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.components.engine_choice import EngineSettings, make_engine
 from latentrt.runtime.components.opening import components_for
@@ -23,9 +25,6 @@ from .calibration import Calibration
 
 GATES = {"fp16": 40.0, "bf16": 32.0, "int8": 25.0, "fp8": 22.0, "int8-weights": 32.0}
 """Least mean PSNR in dB of images against fp32, by precision."""
-
-ON_CPU = ("onnxruntime", "openvino")
-"""Engines that run without a GPU."""
 
 _FIRST_SEED = 1_000  # calibration draws with seeds from 0 on
 _WINDOW, _SIGMA = 11, 1.5  # pixels
@@ -206,7 +205,7 @@ def compare_engine(
     # Step 2.
     with ExitStack() as stack:
         try:
-            if engine not in ON_CPU:
+            if KINDS[engine].device != CPU:
                 raise EngineUnavailableError(f"{engine} needs a GPU")
             both = [stack.enter_context(_pipeline(bundle, engine, each)) for each in (precision, higher)]
         except EngineUnavailableError:

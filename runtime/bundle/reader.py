@@ -1,16 +1,14 @@
-"""Bundles on disk: opened with every file looked at, written so that a crash never leaves half of one.
+"""Bundles on disk, opened with a look at every file.
 
 A bundle is a directory with a ``bundle.json`` (see :mod:`latentrt.runtime.bundle.manifest`) that lists all its files.
-Files that it does
-not list are tolerated and never read: people leave notes, and compiled engines come and go under ``engines/``.
-A graph that names such a file is refused.
+Files that it does not list are tolerated and never read: people leave notes, and compiled engines come and go under
+``engines/``. A graph that names such a file is refused. :mod:`latentrt.runtime.bundle.writer` writes bundles.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,13 +17,10 @@ from pathlib import Path
 from latentrt.engines.errors import BundleError, BundleIntegrityError
 
 from .manifest import ENGINES_DIRECTORY, MANIFEST_FILE, MAX_JSON_BYTES, Graph, Manifest
-from .onnx_guard import ExternalTensor, check_graph, plain_file
-
-if sys.platform != "win32":
-    pass
-
-
-# --- reading ---------------------------------------------------------------------------------------------------
+from .manifest_reading import read_manifest
+from .onnx_guard import check_graph
+from .onnx_reader import ExternalTensor
+from .paths import plain_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Bundle:
 
     Attributes:
         path: Its directory, absolute, without links.
-        manifest: What its ``bundle.json`` says.
+        manifest: Content of its ``bundle.json``.
     """
 
     path: Path
@@ -47,7 +42,7 @@ class Bundle:
         """Read the manifest and look at every file that it lists.
 
         Args:
-            path: Directory of the bundle; it may be a symbolic link, what is inside may not.
+            path: Directory of the bundle; it may be a symbolic link, its files may not.
             verify_hash: Read every file and compare its SHA-256, not only kind and size.
 
         Raises:
@@ -70,7 +65,7 @@ class Bundle:
             text = content.decode()
         except UnicodeDecodeError as error:
             raise BundleError(f"{origin} is not UTF-8 text: {error.reason}") from error
-        bundle = cls(directory, Manifest.from_json(text, origin))
+        bundle = cls(directory, read_manifest(text, origin))
         for relative in bundle.manifest.files:
             bundle.file(relative)
         if verify_hash:
@@ -86,7 +81,7 @@ class Bundle:
         """A graph's entry in the manifest.
 
         Raises:
-            BundleError: naming what the bundle has instead.
+            BundleError: naming those that the bundle has instead.
         """
         parts = self.manifest.components
         if component not in parts:
@@ -117,8 +112,7 @@ class Bundle:
     def graph_path(self, component: str, form: str) -> Path:
         """Path of an ONNX graph that may be handed to an SDK: all files that it names are the bundle's own.
 
-        The graph is read once a bundle; see :mod:`latentrt.runtime.bundle.onnx_guard` for what is checked and what is
-        not.
+        The graph is read once a bundle; :mod:`latentrt.runtime.bundle.onnx_guard` lists the checks, and their limits.
 
         Raises:
             BundleError: if the bundle has no such graph.
@@ -129,7 +123,7 @@ class Bundle:
         return self.path / graph.file
 
     def external_tensors(self, graph: Graph) -> tuple[ExternalTensor, ...]:
-        """Where the weights of a graph are that it does not hold itself.
+        """Places of the weights of a graph that it does not hold itself.
 
         Raises:
             BundleIntegrityError: if the graph names anything but the bundle's own files, or is damaged.
@@ -179,6 +173,3 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- writing ---------------------------------------------------------------------------------------------------

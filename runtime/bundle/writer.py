@@ -21,12 +21,11 @@ from pathlib import Path
 from latentrt.engines.errors import BundleError, BundleIntegrityError, LatentRTError, OutputError
 
 from .manifest import ENGINES_DIRECTORY, MANIFEST_FILE, MAX_JSON_BYTES, FileEntry, Manifest
-from .onnx_guard import plain_file
+from .manifest_reading import read_manifest
+from .paths import plain_file
 from .reader import Bundle, sha256_of
 
-_PARTIAL = ".partial"  # a bundle being written, or what a killed writer left
-
-
+_PARTIAL = ".partial"  # a bundle being written, or the leftover of a killed writer
 _OLDER = ".older"  # the older bundle while it is being replaced in two steps
 
 
@@ -34,8 +33,8 @@ class BundleWriter:
     """A bundle being written; made by :func:`write_bundle`.
 
     Attributes:
-        target: Where the bundle will be.
-        directory: Where to put its files until then.
+        target: Path that the bundle will have.
+        directory: Directory of its files until then.
     """
 
     def __init__(self, target: Path, directory: Path, claim: int | None) -> None:
@@ -45,7 +44,7 @@ class BundleWriter:
         self._claim = claim
 
     def preview(self, manifest: Manifest) -> Bundle:
-        """The bundle as it stands, to be run before it is committed; nothing is hashed or written.
+        """A bundle of the files so far, to be run before it is committed; nothing is hashed or written.
 
         Args:
             manifest: Everything but :attr:`Manifest.files`, which is filled in here with sizes alone.
@@ -60,7 +59,7 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash all files, write ``bundle.json``, and put the bundle in its place.
 
-        What is under ``engines/`` comes along unlisted; engines have records of their own.
+        Files under ``engines/`` come along unlisted; engines have records of their own.
 
         Args:
             manifest: Everything but :attr:`Manifest.files`, which is filled in here.
@@ -77,7 +76,7 @@ class BundleWriter:
         with _as_output_error(self.target):
             complete = replace(manifest, files=self._collect())
             text = complete.to_json()
-            complete = Manifest.from_json(text, origin="the manifest to write")
+            complete = read_manifest(text, origin="the manifest to write")
             with (self.directory / MANIFEST_FILE).open("xb") as file:
                 file.write(text.encode())
                 file.flush()
@@ -127,7 +126,7 @@ def write_bundle(target: str | os.PathLike[str]) -> Iterator[BundleWriter]:
     ``target`` changes, and if it is never reached, be it by an exception or by a plain return, all that was
     written is removed. Of writers at the same time the last to commit wins.
 
-    A process that keeps an older bundle open keeps the files that it has open; what it opens later it takes from the
+    A process that keeps an older bundle open keeps the files that it has open; later ones it takes from the
     new bundle, where another size is noticed. Open the bundle again after a rebuild.
 
     Example:
@@ -251,7 +250,7 @@ def _claim(directory: Path, *, wait: bool) -> int | None:
 
 
 def _clean_up(target: Path) -> None:
-    """Remove what killed writers left beside the target, and put back an older bundle that one had put aside."""
+    """Remove leftovers of killed writers beside the target, and put back an older bundle that one had put aside."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}(?:{re.escape(_PARTIAL)}|{re.escape(_OLDER)})")
     for leftover in sorted(target.parent.iterdir()):
         if not ours.fullmatch(leftover.name) or leftover.is_symlink():

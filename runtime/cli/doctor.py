@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latentrt.engines.errors import EngineUnavailableError
-from latentrt.engines.trt import SDK_MODULES, load_sdk
+from latentrt.engines.kind import MISSING, PRESENT, EngineKind
+from latentrt.engines.kinds import KINDS, automatic_kinds
 from latentrt.engines.trt.cuda import cuda_devices
 
-from ..components.engine_choice import AUTO
-from ..components.engine_probe import MISSING, PRESENT, SUPPORTED, probe
+from ..components.engine_probe import probe
 from .console import print_json, table
 
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print whatever a build or a run may need, and its state here."""
-    findings = [*(_engine(name) for name in SUPPORTED), _export()]
+    findings = [*(_engine(kind) for kind in KINDS.values()), _export()]
     auto = _auto(findings)
     machine = {
         "latentrt": importlib.metadata.version("latentrt"),
@@ -73,22 +72,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _engine(name: str) -> Finding:
-    found = probe(name)
-    builds = found.state == PRESENT
-    if name in SDK_MODULES and not builds:
-        try:
-            builds = load_sdk(name).builds_without_gpu
-        except EngineUnavailableError:
-            builds = False
-    return Finding(name, found.state, found.version, found.state == PRESENT, builds, found.detail)
+def _engine(kind: EngineKind) -> Finding:
+    found = probe(kind.name)
+    runs = found.state == PRESENT
+    return Finding(kind.name, found.state, found.version, runs, runs or kind.builds_without_device(), found.detail)
 
 
 def _auto(findings: Sequence[Finding]) -> dict[str, Any]:
     """The choices of ``"auto"``: engines that need plans in the bundle, and the first that needs none."""
-    running = [name for name in AUTO if any(f.name == name and f.runs for f in findings)]
-    plain = [name for name in running if name not in SDK_MODULES]
-    return {"with_plans": [name for name in running if name in SDK_MODULES], "otherwise": plain[0] if plain else None}
+    running = {finding.name for finding in findings if finding.runs}
+    kinds = [kind for kind in automatic_kinds() if kind.name in running]
+    return {
+        "with_plans": [kind.name for kind in kinds if kind.needs_plans],
+        "otherwise": next((kind.name for kind in kinds if not kind.needs_plans), None),
+    }
 
 
 def _export() -> Finding:

@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from latentrt.engines import Engine, TensorSpec
-from latentrt.engines.errors import (
-    BundleError,
-    BundleIntegrityError,
-    EngineUnavailableError,
-    InvalidRequestError,
-    LatentRTError,
-)
-from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
-from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine
-from latentrt.engines.openvino.cache import ModelCache
-from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
+from latentrt.engines import Engine
+from latentrt.engines.checks import check_choice
+from latentrt.engines.errors import BundleError, BundleIntegrityError, EngineUnavailableError, LatentRTError
+from latentrt.engines.kind import CPU, EngineArguments, EngineKind
+from latentrt.engines.kinds import KINDS, automatic_kinds, kind_of
+from latentrt.engines.onnxrt import ONNX_RUNTIME
+from latentrt.engines.openvino.kind import OPENVINO
 from latentrt.engines.openvino.winograd import largest_tile
 from latentrt.engines.store import EngineStore
-from latentrt.engines.trt import SDK_MODULES, TensorRTEngine
 from latentrt.engines.trt.cuda import cuda_devices
 
 from ..bundle.manifest import IMAGE_ENCODER, PRECISIONS, SAFETY_CHECKER, TINY_DECODER, Component, Graph
 from ..bundle.reader import Bundle
 from ..families import family_of
-from .engine_probe import SUPPORTED, check_engine, check_precision
+from .engine_probe import check_engine, check_precision
 from .lora_weights import exchangeable_weights
 from .plans import find_plan
 
+ENGINES: Mapping[str, EngineKind] = KINDS
+"""Engines by name: the table of :mod:`latentrt.engines.kinds`."""
+
 CACHES = ("read", "write", "off")
-"""What to do with compiled models of a bundle, see :class:`EngineSettings`."""
-
-AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime", "openvino")
-"""Engines that ``"auto"`` chooses from, the best first.
-
-On a CPU, ONNX Runtime comes first for small models. Of the emoji model in fp32, on two cores with AVX2, a step takes
-OpenVINO 1.09 times as long (1.15 times the processor's time on one thread, 1.13 with fixed lengths), and a bundle opens
-four times as fast unless its OpenVINO models are compiled already. When OpenVINO goes first is in :func:`automatic`.
-The providers for TensorRT are left out: they build at the first request.
-"""
+"""Values of :attr:`EngineSettings.engine_cache`."""
 
 LARGE = 400_000_000
 """From so many bytes of weights on, in fp32, a U-Net has convolutions that OpenVINO computes in fewer operations."""
-
-# These take attention and group normalisation as single operators. ONNX Runtime's CUDA provider has no kernel for
-# GroupNormalization, had none for Attention until 2026, and lacks some of other operators' newest versions; what it
-# lacks goes to the CPU. So it takes the decomposed graph, whose operators it has had for years.
-_NATIVE = frozenset({"tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"})
-
 
 Weights: TypeAlias = Mapping[str, NDArray[Any]] | None
 """Initializers to put in place of a graph's own, by name."""
@@ -63,9 +45,9 @@ class FixedSize:
     """The only size that a pipeline draws.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
-        images: Pictures of a request.
+        width: Width of an image in pixels.
+        height: Height of an image in pixels.
+        images: Images of a request.
     """
 
     width: int
@@ -75,14 +57,15 @@ class FixedSize:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What was asked of the engines of a pipeline.
+    """How to open the engines of a pipeline.
 
     Attributes:
         name: One of :data:`ENGINES`, or ``"auto"``.
-        precision: One of :data:`~latentrt.runtime.bundle.manifest.PRECISIONS`, or ``None`` for the highest that there
-        is. threads: Threads inside an operator on a CPU; 0 is automatic.
-        engine_cache: What to do with models that OpenVINO compiled: ``"read"`` uses those of the bundle, ``"write"``
-            also stores what had to be compiled, ``"off"`` opens none.
+        precision: One of :data:`~latentrt.runtime.bundle.manifest.PRECISIONS`, or ``None`` for the highest that the
+            bundle has.
+        threads: Threads inside an operator on a CPU; 0 is automatic.
+        engine_cache: Use of models that OpenVINO compiled: ``"read"`` opens those of the bundle, ``"write"`` also
+            stores those that had to be compiled, ``"off"`` opens none.
         fixed_size: The only size to be drawn, if there is one.
         verify_hash: Hash a plan before it is opened. (A compiled OpenVINO model always is.)
         low_memory: Keep no memory between runs that the next one could use.
@@ -99,8 +82,7 @@ class EngineSettings:
     switchable: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine_cache not in CACHES:
-            raise InvalidRequestError(f"engine_cache is {self.engine_cache!r}, expected one of {', '.join(CACHES)}")
+        check_choice("engine_cache", self.engine_cache, CACHES)
 
 
 @dataclass(frozen=True)
@@ -121,22 +103,27 @@ class EngineChoice:
 def automatic(bundle: Bundle, settings: EngineSettings) -> list[str]:
     """Engines that ``"auto"`` chooses from, the best first; none for a precision that is unknown.
 
-    OpenVINO goes before ONNX Runtime
+    The order is that of :func:`~latentrt.engines.kinds.automatic_kinds`, except that OpenVINO goes before ONNX Runtime
         - in int8: a step of the emoji model takes 0.5 of fp32's time with VNNI and 0.7 to 1.0 without, and in ONNX
           Runtime 1.2 to 1.4 with or without;
         - in fp32 for a U-Net of :data:`LARGE` weights, whose wide convolutions it computes by tiles on processors that
           are for it, see :mod:`latentrt.engines.openvino.winograd` (a step of Stable Diffusion 1.5's size took 6.7 s
-          without
-          a fixed size, and 8.7 in ONNX Runtime); not with ``low_memory``, where components are opened for every
-          picture, nor with ``switchable``, which ONNX Runtime alone can do.
+          without a fixed size, and 8.7 in ONNX Runtime); not with ``low_memory``, where components are opened for every
+          request, nor with ``switchable``, which ONNX Runtime alone can do.
 
     Args:
-        bundle: What is to be opened.
-        settings: What is asked for.
+        bundle: The bundle to open.
+        settings: How to open it.
     """
-    found = [name for name in AUTO if settings.precision is None or settings.precision in SUPPORTED[name]]
-    first = settings.precision == "int8" or _tiles_pay(bundle, settings)
-    return sorted(found, key=lambda name: name == "onnxruntime") if first else found
+    found = [
+        kind.name for kind in automatic_kinds() if settings.precision is None or settings.precision in kind.precisions
+    ]
+    if {OPENVINO.name, ONNX_RUNTIME.name} <= set(found) and (
+        settings.precision == "int8" or _tiles_pay(bundle, settings)
+    ):
+        found.remove(OPENVINO.name)
+        found.insert(found.index(ONNX_RUNTIME.name), OPENVINO.name)
+    return found
 
 
 def _tiles_pay(bundle: Bundle, settings: EngineSettings) -> bool:
@@ -146,27 +133,27 @@ def _tiles_pay(bundle: Bundle, settings: EngineSettings) -> bool:
         return False
     if _highest(unet) != "fp32" or not largest_tile("fp32"):
         return False
-    graph = choose_graph(unet, "openvino", "fp32")[1]
+    graph = choose_graph(unet, OPENVINO.name, "fp32")[1]
     return sum(manifest.files[path].size for path in (graph.file, *graph.external)) >= LARGE
 
 
 def choose_engine(
     bundle: Bundle, components: Iterable[str], settings: EngineSettings, failed: Mapping[str, str] | None = None
 ) -> EngineChoice:
-    """Find the engine for what was asked: the named one if it can run here, or with ``"auto"`` the best that can.
+    """Choose the engine: the one that is named if it can run here, or with ``"auto"`` the best that can.
 
     ``"auto"`` never lowers precision: without one it takes the highest that the bundle has, whatever is faster.
 
     Args:
         bundle: The bundle.
-        components: What is to be opened of it.
-        settings: What is asked for.
+        components: Components of it that are to be opened.
+        settings: How to open them.
         failed: Engines that did not open when they were chosen, and why; ``"auto"`` passes them over.
 
     Raises:
         InvalidRequestError: if the engine or the precision is unknown, or the two do not go together.
         EngineUnavailableError: if the engine, or with ``"auto"`` every one, lacks something here.
-        BundleError: if the bundle lacks what the engine needs.
+        BundleError: if the bundle has no graph for the engine.
     """
     components = list(components)
     if settings.name != "auto":
@@ -174,7 +161,7 @@ def choose_engine(
         return EngineChoice(settings.name, "asked for")
     candidates = automatic(bundle, settings)
     if not candidates:
-        check_precision(AUTO[0], settings.precision)  # says what there is
+        check_precision(automatic_kinds()[0].name, settings.precision)  # lists the precisions that are known
     passed_over: dict[str, str] = {}
     failures: list[LatentRTError] = []
     for name in candidates:
@@ -193,28 +180,34 @@ def choose_engine(
 
 
 def _why(bundle: Bundle, components: Iterable[str], settings: EngineSettings) -> str:
-    """Why an engine can be taken, once it is known that it can."""
-    name = settings.name
-    on_gpu = name not in ("onnxruntime", "openvino")
-    if on_gpu and not cuda_devices():  # before any SDK is loaded
+    """Why an engine can be taken, once it is known that it can.
+
+    Raises:
+        EngineUnavailableError: if it cannot run here, or the bundle has no plan for it.
+        BundleError: if the bundle has no graph for it.
+    """
+    kind = kind_of(settings.name)
+    if kind.device != CPU and not cuda_devices():  # before any SDK is loaded
         raise EngineUnavailableError("no CUDA device was found")
     for component in components:
         graphs = _component(bundle, component)
-        if name in SDK_MODULES:
-            highest = settings.precision or _highest(graphs)
-            find_plan(bundle, name, component, highest)
+        if kind.needs_plans:
+            find_plan(bundle, kind.name, component, settings.precision or _highest(graphs))
         else:
-            choose_graph(graphs, name, _stored_precision(settings))
-    check_engine(name, settings.precision)
-    if name in SDK_MODULES:
+            choose_graph(graphs, kind.name, kind.graph_precision(settings.precision))
+    check_engine(kind.name, settings.precision)
+    if kind.needs_plans:
         return f"the bundle has plans for this {cuda_devices()[0].name}"
-    if on_gpu:
-        return f"the bundle has no plans for this {cuda_devices()[0].name}, and ONNX Runtime has CUDA"
-    if name == "openvino":
-        if _tiles_pay(bundle, settings):
-            return "the fastest for a U-Net of this size on a CPU"
-        beside = "onnxruntime" in automatic(bundle, settings)
-        return f"{'the fastest' if beside else 'the one that computes'} in {settings.precision} on this CPU"
+    if kind.device != CPU:
+        return f"the bundle has no plans for this {cuda_devices()[0].name}, and {kind.title} needs none"
+    rivals = [name for name in automatic(bundle, settings) if KINDS[name].device == CPU]
+    if rivals[0] != kind.name:
+        return "engines that are faster cannot run it here"
+    if settings.precision is not None and len(rivals) == 1:
+        return f"the one that computes in {settings.precision} on this CPU"
+    if kind is OPENVINO:
+        size = "for a U-Net of this size on a CPU"
+        return f"the fastest {size if _tiles_pay(bundle, settings) else f'in {settings.precision} on this CPU'}"
     return "the fastest on a CPU" if not cuda_devices() else "nothing else can use the GPU here"
 
 
@@ -223,25 +216,27 @@ def _highest(component: Component) -> str:
     return min((form.partition("-")[2] for form in component.graphs), key=PRECISIONS.index, default="fp32")
 
 
-def _stored_precision(settings: EngineSettings) -> str | None:
-    """Precision of the graphs to open: for bf16 OpenVINO takes those of fp32 and rounds the weights by itself."""
-    return "fp32" if (settings.name, settings.precision) == ("openvino", "bf16") else settings.precision
-
-
 def choose_graph(component: Component, engine: str, precision: str | None) -> tuple[str, Graph]:
     """The graph of a component that an engine should open, with the name of its form.
 
-    On a CPU, and for ONNX Runtime's CUDA provider, decomposed operators are better; TensorRT of every kind takes native
-    ones. A component that was kept in fp32 when the bundle was built for fp16, because half precision overflows, has
-    the form of fp16 and serves it.
+    Kinds of native form take the graph of the highest operator set, others that of the lowest, see
+    :class:`~latentrt.engines.kind.GraphForm`. A component that was kept in fp32 when the bundle was built for fp16,
+    because half precision overflows, has the form of fp16 and serves it.
+
+    Args:
+        component: The component.
+        engine: Name of the engine.
+        precision: Precision of the form; ``None`` takes the highest that the engine has kernels for.
 
     Raises:
+        InvalidRequestError: if the engine is unknown.
         BundleError: if the bundle has none that fits.
     """
-    for each in SUPPORTED.get(engine, PRECISIONS) if precision is None else (precision,):
+    kind = kind_of(engine)
+    for each in kind.precisions if precision is None else (precision,):
         fitting = [(name, graph) for name, graph in component.graphs.items() if name.partition("-")[2] == each]
         if fitting:
-            best = max if engine in _NATIVE else min
+            best = max if kind.form.native else min
             return best(fitting, key=lambda item: item[1].opset)
     raise BundleError(
         f"the bundle has no graph of {component.name} for {engine} at {precision or 'any precision'}; "
@@ -256,18 +251,19 @@ def graph_for(bundle: Bundle, component: str, settings: EngineSettings) -> Graph
         BundleError: if the bundle has none that fits.
         EngineUnavailableError: if the engine needs a plan and the bundle has none that fits.
     """
-    if settings.name in SDK_MODULES:
-        return bundle.graph(component, find_plan(bundle, settings.name, component, settings.precision).form)
-    return choose_graph(_component(bundle, component), settings.name, _stored_precision(settings))[1]
+    kind = kind_of(settings.name)
+    if kind.needs_plans:
+        return bundle.graph(component, find_plan(bundle, kind.name, component, settings.precision).form)
+    return choose_graph(_component(bundle, component), kind.name, kind.graph_precision(settings.precision))[1]
 
 
 def most_pictures(bundle: Bundle, components: Iterable[str], settings: EngineSettings) -> int | None:
-    """Most pictures at a time that the plans of a bundle were compiled for; ``None`` where nothing limits them.
+    """Most images at a time that the plans of a bundle were compiled for; ``None`` where nothing limits them.
 
     Raises:
         EngineUnavailableError: if the engine needs a plan and the bundle has none that fits.
     """
-    if settings.name not in SDK_MODULES:
+    if not kind_of(settings.name).needs_plans:
         return None
     plans = [find_plan(bundle, settings.name, component, settings.precision) for component in components]
     profiles = [plan.record.profile for plan in plans]
@@ -277,62 +273,50 @@ def most_pictures(bundle: Bundle, components: Iterable[str], settings: EngineSet
     )
 
 
-def _onnxruntime(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
-    form, graph = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
-    path = bundle.graph_path(component, form)
-    options = OnnxRuntimeOptions(threads=settings.threads, arena=not settings.low_memory)
-    exchangeable: Sequence[TensorSpec] = ()
-    if settings.switchable and not weights:
-        exchangeable = exchangeable_weights(bundle, component, graph, family_of(bundle.manifest))
-    return OnnxRuntimeEngine(path, options, f"{component} (onnxruntime)", weights, exchangeable)
-
-
-def _onnxruntime_gpu(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
-    form, _ = choose_graph(bundle.manifest.components[component], settings.name, settings.precision)
-    label = f"{component} ({settings.name})"
-    return OnnxRuntimeGpuEngine(bundle.graph_path(component, form), settings.name, label=label, weights=weights)
-
-
-def _openvino(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
-    return openvino_engine(bundle, component, settings, weights=weights)
-
-
-def openvino_engine(
-    bundle: Bundle, component: str, settings: EngineSettings, *, required: bool = False, weights: Weights = None
-) -> OpenVinoEngine:
-    """The OpenVINO engine of one component, not yet opened.
+def engine_arguments(
+    bundle: Bundle, component: str, settings: EngineSettings, weights: Weights = None, *, must_keep: bool = False
+) -> EngineArguments:
+    """The arguments that a kind makes the engine of one component from.
 
     Args:
         bundle: The bundle.
         component: Part of the model.
-        settings: What is asked for.
-        required: With ``engine_cache="write"``: fail where the compiled model cannot be stored.
-        weights: In place of the graph's own, by name; compiled anew then.
+        settings: How to open it; ``name`` is an engine's, not ``"auto"``.
+        weights: In place of the graph's own, by name.
+        must_keep: With ``engine_cache="write"``: fail where a compiled model cannot be stored.
 
     Raises:
-        BundleError: if the bundle has no graph that fits.
+        BundleError: if the bundle has no graph that fits, or a file of it is damaged.
+        EngineUnavailableError: if the engine needs a plan and the bundle has none that fits.
     """
-    computed_in = settings.precision if settings.precision in ("bf16", "int8") else "fp32"
-    form, graph = choose_graph(bundle.manifest.components[component], settings.name, _stored_precision(settings))
-    shapes = _fixed_lengths(bundle, component, graph, settings.fixed_size)
-    cache = None
-    if settings.engine_cache != "off":
-        files = bundle.manifest.files
-        cache = ModelCache(
-            EngineStore(bundle.engines_directory),
-            component,
-            files[graph.file].sha256,
-            {name: files[name].sha256 for name in graph.external},
-            keep=settings.engine_cache == "write",
-            required=required,
-        )
-    return OpenVinoEngine(
-        bundle.graph_path(component, form),
-        OpenVinoOptions(computed_in, settings.threads, shapes),
-        f"{component} (openvino, {computed_in})",
-        (graph.inputs, graph.outputs),
-        cache,
+    kind, store, target = kind_of(settings.name), EngineStore(bundle.engines_directory), ""
+    if kind.needs_plans:
+        plan = find_plan(bundle, kind.name, component, settings.precision)
+        if settings.verify_hash:
+            store.find(plan.record.key)
+        graph, path, target = bundle.graph(component, plan.form), store.path(plan.record), plan.record.target
+    else:
+        form, graph = choose_graph(_component(bundle, component), kind.name, kind.graph_precision(settings.precision))
+        path = bundle.graph_path(component, form)
+    exchange = kind.switchable and settings.switchable and not weights
+    files = bundle.manifest.files
+    return EngineArguments(
+        component,
+        path,
+        graph.inputs,
+        graph.outputs,
+        settings.precision,
+        settings.threads,
+        settings.low_memory,
+        _fixed_lengths(bundle, component, graph, settings.fixed_size) if kind.compiles else {},
         weights,
+        exchangeable_weights(bundle, component, graph, family_of(bundle.manifest)) if exchange else (),
+        files[graph.file].sha256,
+        {name: files[name].sha256 for name in graph.external},
+        store if kind.compiles and settings.engine_cache != "off" else None,
+        keep_compiled=settings.engine_cache == "write",
+        must_keep=must_keep,
+        target=target,
     )
 
 
@@ -346,7 +330,7 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
     factor = bundle.manifest.latent.vae_scale_factor
     known = {"latent_height": size.height // factor, "latent_width": size.width // factor}
     if component.startswith(("text_encoder", IMAGE_ENCODER, SAFETY_CHECKER)) or component.endswith("_prompt"):
-        known["batch"] = 1  # texts come one by one, and so do the pictures that CLIP looks at
+        known["batch"] = 1  # texts come one by one, and so do the images that CLIP looks at
     elif component.endswith("_step") or component in ("vae_decoder", TINY_DECODER):
         known["batch"] = size.images
     if "prompt_syntax" in family_of(bundle.manifest).options:  # one chunk of tokens; others choose a text's length
@@ -355,39 +339,13 @@ def _fixed_lengths(bundle: Bundle, component: str, graph: Graph, size: FixedSize
     return {symbol: length for symbol, length in known.items() if symbol in symbols}
 
 
-def _tensorrt(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights) -> Engine:
-    plan = find_plan(bundle, settings.name, component, settings.precision)
-    store, record = EngineStore(bundle.engines_directory), plan.record
-    if settings.verify_hash:
-        store.find(record.key)
-    graph = bundle.graph(component, plan.form)
-    return TensorRTEngine(
-        store.path(record),
-        engine=settings.name,
-        target=record.target,
-        signature=(graph.inputs, graph.outputs),
-        label=f"{component} ({settings.name})",
-        weights=weights,
-    )
-
-
-ENGINES: Mapping[str, Callable[[Bundle, str, EngineSettings, Weights], Engine]] = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-    **dict.fromkeys(PROVIDERS, _onnxruntime_gpu),
-    "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt,
-}
-"""Engines by name; each entry makes the (still closed) engine of one component."""
-
-
 def make_engine(bundle: Bundle, component: str, settings: EngineSettings, weights: Weights = None) -> Engine:
     """The engine of one component, not yet opened.
 
     Args:
         bundle: The bundle.
         component: Part of the model.
-        settings: What is asked for.
+        settings: How to open it.
         weights: In place of the graph's own, by name.
 
     Raises:
@@ -399,7 +357,7 @@ def make_engine(bundle: Bundle, component: str, settings: EngineSettings, weight
     if settings.name == "auto":
         settings = dataclasses.replace(settings, name=choose_engine(bundle, [component], settings).name)
     check_precision(settings.name, settings.precision)
-    return ENGINES[settings.name](bundle, component, settings, weights)
+    return kind_of(settings.name).make(engine_arguments(bundle, component, settings, weights))
 
 
 def _component(bundle: Bundle, name: str) -> Component:

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import TensorSpec
+from latentrt.engines.checks import is_integer
 from latentrt.engines.errors import BundleError, SourceError
 
 from ..bundle.manifest import MAX_JSON_BYTES, Graph
-from ..bundle.onnx_guard import ExternalTensor
+from ..bundle.onnx_reader import ExternalTensor
 from ..bundle.reader import Bundle
 from ..families import Family
 from ..lora.reading import Lora, Shapes, Target
@@ -27,7 +28,7 @@ LAYERS_FILE = "lora.json"
 """File of a bundle with the layers that a LoRA may change: by part and path the shape of the layer's weights."""
 
 TRANSPOSED = ".T"
-"""What follows the name of a weight that a graph holds transposed."""
+"""Suffix of the name of a weight that a graph holds transposed."""
 
 _WEIGHT = ".weight"
 _DTYPES = {1: "<f4", 10: "<f2"}  # by TensorProto.DataType
@@ -39,7 +40,7 @@ class SpareMemory:
     """Memory of weights that nobody uses any more, for those that come next. Safe from many threads.
 
     Memory that is new to a process has to be made by the system first, page by page. In a virtual machine that may take
-    several times as long as computing what is put there.
+    several times as long as computing the weights.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class SpareMemory:
         return (np.empty(size, np.uint8) if block is None else block).view(dtype).reshape(shape)
 
     def keep(self, component: str, arrays: Iterable[NDArray[Any]]) -> None:
-        """Take the memory of a component's arrays, of which there is no other view, in place of what is kept of it."""
+        """Keep the memory of a component's arrays, of which there is no other view, in place of that kept before."""
         blocks: dict[int, list[NDArray[np.uint8]]] = {}
         for array in arrays:
             blocks.setdefault(array.nbytes, []).append(array.reshape(-1).view(np.uint8))
@@ -72,7 +73,7 @@ class SpareMemory:
 
 
 def target_of(bundle: Bundle, family: Family) -> Target:
-    """What a bundle has for a LoRA to change.
+    """The layers of a bundle that a LoRA may change.
 
     Raises:
         BundleError: if it does not say, as those of older versions and of graphs that others exported.
@@ -93,9 +94,9 @@ def changed_weights(
     Args:
         bundle: The bundle.
         family: Its family.
-        graphs: What is opened, by component.
+        graphs: Graphs that are opened, by component.
         loras: Are added one after the other.
-        memory: What arrays may be made of.
+        memory: Spare memory for the arrays.
 
     Raises:
         SourceError: if a layer is quantised in these graphs, or leaves the range of its numbers.
@@ -129,7 +130,7 @@ def changed_weights(
 
 
 def exchangeable_weights(bundle: Bundle, component: str, graph: Graph, family: Family) -> tuple[TensorSpec, ...]:
-    """Weights of a component that LoRAs may change and that need not be laid out ahead: of matrices, as it were.
+    """Weights of a component that LoRAs may change and that are matrices, or kernels of one pixel.
 
     Raises:
         BundleError: if the bundle does not say which layers it has.
@@ -216,6 +217,6 @@ def _layers(bundle: Bundle) -> dict[str, Shapes]:
 
 
 def _length(value: object) -> int:
-    if type(value) is not int or not 0 < value < 2**31:
+    if not is_integer(value) or not 0 < value < 2**31:
         raise ValueError
     return value

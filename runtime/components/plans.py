@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentrt.engines.errors import BundleError, EngineUnavailableError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key
+from latentrt.engines.records import EngineRecord, engine_key
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import BuildOptions, load_sdk
-from latentrt.engines.trt.cuda import cuda_devices
+from latentrt.engines.trt.cuda import cuda_devices, no_device
 
 from ..bundle.manifest import PRECISIONS, Graph
 from ..bundle.reader import Bundle
@@ -48,7 +49,7 @@ def find_plan(bundle: Bundle, engine: str, component: str, precision: str | None
         precision: The only one to take; None takes any.
 
     Raises:
-        EngineUnavailableError: if none fits; the message says why, and what to do.
+        EngineUnavailableError: if none fits; the message gives the reason and the way out.
     """
     build = f"build one with: latentrt build-engine SOURCE --output {bundle.path} --engine {engine}"
     records = [record for record in _sound_records(bundle) if record.engine == engine and record.component == component]
@@ -75,9 +76,7 @@ def find_plan(bundle: Bundle, engine: str, component: str, precision: str | None
         plans = [plan for plan in plans if plan.precision == precision]
     sdk = load_sdk(engine)
     if not (devices := cuda_devices()):
-        raise EngineUnavailableError(
-            f"{engine} needs an NVIDIA GPU and its driver, and no CUDA device was found; use the engine onnxruntime"
-        )
+        raise EngineUnavailableError(no_device(engine))
     architecture = devices[0].architecture
     here = [plan for plan in plans if fits_gpu(plan.record.target, architecture)]
     if not here:
@@ -108,7 +107,7 @@ def planned(bundle: Bundle, engine: str, component: str) -> set[str]:
 
 
 def fits_graph(record: EngineRecord, bundle: Bundle, graph: Graph) -> bool:
-    """Whether a plan is just what the bundle's present graph and weights give with the facts of its record."""
+    """Whether a plan was built from the bundle's present graph and weights, with the facts of its record."""
     files = bundle.manifest.files
     key = engine_key(
         graph=files[graph.file].sha256,
@@ -135,7 +134,7 @@ def fits_gpu(target: str, architecture: str) -> bool:
 
 def _number(architecture: str) -> int:
     digits = architecture.removeprefix("sm_")
-    return int(digits) if digits.isdecimal() else 1 << 30  # what is no architecture fits none
+    return int(digits) if digits.isdecimal() else 1 << 30  # a target that is no architecture fits none
 
 
 def _fits_version(record: EngineRecord, version: str) -> bool:

@@ -33,7 +33,7 @@ from .unipc import unipc
 __all__ = ["SAMPLERS", "Plan", "compile_plan", "default_sampler", "flow_shift_mu", "run_plan", "step"]
 
 # Each sampler with the arguments of compile_plan, besides steps, that it takes. Those that keep a history take "begin":
-# a plan of theirs cannot be cut, since its rows read what the rows before them kept.
+# a plan of theirs cannot be cut, since its rows read values that the rows before them kept.
 _COMPILERS: dict[str, tuple[Callable[[Config, Request], Plan], tuple[str, ...]]] = {
     "ddim": (ddim, ("eta",)),
     "ddpm": (ddpm, ("timesteps",)),
@@ -138,7 +138,7 @@ def compile_plan(
 
     Raises:
         InvalidRequestError: if the sampler is unknown, a value of the config is wrong or contradicts another, or the
-            sampler cannot do what is asked.
+            sampler cannot serve the options.
     """
     if sampler not in _COMPILERS:
         raise InvalidRequestError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
@@ -180,11 +180,11 @@ def compile_plan(
 
 
 def _train_timesteps(sampler: str, config: Config) -> int:
-    """Timesteps that a model was trained with, by which a run is cut; some are told something else."""
+    """Timesteps that a model was trained with, by which a run is cut; some plans give the model another number."""
     if sampler == "edm-euler" or (sampler == "euler" and config.values.get("timestep_type") == "continuous"):
         raise InvalidRequestError(
             "denoising_start and denoising_end are fractions of the timesteps that a model was trained with, and this "
-            "one is told logarithms of noise levels; leave them out"
+            "one takes logarithms of noise levels; leave them out"
         )
     return config.integer("num_train_timesteps", 1000, 1, MAX_TRAIN_TIMESTEPS)
 

@@ -7,12 +7,12 @@ checked, and a value that cannot be right is named.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from latentrt.engines.checks import check_choice, check_flag, check_integer, check_number, is_number, show
 from latentrt.engines.errors import InvalidRequestError
 
 
@@ -41,36 +41,27 @@ class Config:
             )
         name = scheduler_config.get("_class_name", "")
         if not isinstance(name, str):
-            raise InvalidRequestError(f"_class_name is {name!r}, expected the name of a diffusers scheduler class")
+            raise InvalidRequestError(f"_class_name is {show(name)}, expected the name of a diffusers scheduler class")
         dropped = scheduler_config.get("_use_default_values") or ()
         if not isinstance(dropped, Sequence) or isinstance(dropped, str):
-            raise InvalidRequestError(f"_use_default_values is {dropped!r}, expected a list of names")
+            raise InvalidRequestError(f"_use_default_values is {show(dropped)}, expected a list of names")
         given = {key: value for key, value in scheduler_config.items() if value is not None and key not in dropped}
         return cls(given, name)
 
     def _error(self, key: str, expected: str) -> InvalidRequestError:
-        return InvalidRequestError(f"scheduler config: {key} is {self.values[key]!r}, expected {expected}")
+        return InvalidRequestError(f"scheduler config: {key} is {show(self.values[key])}, expected {expected}")
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A boolean."""
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self._error(key, "true or false")
-        return value
+        return check_flag(_named(key), self.values.get(key, default))
 
     def integer(self, key: str, default: int, low: int, high: int) -> int:
         """An integer from ``low`` to ``high``, both included."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self._error(key, f"an integer from {low} to {high}")
-        return value
+        return check_integer(_named(key), self.values.get(key, default), low, high)
 
     def number(self, key: str, default: float) -> float:
         """A finite number."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._error(key, "a finite number")
-        return float(value)
+        return check_number(_named(key), self.values.get(key, default), None)
 
     def positive(self, key: str) -> float | None:
         """A finite number above zero, or None where the key is missing."""
@@ -83,10 +74,7 @@ class Config:
 
     def choice(self, key: str, choices: Sequence[str], default: str) -> str:
         """One of ``choices``."""
-        value = self.values.get(key, default)
-        if value not in choices:
-            raise self._error(key, "one of " + ", ".join(choices))
-        return str(value)
+        return check_choice(_named(key), self.values.get(key, default), choices)
 
     def refuse_thresholding(self) -> None:
         """Refuse dynamic thresholding, which no linear program can do.
@@ -117,7 +105,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asks of a sampler besides the config.
+    """Options of a sampler besides the config.
 
     Attributes:
         steps: Number of steps, or None where custom timesteps or sigmas set it.
@@ -177,46 +165,44 @@ def parse_request(
     eta: float | None,
     mu: float | None,
 ) -> Request:
-    """Check what a caller asks for.
+    """Check the options of a sampler.
 
     Raises:
         InvalidRequestError: naming the argument that cannot be served.
     """
-    if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1):
-        raise InvalidRequestError(f"steps is {steps!r}, expected a whole number above zero")
+    if steps is not None:
+        steps = check_integer("steps", steps, 1)
     if timesteps is not None and sigmas is not None:
         raise InvalidRequestError("both timesteps and sigmas are given, expected at most one of them")
     if steps is None and timesteps is None and sigmas is None:
         raise InvalidRequestError("steps is missing, expected a number of steps or custom timesteps or sigmas")
-    if eta is not None and not (_is_number(eta) and 0.0 <= eta <= 1.0):
-        raise InvalidRequestError(f"eta is {eta!r}, expected a number from 0 to 1")
-    if mu is not None and not _is_number(mu):
-        raise InvalidRequestError(f"mu is {mu!r}, expected a finite number")
+    eta = None if eta is None else check_number("eta", eta, 0, 1)
+    mu = None if mu is None else check_number("mu", mu, None)
     custom_timesteps = _numbers("timesteps", timesteps)
     if custom_timesteps is not None:
         if steps is not None and steps != len(custom_timesteps):
             raise InvalidRequestError(f"steps is {steps}, but {len(custom_timesteps)} custom timesteps are given")
         steps = len(custom_timesteps)
     return Request(
-        steps=None if steps is None else int(steps),
+        steps=steps,
         timesteps=custom_timesteps,
         sigmas=_numbers("sigmas", sigmas),
-        eta=None if eta is None else float(eta),
-        mu=None if mu is None else float(mu),
+        eta=eta,
+        mu=mu,
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _named(key: str) -> str:
+    return f"scheduler config: {key}"
 
 
 def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
     if values is None:
         return None
     try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise InvalidRequestError(f"{name} is {values!r}, expected a sequence of numbers") from None
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise InvalidRequestError(f"{name} is {values!r}, expected at least one number, all finite")
-    return numbers
+        found = list(values)
+    except TypeError:
+        raise InvalidRequestError(f"{name} is {show(values)}, expected a sequence of numbers") from None
+    if not found or not all(map(is_number, found)):
+        raise InvalidRequestError(f"{name} is {show(values)}, expected at least one number, all finite")
+    return tuple(map(float, found))

@@ -1,12 +1,12 @@
-"""Which rows of a plan belong to a part of a run, such as a base model's share and its refiner's."""
+"""Rows of a plan that belong to a part of a run, such as a base model's share or its refiner's."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 
+from latentrt.engines.checks import is_number, show
 from latentrt.engines.errors import InvalidRequestError
 
 from .plan import Plan
@@ -20,10 +20,8 @@ def check_part(start: Any, end: Any) -> tuple[float | None, float | None]:
     """
     found: list[float | None] = []
     for name, value in (("denoising_start", start), ("denoising_end", end)):
-        if value is not None:
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number or not 0 < value < 1:  # NaN compares false
-                raise InvalidRequestError(f"{name} is {value!r}, expected a number between 0 and 1, or nothing")
+        if value is not None and not (is_number(value) and 0 < value < 1):
+            raise InvalidRequestError(f"{name} is {show(value)}, expected a number between 0 and 1, or nothing")
         found.append(None if value is None else float(value))
     first, last = found
     if first is not None and last is not None and first >= last:
@@ -35,11 +33,11 @@ def row_after(plan: Plan, fraction: float, train_timesteps: int) -> int:
     """The first row of a plan whose step begins after a fraction of the trained timesteps.
 
     Timesteps are counted as diffusers' pipelines of SDXL do. A step is never cut in two: where those stop between the
-    calls of a sampler of second order, and begin that step again from what the first call gave, all of its rows belong
+    calls of a sampler of second order, and begin that step again from the first call's result, all of its rows belong
     to the part in which it begins.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         fraction: From 0, pure noise, to 1.
         train_timesteps: Number of timesteps that the model was trained with.
 
@@ -60,11 +58,11 @@ def rows_of_part(
     """First row of a part of a run, and the row before which it ends.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         start: Fraction at which the part begins; ``None`` is the run's start.
         end: Fraction at which it ends; ``None`` is the run's end.
         train_timesteps: Number of timesteps that the model was trained with.
-        sampler: Its name, for messages.
+        sampler: Name of the sampler, for messages.
 
     Raises:
         InvalidRequestError: if no step begins between the two.
@@ -84,14 +82,14 @@ def rows_of_part(
 
 
 def row_after_skipped(plan: Plan, skipped_steps: int, sampler: str) -> int:
-    """The row that a run begins at which leaves steps out, so as to change a picture that is there.
+    """The first row of a run that leaves steps out, so as to change an image that is there.
 
     Steps are counted as diffusers' pipelines do it. They take the repeated call of ``pndm`` for a step.
 
     Args:
-        plan: Of the whole run.
+        plan: Plan of the whole run.
         skipped_steps: Steps to leave out.
-        sampler: Its name.
+        sampler: Name of the sampler.
 
     Raises:
         InvalidRequestError: if no step would be left.

@@ -18,7 +18,7 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 def ddpm(config: Config, request: Request) -> Plan:
     """Equations 6 and 7 of the paper, between the timesteps that are visited. As diffusers' ``DDPMScheduler``.
 
-    That class takes the root of a logarithm for ``fixed_large_log``, which is not a number; here that is what its
+    That class takes the root of a logarithm for ``fixed_large_log``, which is not a number; here it is, as its
     name says, the same standard deviation as ``fixed_large``.
     """
     config.refuse_thresholding()

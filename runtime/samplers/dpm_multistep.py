@@ -21,7 +21,7 @@ SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 
 
 def dpmpp_2m(config: Config, request: Request) -> Plan:
-    """DPM-Solver++(2M), or what ``algorithm_type`` and ``solver_order`` say: diffusers' DPMSolverMultistepScheduler."""
+    """DPM-Solver++(2M), or what the config names: diffusers' ``DPMSolverMultistepScheduler``."""
     # As that class, take the names that other solvers write into these keys for its own defaults.
     algorithm = config.choice("algorithm_type", ALGORITHMS, "dpmsolver++")
     return _multistep(config, request, "dpmsolver++" if algorithm == "deis" else algorithm)

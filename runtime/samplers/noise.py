@@ -1,4 +1,4 @@
-"""Gaussian noise that equals PyTorch's, without PyTorch: same seed, same picture.
+"""Gaussian noise that equals PyTorch's, without PyTorch: same seed, same image.
 
 Reproduces ``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`` in float32, draw after draw.
 
@@ -18,7 +18,6 @@ Sources (PyTorch 2.13, unchanged in substance since 1.x):
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, SupportsIndex
@@ -26,7 +25,7 @@ from typing import Protocol, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.engines.errors import InvalidRequestError
+from latentrt.engines.checks import check_integer
 
 MAX_SEED = 2**64 - 1
 """Largest seed; seeds that differ only above bit 31 give the same noise, here as in PyTorch."""
@@ -50,7 +49,7 @@ class Noise(Protocol):
 class TorchGenerator:
     """The normal deviates of ``torch.Generator("cpu")``; consecutive draws continue one stream.
 
-    The 32-bit words are PyTorch's exactly. The deviates agree to 5e-7 with what PyTorch computes on x86 (its AVX2
+    The 32-bit words are PyTorch's exactly. The deviates agree to 5e-7 with PyTorch's on x86 (its AVX2
     kernel, which AVX-512 machines run too), and to 3e-6 with its builds for other processors, which round the
     angle differently and so differ from x86 by as much.
 
@@ -64,9 +63,7 @@ class TorchGenerator:
     """
 
     def __init__(self, seed: SupportsIndex) -> None:
-        number = _integer(seed, "seed")
-        if not 0 <= number <= MAX_SEED:
-            raise InvalidRequestError(f"seed is {number}, expected an integer from 0 to 2**64 - 1")
+        number = check_integer("seed", seed, 0, MAX_SEED)
         # numpy's documented way to MT19937 under Knuth's seeding rather than by an array; NEP 19 froze its stream.
         self._engine = np.random.RandomState(number & 0xFFFFFFFF)
         self._spare: float | None = None
@@ -83,9 +80,7 @@ class TorchGenerator:
         Raises:
             InvalidRequestError: if a length is no integer or negative.
         """
-        lengths = tuple(_integer(length, "shape") for length in shape)
-        if any(length < 0 for length in lengths):
-            raise InvalidRequestError(f"shape is {lengths}, expected lengths of 0 or more")
+        lengths = tuple(check_integer("a length of shape", length, 0) for length in shape)
         count = math.prod(lengths)
         flat = self._block_path(count) if count >= BLOCK else self._scalar_path(count)
         return flat.reshape(lengths)
@@ -129,7 +124,7 @@ class TorchGenerator:
 class SharedNoise:
     """One stream of noise for several: each draw is made for all of them at once, and every member gets its part.
 
-    So noise is what it is in diffusers for one generator and several prompts. The members draw equally often, and no
+    So noise is that of diffusers for one generator and several prompts. The members draw equally often, and no
     shape but the first dimension differs between them. Not for use from several threads at once.
 
     Args:
@@ -194,7 +189,7 @@ def varied_noise(
 
     Args:
         stream: Where noise comes from.
-        shape: What to draw; the first dimension are pictures, each of which turns by an angle of its own.
+        shape: Shape of the noise; the first dimension is that of images, each of which turns by an angle of its own.
         seed: The other seed.
         strength: 0 to 1; ``None`` is 0.
 
@@ -223,10 +218,3 @@ def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     result[:, 0] = radius * np.cos(angle)
     result[:, 1] = radius * np.sin(angle)
     return result.reshape(-1)
-
-
-def _integer(value: object, what: str) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidRequestError(f"{what} has {value!r}, expected an integer") from None

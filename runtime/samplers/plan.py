@@ -30,7 +30,7 @@ class Plan:
     ``input_scale[i] * registers[0]`` and ``timesteps[i]``. The result of the run is register 0.
 
     Attributes:
-        timesteps: float64 [N], what the model is told, in the unit it was trained with.
+        timesteps: float64 [N], the model's timestep input, in the unit it was trained with.
         input_scale: float64 [N], factor on the latent before the model sees it.
         update: float64 [N, R, R + 2]; columns are the R registers, the model's output, the noise.
         uses_noise: bool [N], where a unit normal tensor is drawn.
@@ -91,7 +91,7 @@ class Plan:
             last: A row, or their number.
 
         Raises:
-            InvalidRequestError: if there is no such row, or the first needs what rows before it keep.
+            InvalidRequestError: if there is no such row, or the first needs values that rows before it keep.
         """
         if not 0 <= first < last <= len(self):
             raise InvalidRequestError(f"rows {first} to {last} were asked for of a plan of {len(self)}")
@@ -108,12 +108,12 @@ class Plan:
         )
 
     def noised(self, row: int, sample: Latents, noise: Latents) -> Latents:
-        """A clean sample as it is before a row; after the last, as it is.
+        """A clean sample with the noise that a run has before a row; unchanged after the last row.
 
         Args:
             row: A row, or their number.
             sample: float32 [..., C, H, W].
-            noise: Unit normal, likewise.
+            noise: Unit normal, of the same shape.
 
         Raises:
             InvalidRequestError: if the plan's levels are not known.
@@ -170,7 +170,7 @@ class PlanBuilder:
         """Add a row.
 
         Args:
-            timestep: What the model is told.
+            timestep: The model's timestep input.
             registers: New value of each register, as a combination of ``basis``; those left out become zero.
             level: How much of the clean sample, and how much unit noise, register 0 holds before the row.
             input_scale: Factor on register 0 before the model.

@@ -18,6 +18,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.engines.checks import show
 from latentrt.engines.errors import InvalidRequestError
 
 from .beta import beta_quantile
@@ -98,7 +99,7 @@ def noise_schedule(
         try:
             betas = np.asarray(given, dtype=np.float64).astype(np.float32)
         except (TypeError, ValueError):
-            raise InvalidRequestError(f"scheduler config: trained_betas is {given!r}, expected numbers") from None
+            raise InvalidRequestError(f"scheduler config: trained_betas is {show(given)}, expected numbers") from None
         if betas.shape != (count,):
             raise InvalidRequestError(
                 f"scheduler config: trained_betas has shape {betas.shape}, but num_train_timesteps is {count}"
@@ -272,7 +273,7 @@ def denoised_ve(prediction: str, x: Floats, output: Floats, sigma: float) -> Flo
 
 
 class VeRow(TypedDict):
-    """What a row's latent is, in the form that adds noise to an unscaled sample; see :meth:`PlanBuilder.append`."""
+    """Level of a row's latent, in the form that adds noise to an unscaled sample; see :meth:`PlanBuilder.append`."""
 
     level: tuple[float, float]
     input_scale: float

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from latentrt.engines.checks import is_integer, show
 from latentrt.engines.errors import InvalidRequestError
 
 from .config import Config, Request
@@ -29,8 +30,9 @@ def unipc(config: Config, request: Request) -> Plan:
     bh1 = config.choice("solver_type", ("bh1", "bh2", "midpoint", "heun", "logrho"), "bh2") == "bh1"
     clean = config.flag("predict_x0", True)
     uncorrected = config.values.get("disable_corrector") or []
-    if not isinstance(uncorrected, (list, tuple)) or not all(isinstance(i, int) for i in uncorrected):
-        raise InvalidRequestError(f"scheduler config: disable_corrector is {uncorrected!r}, expected a list of steps")
+    if not isinstance(uncorrected, (list, tuple)) or not all(map(is_integer, uncorrected)):
+        received = show(uncorrected)
+        raise InvalidRequestError(f"scheduler config: disable_corrector is {received}, expected a list of steps")
     if request.sigmas is not None:
         if not config.flag("use_flow_sigmas"):
             raise InvalidRequestError("custom sigmas are given, but unipc takes them only with use_flow_sigmas true")

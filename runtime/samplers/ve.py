@@ -75,7 +75,7 @@ def ve_schedule(
 
     Args:
         config: The scheduler config.
-        request: What the caller asks for.
+        request: Options of the sampler.
         schedule: The trained noise schedule.
         respace: Whether the class knows Karras, exponential and beta spacing.
         karras_bounds: Whether ``sigma_min`` and ``sigma_max`` bound Karras levels; they always bound the others.

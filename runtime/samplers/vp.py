@@ -82,7 +82,7 @@ def vp_schedule(
 
     Args:
         config: The scheduler config.
-        request: What the caller asks for.
+        request: Options of the sampler.
         schedule: The trained noise schedule.
         final: ``zero`` or ``sigma_min``: where the last step ends.
         final_follows_levels: Whether ``sigma_min`` is the last respaced level rather than the lowest trained one.

@@ -1,19 +1,20 @@
-"""What every engine shares: checks of what goes in, bound inputs, the closed state."""
+"""The shared part of engines: checks of inputs and outputs, bound inputs, the closed state, errors (errors.py)."""
 
 from __future__ import annotations
 
 import builtins
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 import latentrt.engines
 from latentrt.engines import Array, Engine, FakeEngine, TensorSpec, errors
-from latentrt.engines.base import BaseEngine, check_feeds, nbytes
-from latentrt.engines.errors import EngineClosedError, LatentRTError, TensorMismatchError
+from latentrt.engines.base import BaseEngine, check_feeds, check_outputs, nbytes
+from latentrt.engines.errors import EngineClosedError, EngineError, LatentRTError, TensorMismatchError
 
 SPECS = {
     spec.name: spec
@@ -185,6 +186,85 @@ def test_bound_inputs_do_not_outlive_close() -> None:
     engine.close()
     with engine, pytest.raises(TensorMismatchError, match="missing input 'left'"):
         engine.run({"right": one(1)})
+
+
+# --- outputs
+
+
+def giving(function: Callable[[Mapping[str, Array]], Mapping[str, Array]]) -> FakeEngine:
+    """An engine of two inputs and two outputs that share a symbol, one of which has a symbol of its own."""
+    inputs = [TensorSpec("x", "float32", ("n",)), TensorSpec("y", "float32", ("n", 2))]
+    outputs = [TensorSpec("same", "float32", ("n",)), TensorSpec("own", "int64", ("m", "m"))]
+    return FakeEngine(inputs, outputs, function)
+
+
+SAME, OWN = np.zeros(3, np.float32), np.zeros((5, 5), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("received", "message"),
+    [
+        ({"same": SAME}, "missing output 'own'; expected same, own, received same"),
+        ({"same": SAME, "own": OWN, "more": SAME}, "unknown output 'more'; expected same, own"),
+        ({"same": SAME.astype(np.float64), "own": OWN}, "output 'same' is float64, expected float32"),
+        ({"same": SAME[None], "own": OWN}, "output 'same' has shape (1, 3), expected same: float32[n]"),
+        ({"same": SAME[:2], "own": OWN}, "output 'same' has n=2, but input 'x' has n=3"),
+        ({"same": SAME, "own": OWN[:4]}, "output 'own' has m=5, but output 'own' has m=4"),
+    ],
+)
+def test_outputs_are_checked(received: Mapping[str, Array], message: str) -> None:
+    """An engine that computes anything but what it declares is at fault, and the message says how."""
+    feeds = {"x": SAME, "y": np.zeros((3, 2), np.float32)}
+    with giving(lambda _: received) as engine, pytest.raises(EngineError) as caught:
+        engine.run(feeds)
+    assert str(caught.value) == f"fake engine broke its declaration: {message}"
+    assert not isinstance(caught.value, ValueError)
+
+
+def test_outputs_are_checked_at_every_run() -> None:
+    """Outputs that were right are not taken for right when inputs or outputs change."""
+    results = {"same": SAME, "own": OWN}
+    with giving(lambda _: results) as engine:
+        feeds = {"x": SAME, "y": np.zeros((3, 2), np.float32)}
+        assert engine.run(feeds)["own"] is OWN
+        results["own"] = OWN[:2, :2]  # a symbol that no input has is free from run to run
+        assert engine.run(feeds)["own"].shape == (2, 2)
+        with pytest.raises(EngineError, match="output 'same' has n=3, but input 'x' has n=1"):
+            engine.run({"x": SAME[:1], "y": np.zeros((1, 2), np.float32)})
+        results["same"] = SAME[:1]
+        with pytest.raises(EngineError, match="output 'same' has n=1, but input 'x' has n=3"):
+            engine.run(feeds)
+
+
+def test_arrays_on_a_device_are_checked_where_they_are() -> None:
+    """Shape and element type are compared, and nothing is copied."""
+
+    class OnDevice:
+        dtype, shape = "bfloat16", (3,)
+
+    class Remote(Counting):
+        def _open(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+            return {}, {"y": TensorSpec("y", "bfloat16", ("n",))}
+
+        def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+            results: Any = {"y": OnDevice()}
+            return dict(results)
+
+    with Remote() as engine:
+        assert isinstance(engine.run({})["y"], OnDevice)
+        OnDevice.dtype = "float16"
+        with pytest.raises(EngineError, match=r"^counting broke its declaration: output 'y' is float16, expected bf"):
+            engine.run({})
+
+
+def test_an_output_without_a_declared_shape_may_have_any() -> None:
+    """Names and element types still hold."""
+    outputs = {"y": TensorSpec("y", "float32", ())}
+    check_outputs(outputs, {"y": SAME}, {}, shapeless={"y"})
+    with pytest.raises(EngineError, match="output 'y' is int64"):
+        check_outputs(outputs, {"y": OWN}, {}, shapeless={"y"})
+    with pytest.raises(EngineError, match=r"has shape \(3,\), expected y: float32\[\]"):
+        check_outputs(outputs, {"y": SAME}, {})
 
 
 # --- opening and closing

@@ -23,9 +23,10 @@ from latentrt.engines import onnxrt_gpu
 from latentrt.engines.device import DLPACK_CPU, DLPACK_CUDA, DeviceArray, to_numpy
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
 from latentrt.engines.onnxrt_gpu import PROVIDERS, OnnxRuntimeGpuEngine, OnnxRuntimeGpuOptions, OrtArray
+from latentrt.engines.trt import kind as trt_kind
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime import Pipeline
-from latentrt.runtime.components import engine_choice, engine_probe
+from latentrt.runtime.components import engine_choice
 
 CUDA = "CUDAExecutionProvider"
 MODEL = """
@@ -539,12 +540,12 @@ def test_a_pipeline_on_the_provider(
     tiny_bundles: dict[str, Path], gpu: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Auto takes CUDA where there are no plans, and a whole request draws what the CPU draws."""
-    for module in (engine_choice, engine_probe):
+    for module in (engine_choice, trt_kind):
         monkeypatch.setattr(module, "cuda_devices", onnxrt_gpu.cuda_devices)
     with Pipeline.load(tiny_bundles["sd1"]) as pipe:
         choice = pipe.engine_choice
         assert choice.name == "onnxruntime-cuda"
-        assert choice.reason == "the bundle has no plans for this NVIDIA Test, and ONNX Runtime has CUDA"
+        assert choice.reason == "the bundle has no plans for this NVIDIA Test, and ONNX Runtime CUDA needs none"
         assert set(choice.passed_over) == {"tensorrt", "tensorrt-rtx"}
         assert {session.asked[0][0] for session in gpu.sessions} == {CUDA}
         received = pipe("a red apple", steps=2, seed=7, guidance=4)

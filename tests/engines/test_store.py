@@ -1,4 +1,4 @@
-"""Compiled engines in a bundle: keys, atomic adding, detection of damage."""
+"""Compiled engines in a bundle: keys and records (`records.py`), atomic adding, detection of damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import BundleIntegrityError, BundleVersionError, OutputError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key, file_sha256
+from latentrt.engines.records import EngineRecord, engine_key, file_sha256
+from latentrt.engines.store import EngineStore
 
 DECIDES: dict[str, Any] = {
     "graph": "a" * 64,
@@ -323,7 +324,7 @@ def test_unreadable_engine(store: EngineStore, added: EngineRecord, monkeypatch:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("latentrt.engines.store.file_sha256", fail)
+    monkeypatch.setattr("latentrt.engines.records.file_sha256", fail)
     with pytest.raises(BundleIntegrityError, match=rf"{KEY} is damaged: it cannot be read \(Input/output error\)"):
         store.find(KEY)
 

@@ -498,8 +498,10 @@ def test_a_bundle_that_lacks_a_part(tiny_bundle: Path, change: Callable[[Any], N
 
 def test_a_graph_that_lacks_an_output(bundle: Bundle) -> None:
     """A text encoder without penultimate states is named when they are asked for, and serves otherwise."""
-    engines = fakes(text=lambda feeds: {"last_hidden_state": encode(feeds)["last_hidden_state"]})
-    pipe = Pipeline(bundle, engines)
+    whole = fakes()
+    (states, _), inputs = whole["text_encoder"].outputs.values(), whole["text_encoder"].inputs.values()
+    last = FakeEngine(inputs, [states], lambda feeds: {states.name: encode(feeds)[states.name]}).open()
+    pipe = Pipeline(bundle, {**whole, "text_encoder": last})
     assert pipe("a red apple", steps=1).images.shape == (1, 32, 32, 3)
     with pytest.raises(BundleError, match="text_encoder has no output 'penultimate_hidden_state'; it has last_hidden"):
         pipe("a red apple", steps=1, clip_skip=1)

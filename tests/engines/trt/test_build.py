@@ -1,4 +1,7 @@
-"""The build with a make-believe SDK: what is asked of it, and what becomes of its failures. No SDK is needed."""
+"""Builds with a make-believe SDK, and their progress (progress.py).
+
+The build with a make-believe SDK: what is asked of it, and what becomes of its failures. No SDK is needed.
+"""
 
 from __future__ import annotations
 

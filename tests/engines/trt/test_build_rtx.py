@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto
 
 from latentrt.engines.errors import EngineError, EngineUnavailableError, TensorMismatchError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key, file_sha256
+from latentrt.engines.records import EngineRecord, engine_key, file_sha256
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import (
     BuildOptions,
     Profile,

@@ -1,4 +1,7 @@
-"""Plans on a make-believe GPU: results, buffers, threads, profiles, CUDA graphs, failures. No SDK is needed."""
+"""Plans on a make-believe GPU, through session.py, plan.py, context.py, cudart.py and cuda.py.
+
+Plans on a make-believe GPU: results, buffers, threads, profiles, CUDA graphs, failures. No SDK is needed.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.errors import EngineUnavailableError
-from latentrt.engines.store import EngineRecord, EngineStore
+from latentrt.engines.records import EngineRecord
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import Range
 from latentrt.engines.trt.cuda import cuda_devices
 from latentrt.exporter.builder.build import BuildReport, build_bundle

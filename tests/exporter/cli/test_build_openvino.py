@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import EngineUnavailableError
+from latentrt.engines.openvino import engine as openvino
 from latentrt.engines.openvino import engine as ov
 from latentrt.runtime import Pipeline
 from latentrt.runtime.cli import main
-from latentrt.runtime.components import engine_probe
 
 Captured = pytest.CaptureFixture[str]
 PARTS = ["text_encoder", "unet_prompt", "unet_schedule", "unet_step", "vae_decoder"]
@@ -78,7 +78,7 @@ def test_openvino_is_asked_for_before_anything_is_exported(
     def missing() -> Any:
         raise EngineUnavailableError('OpenVINO is not installed; install it with: pip install "latentrt[openvino]"')
 
-    monkeypatch.setattr(engine_probe.ov, "load_sdk", missing)
+    monkeypatch.setattr(openvino, "load_sdk", missing)
     assert build(tiny_sources["sd1"], tmp_path / "new") == 1
     assert 'pip install "latentrt[openvino]"' in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""The guard sees every external tensor that protobuf sees, and refuses what would lead an SDK astray."""
+"""The guard and its reader (`onnx_reader.py`) see every tensor that protobuf sees, and refuse what is hostile."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
 from latentrt.engines.errors import BundleIntegrityError
-from latentrt.runtime.bundle import onnx_guard
+from latentrt.runtime.bundle import onnx_reader
 from latentrt.runtime.bundle.manifest import Graph
-from latentrt.runtime.bundle.onnx_guard import ExternalTensor, check_graph, external_tensors, plain_file
+from latentrt.runtime.bundle.onnx_guard import check_graph, external_tensors
+from latentrt.runtime.bundle.onnx_reader import ExternalTensor
 
 GRAPH = Graph("unet/model.onnx", "fp32", 18, (), (), ("unet/model.onnx.data",))
 FLOAT = TensorProto.FLOAT
@@ -165,12 +166,12 @@ def _holds_tensors(descriptor: Descriptor, below: frozenset[str] = frozenset()) 
     return any(_holds_tensors(child, known) for child in children if child.name not in known)
 
 
-@pytest.mark.parametrize("name", sorted(set(onnx_guard._SCHEMA) - {"EntryProto"}))
+@pytest.mark.parametrize("name", sorted(set(onnx_reader.SCHEMA) - {"EntryProto"}))
 def test_table_of_fields(name: str) -> None:
     """The reader knows all fields of the installed onnx by number and name, and enters all that can hold a tensor."""
     descriptor = getattr(onnx, name, None) or getattr(onnx.onnx_ml_pb2, name)
     defined = {field.number: field for field in descriptor.DESCRIPTOR.fields if field.name != "segment"}
-    table = onnx_guard._SCHEMA[name]
+    table = onnx_reader.SCHEMA[name]
     assert {number: field.name for number, field in table.items()} == {n: field.name for n, field in defined.items()}
     for number, field in defined.items():
         assert table[number].repeated == field.is_repeated
@@ -483,21 +484,6 @@ def test_hard_links(tmp_path: Path) -> None:
     os.link(tmp_path / GRAPH.external[0], tmp_path / "second name")
     with pytest.raises(BundleIntegrityError, match="hard link"):
         check_graph(tmp_path, GRAPH)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_special_files(tmp_path: Path) -> None:
-    """A named pipe, which would block for ever, and a directory are not files; neither is a file a directory."""
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "directory").mkdir()
-    (tmp_path / "file").write_bytes(b"x")
-    for name in ("pipe", "directory"):
-        with pytest.raises(BundleIntegrityError, match="is not a regular file"):
-            plain_file(tmp_path, name)
-    with pytest.raises(BundleIntegrityError, match="is not a directory"):
-        plain_file(tmp_path, "file/below")
-    with pytest.raises(BundleIntegrityError, match="lacks the file 'missing'"):
-        plain_file(tmp_path, "missing")
 
 
 def test_time_is_linear(tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ import onnxruntime
 import pytest
 
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError
+from latentrt.engines.kind import Availability
+from latentrt.engines.kinds import KINDS
 from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import Sdk
+from latentrt.engines.trt import kind as trt_kind
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime import Bundle
 from latentrt.runtime.abilities import abilities
 from latentrt.runtime.cli import doctor, main
-from latentrt.runtime.components import engine_probe
-from latentrt.runtime.components.engine_probe import SUPPORTED, Availability
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.request.options import FAMILY_OPTIONS
 from latentrt.runtime.samplers import SAMPLERS
@@ -130,8 +131,7 @@ def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> object:
         raise EngineUnavailableError(f"{name} is not installed; install it with: pip install {name}")
 
-    monkeypatch.setattr(doctor, "load_sdk", missing)
-    monkeypatch.setattr(engine_probe, "load_sdk", missing)
+    monkeypatch.setattr(trt_kind, "load_sdk", missing)
 
 
 @pytest.mark.usefixtures("no_tensorrt")
@@ -143,7 +143,7 @@ def test_doctor_reports_machine_and_engines(capsys: Captured) -> None:
     assert report["machine"]["python"] == platform.python_version()
     assert report["machine"]["processors"] == os.cpu_count()
     engines = {engine["name"]: engine for engine in report["engines"]}
-    assert list(engines) == [*SUPPORTED, "export"]
+    assert list(engines) == [*KINDS, "export"]
     assert engines["onnxruntime"] == {
         "name": "onnxruntime",
         "state": "present",
@@ -217,8 +217,8 @@ def test_doctor_says_what_auto_would_choose(capsys: Captured, monkeypatch: pytes
 @pytest.mark.usefixtures("no_tensorrt")
 def test_doctor_tells_missing_from_unusable(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-RTX without a GPU is unusable for drawing, and still builds."""
-    for module in (doctor, engine_probe):
-        monkeypatch.setattr(module, "load_sdk", lambda name: Sdk(name, types.ModuleType(name)))
+    monkeypatch.setattr(trt_kind, "load_sdk", lambda name: Sdk(name, types.ModuleType(name)))
+    for module in (doctor, trt_kind):
         monkeypatch.setattr(module, "cuda_devices", lambda: ())
     monkeypatch.setattr(Sdk, "version", "1.7.0")
     assert main(["doctor", "--json"]) == 0

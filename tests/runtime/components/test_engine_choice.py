@@ -10,15 +10,17 @@ import pytest
 
 from latentrt.engines import TensorSpec
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
+from latentrt.engines.kind import Availability
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxrt_gpu import OnnxRuntimeGpuEngine
+from latentrt.engines.openvino import engine as openvino
 from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
+from latentrt.engines.trt import kind as trt_kind
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime import Bundle
 from latentrt.runtime.bundle.manifest import Component, Graph
 from latentrt.runtime.components import engine_choice, engine_probe
 from latentrt.runtime.components.engine_choice import (
-    AUTO,
     ENGINES,
     EngineSettings,
     FixedSize,
@@ -27,7 +29,6 @@ from latentrt.runtime.components.engine_choice import (
     make_engine,
     most_pictures,
 )
-from latentrt.runtime.components.engine_probe import SUPPORTED, Availability
 
 SPEC = (TensorSpec("x", "float32", (1,)),)
 
@@ -137,12 +138,6 @@ def test_the_highest_precision_that_the_engine_has() -> None:
         choose_graph(component((23, "fp8")), "onnxruntime", None)
 
 
-def test_every_engine_has_its_precisions() -> None:
-    """The two tables name the same engines, and auto chooses among them."""
-    assert list(ENGINES) == list(SUPPORTED)
-    assert set(AUTO) <= set(ENGINES)
-
-
 @pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
 def test_providers_for_gpus(bundle: Bundle, name: str) -> None:
     """Engines come closed, with their label; what they compute stays on the GPU."""
@@ -215,11 +210,11 @@ class Machine:
         self.gpus: tuple[CudaDevice, ...] = ()
         self.plans: dict[tuple[str, str], str] = {}
         self.states = dict.fromkeys(ENGINES, "present")
-        for module in (engine_choice, engine_probe):
+        for module in (engine_choice, trt_kind):
             monkeypatch.setattr(module, "cuda_devices", lambda: self.gpus)
         monkeypatch.setattr(engine_choice, "find_plan", self.find_plan)
         monkeypatch.setattr(engine_probe, "probe", self.probe)
-        monkeypatch.setattr(engine_probe.ov, "load_core", lambda: self)
+        monkeypatch.setattr(openvino, "load_core", lambda: self)
 
     def probe(self, name: str) -> Availability:
         return Availability(name, self.states[name], "1", f"{name} is {self.states[name]}")
@@ -305,6 +300,7 @@ def test_auto_with_int8(bundle: Bundle, machine: Machine) -> None:
     machine.states["openvino"] = "missing"
     choice = choose_engine(bundle, PARTS, EngineSettings(precision="int8"))
     assert (choice.name, choice.passed_over["openvino"]) == ("onnxruntime", "openvino is missing")
+    assert choice.reason == "engines that are faster cannot run it here"
 
 
 def test_auto_with_a_large_unet(bundle: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

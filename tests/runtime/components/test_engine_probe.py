@@ -9,12 +9,13 @@ import pytest
 
 from latentrt.engines import onnxrt, onnxrt_gpu
 from latentrt.engines.errors import EngineUnavailableError, InvalidRequestError, LatentRTError
+from latentrt.engines.kinds import KINDS
 from latentrt.engines.onnxrt_gpu import PROVIDERS
 from latentrt.engines.openvino import engine as ov
+from latentrt.engines.trt import kind as trt_kind
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime.bundle.manifest import PRECISIONS
-from latentrt.runtime.components import engine_probe
-from latentrt.runtime.components.engine_probe import SUPPORTED, check_engine, probe
+from latentrt.runtime.components.engine_probe import check_engine, probe
 
 CPU_ENGINES = ("onnxruntime", "openvino")
 INSTALL = {
@@ -46,14 +47,15 @@ class Machine:
         self.providers = [provider.name for provider in PROVIDERS.values()]
         self.missing: set[str] = set()
         self.patch = monkeypatch
-        for module in (engine_probe, onnxrt_gpu):
+        for module in (trt_kind, onnxrt_gpu):
             monkeypatch.setattr(module, "cuda_devices", lambda: self.gpus)
         monkeypatch.setattr(ov, "load_core", lambda: self)
         monkeypatch.setattr(onnxrt_gpu, "_plug_in", lambda ort, plugin: "")
         self._provide("onnxruntime", onnxrt, {"get_available_providers": lambda: self.providers})
+        monkeypatch.setattr(onnxrt_gpu, "load_sdk", lambda: onnxrt.load_sdk())
         self._provide("openvino", ov, {})
-        monkeypatch.setattr(engine_probe, "load_cuda", lambda: None)
-        real = engine_probe.load_sdk
+        monkeypatch.setattr(trt_kind, "load_cuda", lambda: None)
+        real = trt_kind.load_sdk
 
         def load_sdk(name: str) -> Any:
             if name in self.missing:
@@ -61,7 +63,7 @@ class Machine:
                 return real(name)
             return types.SimpleNamespace(version="11.0")
 
-        monkeypatch.setattr(engine_probe, "load_sdk", load_sdk)
+        monkeypatch.setattr(trt_kind, "load_sdk", load_sdk)
 
     def _provide(self, name: str, module: Any, content: dict[str, Any]) -> None:
         real = module.load_sdk
@@ -95,7 +97,7 @@ def sentence(error: pytest.ExceptionInfo[LatentRTError]) -> str:
 
 @pytest.mark.parametrize("lacking", ["nothing", "package", "gpu", "instructions"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("engine", SUPPORTED)
+@pytest.mark.parametrize("engine", KINDS)
 def test_every_engine_at_every_precision(machine: Machine, engine: str, precision: str, lacking: str) -> None:
     """It passes, or is refused for what is lacking, and says what to do."""
     if lacking == "package":
@@ -111,7 +113,7 @@ def test_every_engine_at_every_precision(machine: Machine, engine: str, precisio
             check_engine(engine, precision)
         message = sentence(wrong)
         assert message.startswith(f"{engine} does not compute in {precision}; choose fp32, ")
-        able = [name for name, known in SUPPORTED.items() if precision in known]
+        able = [name for name, kind in KINDS.items() if precision in kind.precisions]
         assert message.endswith(f"or one of the engines {', '.join(able)}")
     elif lacking == "package":
         with pytest.raises(EngineUnavailableError) as missing:
@@ -140,16 +142,16 @@ def test_unknown_names() -> None:
 
 def test_states(machine: Machine) -> None:
     """Each engine is present with what it runs on, missing with the way to get it, or unusable with the reason."""
-    found = {name: probe(name) for name in SUPPORTED}
+    found = {name: probe(name) for name in KINDS}
     assert {each.state for each in found.values()} == {"present"}
     assert (found["onnxruntime"].detail, found["openvino"].detail) == ("CPU", "CPU: fp32, bf16")
     assert found["tensorrt"].detail == "NVIDIA Test (sm_90)"
     assert {name: each.version for name, each in found.items()} == {
-        name: "11.0" if name.startswith("tensorrt") else "9.9" for name in SUPPORTED
+        name: "11.0" if name.startswith("tensorrt") else "9.9" for name in KINDS
     }
     machine.gpus = ()
     machine.missing = {"openvino", "tensorrt"}
-    assert {name: probe(name).state for name in SUPPORTED} == {
+    assert {name: probe(name).state for name in KINDS} == {
         "onnxruntime": "present",
         "openvino": "missing",
         **dict.fromkeys(PROVIDERS, "unusable"),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import BundleIntegrityError, EngineUnavailableError
-from latentrt.engines.store import EngineRecord, EngineStore, engine_key
+from latentrt.engines.records import EngineRecord, engine_key
+from latentrt.engines.store import EngineStore
 from latentrt.engines.trt import BuildOptions, TensorRTEngine
 from latentrt.engines.trt.cuda import CudaDevice
 from latentrt.runtime import Bundle

@@ -1,4 +1,7 @@
-"""Each sampler against the diffusers class that is its reference, over the config keys that change numbers."""
+"""Parity of ddim.py, ddpm.py, deis.py, dpm_multistep.py, euler.py, lms.py, pndm.py, unipc.py and others.
+
+Each sampler against the diffusers class that is its reference, over the config keys that change numbers.
+"""
 
 from __future__ import annotations
 

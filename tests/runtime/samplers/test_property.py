@@ -1,4 +1,7 @@
-"""Parity over configs drawn at random, as users combine keys that nobody thought of together."""
+"""Parity of consistency.py, edm.py, flow.py, lagrange.py, second_order.py, ve.py, vp.py and others, at random.
+
+Parity over configs drawn at random, as users combine keys that nobody thought of together.
+"""
 
 from __future__ import annotations
 

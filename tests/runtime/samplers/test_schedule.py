@@ -1,4 +1,4 @@
-"""Noise schedules and the quantiles beneath them."""
+"""Noise schedules, and the quantiles (beta.py) beneath them."""
 
 from __future__ import annotations
 
