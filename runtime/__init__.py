@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from .bundle.reader import Bundle
     from .denoising.run import Run
+    from .inputs.create import create_request
     from .inputs.refine import hand_over_options
     from .output.previews import Preview
     from .output.result import Result, StepInfo, Timings
@@ -70,6 +71,7 @@ __all__ = [
     "Tiling",
     "Timings",
     "VerificationError",
+    "create_request",
     "hand_over_options",
 ]
 
