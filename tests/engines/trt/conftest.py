@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines.trt import Sdk, TensorRTEngine
+from latentrt.engines.trt.cudart import Cuda
 
 
 class FakeModule(ModuleType):
@@ -123,6 +124,12 @@ def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield Sdk("tensorrt", FakeModule("tensorrt", 1, []))
 
 
+@pytest.fixture
+def cuda(fake_gpu: Any) -> Cuda:
+    """CUDA's runtime on a make-believe GPU, without a plan."""
+    return Cuda(fake_gpu.FakeCuda())
+
+
 class Gpu:
     """A make-believe GPU with either SDK, and a small plan to run on it.
 
@@ -179,6 +186,11 @@ class Gpu:
     def expected(feeds: Any, scale: float = 2, shift: float = 1) -> Any:
         return np.float32(scale) * feeds["x"] + np.float32(shift) + feeds["text"].sum()
 
+    def check(self, outputs: Any, feeds: Any, **weights: float) -> None:
+        """Hold outputs of a run against what the plan computes of ``feeds``."""
+        np.testing.assert_allclose(outputs["y"].numpy(), self.expected(feeds, **weights), rtol=1e-6)
+        np.testing.assert_array_equal(outputs["picked"].numpy(), outputs["y"].numpy()[feeds["rows"]].astype(np.float16))
+
 
 @pytest.fixture
 def gpu(fake: Sdk, fake_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
@@ -189,6 +201,13 @@ def gpu(fake: Sdk, fake_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if made.cuda.leaks:
         gc.collect()  # else not, for it takes longer than the tests
     assert made.cuda.leaks == {}
+
+
+@pytest.fixture
+def engine(gpu: Gpu) -> Iterator[TensorRTEngine]:
+    """An open engine of the small plan."""
+    with gpu.engine() as opened:
+        yield opened
 
 
 def _convolutions(element: int, seed: int) -> onnx.ModelProto:

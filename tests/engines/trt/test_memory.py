@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,54 +11,10 @@ import numpy as np
 import pytest
 
 from latentrt.engines.device import DeviceArray
-from latentrt.engines.errors import EngineError, EngineMemoryError, EngineUnavailableError, InvalidRequestError
+from latentrt.engines.errors import EngineError, EngineMemoryError, InvalidRequestError
 from latentrt.engines.trt import Arena, CudaArray, SessionOptions, share_arena
-from latentrt.engines.trt.cuda import cuda_devices
-from latentrt.engines.trt.cudart import Cuda, load_cuda, mib
+from latentrt.engines.trt.cudart import Cuda
 from latentrt.engines.trt.memory import Pool, aligned
-
-
-@pytest.fixture
-def cuda(fake_gpu: Any) -> Any:
-    return Cuda(fake_gpu.FakeCuda())
-
-
-# --- CUDA itself
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ModuleNotFoundError("no", name="cuda"), "is not installed; install it with: pip install"),
-        (ModuleNotFoundError("no", name="cuda.bindings"), "is not installed; install it with: pip install"),
-        (ImportError("libcudart.so.13: no such file"), r"cannot be imported \(libcudart.so.13: no such file\)"),
-        (RuntimeError("broken"), r"cannot be loaded \(broken\)"),
-    ],
-)
-def test_missing_cuda_python(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing or broken cuda-python is one sentence with the command that installs it."""
-
-    def fail(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(importlib, "import_module", fail)
-    with pytest.raises(EngineUnavailableError, match=rf"cuda-python, which runs plans, {message}") as caught:
-        load_cuda()
-    assert caught.value.__cause__ is error
-
-
-def test_out_of_memory_after_the_check(cuda: Any, fake_gpu: Any) -> None:
-    """Memory that another program took between the check and the allocation is the same kind of error."""
-    cuda.module.failures["cudaMalloc"] = fake_gpu.CudaError.cudaErrorMemoryAllocation
-    with pytest.raises(EngineMemoryError, match=r"CUDA failed to allocate 1.0 MiB for x: memoryallocation"):
-        cuda.malloc(1 << 20, "x")
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0.0 MiB"), (3 << 20, "3.0 MiB"), (5 << 29, "2.5 GiB")])
-def test_sizes_for_people(size: int, text: str) -> None:
-    """Bytes are told in MiB or GiB."""
-    assert mib(size) == text
-
 
 # --- arrays and their pool
 
@@ -248,13 +203,3 @@ def test_share_arena(gpu: Any) -> None:
     assert other.arena is not engines[0].arena
     with engines[0], pytest.raises(InvalidRequestError, match=r"one.plan \(.*\) is open already"):
         share_arena(engines)
-
-
-@pytest.mark.skipif(bool(cuda_devices()), reason="this machine has a GPU")
-def test_failures_of_the_real_cuda_are_translated() -> None:
-    """Where there is no driver, cuda-python's own status becomes one sentence."""
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is an optional extra")
-    cuda = Cuda(runtime)
-    for call in (cuda.use, cuda.memory, cuda.stream, lambda: cuda.to_host(0, 0, 1), lambda: cuda.host_malloc(1, "x")):
-        with pytest.raises(EngineError, match=r"^CUDA failed to [^\n]* \(cudaError\w+\)$"):
-            call()
