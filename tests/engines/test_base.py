@@ -1,4 +1,4 @@
-"""The shared part of engines: checks of inputs and outputs, bound inputs, the closed state, errors (errors.py)."""
+"""Inputs and outputs of engines are checked, inputs stay bound, and a closed engine says so (``errors``)."""
 
 from __future__ import annotations
 

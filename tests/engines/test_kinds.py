@@ -1,4 +1,4 @@
-"""The table of engine kinds (`engines/kinds.py`), and the record of each (`engines/kind.py`)."""
+"""The table of engine kinds, and the facts that each ``kind`` declares."""
 
 from __future__ import annotations
 

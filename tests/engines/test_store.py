@@ -1,4 +1,4 @@
-"""Compiled engines in a bundle: keys and records (`records.py`), atomic adding, detection of damage."""
+"""Engines in a bundle: their keys and ``records``, additions that are never half done, and damage that is found."""
 
 from __future__ import annotations
 

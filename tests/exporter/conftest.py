@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from latentrt.exporter.builder import construction
 from latentrt.exporter.components import Component
@@ -35,6 +36,27 @@ def edit_json() -> EditJson:
         path.write_text(json.dumps(content))
 
     return edit
+
+
+@pytest.fixture
+def change_weights() -> Callable[[Path], None]:
+    """A function that adds one to the first number of every tensor of a source's text encoder."""
+
+    def change(source: Path) -> None:
+        file = source / "text_encoder" / "model.safetensors"
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            tensor.view(-1)[0] += 1
+        save_file(tensors, file)
+
+    return change
+
+
+@pytest.fixture
+def graph_files() -> tuple[str, ...]:
+    """Files of the graphs of a Stable Diffusion bundle, stages too."""
+    unet = ("unet/model.onnx", "unet/prompt.onnx", "unet/schedule.onnx", "unet/step.onnx")
+    return ("text_encoder/model.onnx", *unet, "vae_decoder/model.onnx", "vae_encoder/model.onnx")
 
 
 @pytest.fixture

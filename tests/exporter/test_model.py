@@ -1,4 +1,4 @@
-"""A model with adapters: the seam that a new kind of adapter goes through without an edit elsewhere."""
+"""A new kind of adapter (``adapters/base.py``, ``adapters/registry.py``) goes through a model without an edit."""
 
 from __future__ import annotations
 

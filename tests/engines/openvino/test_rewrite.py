@@ -1,4 +1,4 @@
-"""Rewrites of OpenVINO models (rewrite.py, graph.py): the results are those of ONNX Runtime on the graph as it was."""
+"""Rewrites of OpenVINO models (with ``graph``) give what ONNX Runtime gives on the graph before them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Builds with a make-believe SDK, and their progress (progress.py).
-
-The build with a make-believe SDK: what is asked of it, and what becomes of its failures. No SDK is needed.
-"""
+"""Builds with a make-believe SDK: what is asked of it, its failures, and ``progress``. No SDK is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNets and IP-Adapters as sources: what is refused, and what is built."""
+"""ControlNets and the denoiser's twins (``controlled``): what is refused, and what is built."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -16,11 +14,8 @@ from latentrt.engines.errors import InvalidRequestError, SourceError
 from latentrt.engines.trt import Range
 from latentrt.exporter.adapters.base import AdapterFiles
 from latentrt.exporter.adapters.controlnet import ControlNetFile, ControlNetFiles
-from latentrt.exporter.adapters.ip_adapter import IpAdapterFiles
 from latentrt.exporter.adapters.registry import open_model
-from latentrt.exporter.adapters.residuals import residual_shapes
 from latentrt.exporter.model import Model
-from latentrt.exporter.passes.residuals import chain_residuals, take_residuals
 from latentrt.exporter.source.opening import open_source
 from latentrt.exporter.source.source import Source
 from latentrt.runtime import Bundle
@@ -99,15 +94,6 @@ def test_weights_of_a_controlnet_are_checked(tiny: Any, tmp_path: Path) -> None:
         source.load_component("controlnet_edges")
 
 
-def test_residuals_follow_the_levels() -> None:
-    """As many and as wide as diffusers has them, and ranges of compiled engines halve from level to level."""
-    shapes = residual_shapes({"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2})
-    assert len(shapes) == 13
-    assert shapes[0] == (320, "latent_height", "latent_width")
-    assert shapes[3] == (320, "latent_height_1", "latent_width_1")
-    assert shapes[-1] == (1280, "latent_height_3", "latent_width_3")
-
-
 def test_compiled_engines_of_controlnets_have_ranges(tiny: Any) -> None:
     """Every stage has one for each of its symbols; lengths of lower levels are rounded up."""
     model = steered(open_source(tiny.source("sd1")), edges(tiny.controlnet("sd1")))
@@ -119,16 +105,6 @@ def test_compiled_engines_of_controlnets_have_ranges(tiny: Any) -> None:
     assert set(found) == {"unet_control_step", *(f"controlnet_edges_{part}" for part in parts)}
     assert found["unet_control_step"]["latent_height_1"] == Range(5, 9, 17)
     assert found["controlnet_edges_image"]["height"] == Range(18, 34, 66)
-
-
-def test_a_graph_without_skip_connections_takes_no_residuals() -> None:
-    """The message says how many were found; a chain wants as many outputs as shapes."""
-    value = ir.val("x", ir.DataType.FLOAT, ["batch", 4, "h", "w"])
-    graph = ir.Graph([value], [value], nodes=[], name="none", opset_imports={"": 20})
-    with pytest.raises(ValueError, match="has 0 skip connections, expected 1"):
-        take_residuals(graph, [(4, "h", "w")] * 2)
-    with pytest.raises(ValueError, match="has 1 outputs, expected 2"):
-        chain_residuals(graph, {"a": (4, "h", "w"), "b": (4, "h", "w")})
 
 
 @pytest.mark.heavy
@@ -161,64 +137,3 @@ def test_a_bundle_of_all_that_steers_is_whole(tiny: Any, capsys: pytest.CaptureF
     told = capsys.readouterr().out
     assert "ControlNets: depth edges" in told
     assert "IP-Adapter: pictures may be part of prompts" in told
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("image_proj.proj.weight", None, "of another kind"),
-        ("image_proj.norm.bias", None, "'image_proj.norm.bias' is missing"),
-        ("ip_adapter.3.to_k_ip.weight", None, "'ip_adapter.3.to_k_ip.weight' is missing"),
-        ("ip_adapter.3.to_k_ip.weight", np.zeros((2, 2), np.float32), r"has the shape \[2, 2\], expected \[32, 32\]"),
-        ("ip_adapter.99.to_k_ip.weight", np.zeros((2, 2), np.float32), "has no place in sd1"),
-        ("ip_adapter.1.to_k_lora.down.weight", np.zeros((2, 2), np.float32), "of another kind"),
-    ],
-)
-def test_an_ip_adapter_that_does_not_fit(tiny: Any, tmp_path: Path, name: str, change: Any, message: str) -> None:
-    """One sentence names the tensor."""
-    given = tiny.ip_adapter("sd1")
-    tensors = load_file(given / "ip-adapter.safetensors")
-    tensors.pop(name, None)
-    save_file({**tensors, **({} if change is None else {name: change})}, tmp_path / "ip.safetensors")
-    with pytest.raises(SourceError, match=message):
-        steered(open_source(tiny.source("sd1")), IpAdapterFiles(tmp_path / "ip.safetensors", given / "image_encoder"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["CLIPModel"]}, r"'architectures' is \['CLIPModel'\]"),
-        ({"image_size": 4096}, "images have 4096 pixels a side"),
-        ({"patch_size": 64}, "patches 64"),
-        ({"projection_dim": 48}, "'image_proj.proj.weight' has the shape"),
-        ({"num_hidden_layers": 10**4}, "which no model has"),
-        ({"num_channels": 4}, "'num_channels' is 4, expected 3"),
-        ({"hidden_size": 33}, "does not describe a model"),
-    ],
-)
-def test_an_image_encoder_that_does_not_fit(tiny: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    """One sentence names what is wrong."""
-    given = tiny.ip_adapter("sd1")
-    copy = Path(shutil.copytree(given / "image_encoder", tmp_path / "encoder"))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(SourceError, match=message):
-        steered(open_source(tiny.source("sd1")), IpAdapterFiles(given / "ip-adapter.safetensors", copy))
-
-
-def test_an_ip_adapter_comes_with_its_encoder(tiny: Any, tmp_path: Path) -> None:
-    """One without the other, pickled files, and models that take none are refused; none at all is fine."""
-    given, source = tiny.ip_adapter("sd1"), open_source(tiny.source("sd1"))
-    assert IpAdapterFiles.parse({}) is None
-    with pytest.raises(InvalidRequestError, match="goes with its image encoder"):
-        IpAdapterFiles.parse({"ip_adapter": [str(given / "ip-adapter.safetensors")]})
-    (tmp_path / "ip.bin").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"does not end with \.safetensors"):
-        steered(source, IpAdapterFiles(tmp_path / "ip.bin", given / "image_encoder"))
-    with pytest.raises(SourceError, match="does not exist"):
-        steered(source, IpAdapterFiles(tmp_path / "none.safetensors", given / "image_encoder"))
-    with pytest.raises(SourceError, match=r"the image encoder .* does not exist"):
-        steered(source, IpAdapterFiles(given / "ip-adapter.safetensors", tmp_path / "none"))
-    files = IpAdapterFiles(given / "ip-adapter.safetensors", given / "image_encoder")
-    with pytest.raises(InvalidRequestError, match="takes its guidance in"):
-        steered(open_source(tiny.source("lcm")), files)

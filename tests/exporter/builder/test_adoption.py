@@ -1,4 +1,4 @@
-"""Directories of graphs that Optimum exported: taken over as they are, run with a plain loop, or refused."""
+"""Graphs that Optimum exported (``source/optimum.py``) are taken over as they are, drawn with, or refused."""
 
 from __future__ import annotations
 

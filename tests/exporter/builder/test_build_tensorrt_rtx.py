@@ -1,4 +1,4 @@
-"""Bundles with TensorRT-RTX plans, built from a whole (tiny) model; no GPU is needed."""
+"""Bundles get ``plans`` of TensorRT-RTX, built from a whole (tiny) model; no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``latentrt build-engine`` and ``latentrt verify`` on the command line: what they print, and how they end."""
+"""The commands ``build`` (``latentrt build-engine``) and ``verify``: what they print, and how they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exporting SD3 and FLUX: sources that do not fit, a T5 that is missing, and half precision."""
+"""Families of flow matching (``flow``, ``sd3``, ``flux``, ``t5``): sources that do not fit, and half precision."""
 
 from __future__ import annotations
 

@@ -72,3 +72,13 @@ def test_scaled_residuals_are_added_to_those_before(parse: Parse, run: Run, dtyp
     for name, expected in (("a", sum_0 - columns[:, 0] * x), ("b", sum_1 + columns[:, 1] * np.abs(x))):
         assert results[name].dtype == kind
         np.testing.assert_allclose(results[name], expected, atol=1e-2 if dtype == "float16" else 1e-6)
+
+
+def test_a_graph_without_skip_connections_takes_no_residuals() -> None:
+    """The message says how many were found; a chain wants as many outputs as shapes."""
+    value = ir.val("x", ir.DataType.FLOAT, ["batch", 4, "h", "w"])
+    graph = ir.Graph([value], [value], nodes=[], name="none", opset_imports={"": 20})
+    with pytest.raises(ValueError, match="has 0 skip connections, expected 1"):
+        take_residuals(graph, [(4, "h", "w")] * 2)
+    with pytest.raises(ValueError, match="has 1 outputs, expected 2"):
+        chain_residuals(graph, {"a": (4, "h", "w"), "b": (4, "h", "w")})

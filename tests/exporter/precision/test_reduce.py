@@ -1,4 +1,4 @@
-"""Bundles of reduced precision (reduce.py), where they drift (bisect.py), and verifying them: whole builds."""
+"""Whole bundles of reduced precision are built and verified, and ``bisect`` finds where they drift."""
 
 from __future__ import annotations
 

@@ -54,6 +54,16 @@ def test_psnr_is_that_of_scikit_image() -> None:
     assert math.isnan(psnr(reference, np.where(received > 1, np.inf, received)))
 
 
+def test_psnr_follows_its_definition() -> None:
+    """PSNR follows its definition; what cannot be compared is NaN, which no gate lets through."""
+    reference = np.array([[4.0, -2.0]])
+    assert psnr(reference, reference) == np.inf
+    assert psnr(reference, reference + 0.4) == pytest.approx(20)
+    for received in (np.array([[np.nan, 0]]), np.array([[np.inf, 0]]), reference[0], np.ones((2, 2))):
+        assert np.isnan(psnr(reference, received))
+    assert psnr(np.zeros(2), np.ones(2)) == -np.inf
+
+
 def test_another_size_differs_in_every_length() -> None:
     """Lengths are half as long again, rows as asked for, and whole numbers stay in the example's range."""
     inputs = other_size(component(), batch=3)

@@ -1,4 +1,4 @@
-"""Emulated precision (emulate.py), and a graph's figure that is computed with it (bundle.py), against numpy."""
+"""Emulated precision, and a graph's figure that is computed with it, against numpy."""
 
 from __future__ import annotations
 
