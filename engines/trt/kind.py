@@ -10,7 +10,6 @@ from ..kind import CUDA, NATIVE, EngineArguments, EngineKind
 from .cuda import cuda_devices, no_device
 from .cudart import load_cuda
 from .sdk import load_sdk
-from .session import TensorRTEngine
 
 TENSORRT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 """Precisions of TensorRT of every kind. It multiplies 8-bit weights with 8-bit activations only."""
@@ -68,6 +67,8 @@ class TensorRTKind(CudaKind):
 
     def make(self, arguments: EngineArguments) -> Engine:
         """The engine of one plan."""
+        from .session import TensorRTEngine  # nobody without plans needs what runs them
+
         return TensorRTEngine(
             arguments.path,
             engine=self.name,

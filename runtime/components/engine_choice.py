@@ -16,7 +16,6 @@ from latentrt.engines.kind import CPU, EngineArguments, EngineKind
 from latentrt.engines.kinds import KINDS, automatic_kinds, kind_of
 from latentrt.engines.onnxrt import ONNX_RUNTIME
 from latentrt.engines.openvino.kind import OPENVINO
-from latentrt.engines.openvino.winograd import largest_tile
 from latentrt.engines.store import EngineStore
 from latentrt.engines.trt.cuda import cuda_devices
 
@@ -131,7 +130,9 @@ def _tiles_pay(bundle: Bundle, settings: EngineSettings) -> bool:
     unet = manifest.components.get("unet_step") or manifest.components.get("unet")
     if unet is None or settings.low_memory or settings.switchable or settings.precision not in (None, "fp32"):
         return False
-    if _highest(unet) != "fp32" or not largest_tile("fp32"):
+    from latentrt.engines.openvino import winograd
+
+    if _highest(unet) != "fp32" or not winograd.largest_tile("fp32"):
         return False
     graph = choose_graph(unet, OPENVINO.name, "fp32")[1]
     return sum(manifest.files[path].size for path in (graph.file, *graph.external)) >= LARGE

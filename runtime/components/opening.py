@@ -11,7 +11,6 @@ from typing import Protocol
 from latentrt.engines import Engine
 from latentrt.engines.errors import BundleError, EngineUnavailableError, InvalidRequestError
 from latentrt.engines.kinds import KINDS
-from latentrt.engines.trt import share_arena
 
 from ..bundle.manifest import TINY_DECODER, TOKENIZER_FILE
 from ..bundle.reader import Bundle
@@ -152,7 +151,10 @@ def open_engines(
             engines[components[0]].open().close()  # whether the engine starts here at all shows now
         graphs = {component: graph_for(bundle, component, settings) for component in components}
         return {name: OffloadedEngine(engine, graphs[name], offloader, name).open() for name, engine in engines.items()}
-    share_arena(engines.values())  # one component runs at a time
+    if KINDS[settings.name].needs_plans:
+        from latentrt.engines.trt.session import share_arena  # what only plans need is loaded for plans
+
+        share_arena(engines.values())  # one component runs at a time
     with ExitStack() as stack:
         for engine in engines.values():
             stack.callback(engine.open().close)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from latentrt.engines.errors import BundleError, EngineUnavailableError
 from latentrt.engines.records import EngineRecord, engine_key
 from latentrt.engines.store import EngineStore
-from latentrt.engines.trt import BuildOptions, load_sdk
 from latentrt.engines.trt.cuda import cuda_devices, no_device
+from latentrt.engines.trt.sdk import load_sdk
 
 from ..bundle.manifest import PRECISIONS, Graph
 from ..bundle.reader import Bundle
@@ -108,6 +108,8 @@ def planned(bundle: Bundle, engine: str, component: str) -> set[str]:
 
 def fits_graph(record: EngineRecord, bundle: Bundle, graph: Graph) -> bool:
     """Whether a plan was built from the bundle's present graph and weights, with the facts of its record."""
+    from latentrt.engines.trt.build import BuildOptions
+
     files = bundle.manifest.files
     key = engine_key(
         graph=files[graph.file].sha256,

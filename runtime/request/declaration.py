@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class Option:
     name: str = ""
     hint: Any = None
 
-    @property
+    @functools.cached_property
     def optional(self) -> bool:
         """Whether ``None`` stands for the default."""
         return types.NoneType in typing.get_args(self.hint)

@@ -14,6 +14,7 @@ from latentrt.engines.kind import Availability
 from latentrt.engines.onnxrt import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxrt_gpu import OnnxRuntimeGpuEngine
 from latentrt.engines.openvino import engine as openvino
+from latentrt.engines.openvino import winograd
 from latentrt.engines.openvino.engine import OpenVinoEngine, OpenVinoOptions
 from latentrt.engines.trt import kind as trt_kind
 from latentrt.engines.trt.cuda import CudaDevice
@@ -308,7 +309,7 @@ def test_auto_with_a_large_unet(bundle: Bundle, machine: Machine, monkeypatch: p
     graph = bundle.graph("unet_step", "opset20-fp32")
     weights = sum(bundle.manifest.files[path].size for path in (graph.file, *graph.external))
     monkeypatch.setattr(engine_choice, "LARGE", weights)
-    monkeypatch.setattr(engine_choice, "largest_tile", lambda _: 4)
+    monkeypatch.setattr(winograd, "largest_tile", lambda _: 4)
     for precision in (None, "fp32"):
         choice = choose_engine(bundle, PARTS, EngineSettings(precision=precision))
         assert (choice.name, choice.reason) == ("openvino", "the fastest for a U-Net of this size on a CPU")
@@ -319,9 +320,9 @@ def test_auto_with_a_large_unet(bundle: Bundle, machine: Machine, monkeypatch: p
     choice = choose_engine(bundle, PARTS, EngineSettings())
     assert (choice.name, choice.passed_over["openvino"]) == ("onnxruntime", "openvino is missing")
     machine.states["openvino"] = "present"
-    monkeypatch.setattr(engine_choice, "largest_tile", lambda _: 0)  # a processor without tiles
+    monkeypatch.setattr(winograd, "largest_tile", lambda _: 0)  # a processor without tiles
     assert choose_engine(bundle, PARTS, EngineSettings()).name == "onnxruntime"
-    monkeypatch.setattr(engine_choice, "largest_tile", lambda _: 4)
+    monkeypatch.setattr(winograd, "largest_tile", lambda _: 4)
     monkeypatch.setattr(engine_choice, "LARGE", weights + 1)
     assert choose_engine(bundle, PARTS, EngineSettings()).name == "onnxruntime"
 
