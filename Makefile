@@ -32,7 +32,7 @@ bench-emoji: $(VENV)/dev.stamp
 
 # A model of Stable Diffusion 1.5's size with random weights: a few steps, the rest extrapolated.
 bench-sd15: $(VENV)/dev.stamp
-	test -d build/bench/sd15-checkpoint || $(BIN)/python -m latentrt.benchmarks.checkpoint build/bench/sd15-checkpoint
+	test -d build/bench/sd15-checkpoint || $(BIN)/python -m latentrt.benchmarks.checkpoints.write build/bench/sd15-checkpoint
 	# Calibrated on small pictures: at 512x512 that takes 19 GB and most of an hour.
 	$(BIN)/latentrt build-engine build/bench/sd15-checkpoint --output build/bench/sd15 --engine onnxruntime --precision int8 \
 		--width 256 --height 256 --calibration-steps 2 --accept-quality

@@ -83,7 +83,7 @@ class Family(ABC):
     tasks: ClassVar[tuple[str, ...]] = ("text-to-image",)
     """The tasks that its models were trained for."""
     output_kind: ClassVar[str] = "image"
-    """What its latents are decoded to: a key of :data:`latentrt.runtime.output.kinds.OUTPUT_KINDS`."""
+    """The output that its latents are decoded to: a key of :data:`latentrt.runtime.output.kinds.OUTPUT_KINDS`."""
     decoders: ClassVar[tuple[str, ...]] = ("vae_decoder",)
     """Components that decode its latents; they are opened with every pipeline."""
     strength: ClassVar[float] = 0.8

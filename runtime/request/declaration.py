@@ -62,7 +62,7 @@ class Option:
 
     @property
     def shown_default(self) -> str:
-        """What the value is without it, for people."""
+        """The value of a request without the option, for people."""
         if self.otherwise or self.default is None:
             return self.otherwise or ("the bundle's" if self.from_bundle else "")
         if isinstance(self.default, bool):
@@ -71,7 +71,7 @@ class Option:
 
     @property
     def summary(self) -> str:
-        """What it is, with its bounds and its default; words to choose from are left out unless there are many."""
+        """Its help, bounds and default; words to choose from are left out unless there are many."""
         listed = isinstance(self.kind, Choice) and not self.kind.many
         default = f"default: {self.shown_default}" if self.shown_default else ""
         notes = "; ".join(filter(None, ("" if listed else self.kind.bounds, default)))

@@ -22,7 +22,7 @@ from .control import Control
 
 @dataclass(frozen=True)
 class Limits:
-    """What the bounds of some options depend on.
+    """The facts of a bundle that the bounds of some options depend on.
 
     Attributes:
         manifest: The bundle's.
@@ -37,7 +37,7 @@ class Kind(ABC):
     """A kind of values."""
 
     noun: ClassVar[str]
-    """What the manual calls such a value."""
+    """The manual's name for such a value."""
 
     @property
     def bounds(self) -> str:
@@ -217,7 +217,7 @@ class Decoder(Choice):
 
 
 class Safety(Choice):
-    """What happens to unsafe images; the first word needs no safety checker in the bundle."""
+    """The fate of unsafe images; the first word needs no safety checker in the bundle."""
 
     def check(self, name: str, value: Any, limits: Limits) -> str:
         """The word itself."""
@@ -278,7 +278,7 @@ class Levels(Kind):
 
     @property
     def bounds(self) -> str:
-        """How many there may be."""
+        """The number of entries that it may have."""
         return f"1 to {self.most} entries"
 
     def check(self, name: str, value: Any, limits: Limits) -> tuple[float, ...]:

@@ -48,13 +48,13 @@ MAX_PIXELS = 2**28
 """Most pixels that the images of one request may have together (3 GiB as fp32)."""
 
 OUTPUTS = ("image", "latent")
-"""What a request may end in."""
+"""The outputs that a request may end in."""
 
 SAFETY = ("off", "mark", "black")
-"""What may happen to unsafe images: nobody looks for them; they are flagged; they are flagged and made black."""
+"""The fates of unsafe images: nobody looks for them; they are flagged; they are flagged and made black."""
 
 RESIZES = ("stretch", "crop")
-"""How an image of another shape is resized: it is stretched, or its middle is cut out."""
+"""The ways to resize an image of another shape: it is stretched, or its middle is cut out."""
 
 LONGEST_SEQUENCE = 512
 """Most tokens of a T5 text encoder, as in diffusers."""

@@ -149,7 +149,7 @@ class PlanBuilder:
 
     def __init__(self, registers: int) -> None:
         self.basis: tuple[Floats, ...] = tuple(np.eye(registers + 2))
-        self.stacked_registers = registers
+        self._register_count = registers
         self._timesteps: list[float] = []
         self._input_scale: list[float] = []
         self._update: list[Sequence[Floats]] = []
@@ -179,7 +179,7 @@ class PlanBuilder:
         """
         if within:
             self._within.add(len(self._timesteps))
-        padding = [np.zeros(self.stacked_registers + 2)] * (self.stacked_registers - len(registers))
+        padding = [np.zeros(self._register_count + 2)] * (self._register_count - len(registers))
         self._timesteps.append(timestep)
         self._input_scale.append(input_scale)
         self._update.append([*registers, *padding])
