@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,9 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def small() -> Any:
-    """The module ``small_bundles.py``: this folder is no package."""
-    spec = importlib.util.spec_from_file_location("small_bundles", Path(__file__).with_name("small_bundles.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def small(load_beside: Callable[[str, str], Any]) -> Any:
+    """The module ``small_bundles.py``."""
+    return load_beside(__file__, "small_bundles")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`bundle.json` (`manifest.py`): what is written is read back, and whatever is wrong ends in one sentence."""
+"""The ``manifest``: what is written is read back, and whatever is wrong ends in one sentence."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from latentrt import runtime
 from latentrt.engines.errors import BundleError, EngineError, InvalidRequestError, OutputError
 from latentrt.runtime import cli
 from latentrt.runtime.cli import COMMANDS, main
-from latentrt.runtime.cli.console import seconds, size, table
 
 HEAVY = ("numpy", "onnxruntime", "PIL", "tokenizers", "tqdm", "torch", "diffusers", "transformers", "onnx")
 
@@ -221,18 +220,3 @@ def test_only_the_chosen_command_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cli, "_load", lambda entry: loaded.append(entry.module) or load(entry))
     assert main(["generate", "nowhere", "inspect", "--output", "o.png"]) == 1
     assert loaded == ["latentrt.runtime.cli.generate"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (43_700_000, "43.7 MB"), (3_440_000_000, "3.44 GB")],
-)
-def test_sizes(count: int, text: str) -> None:
-    """Bytes are shown in decimal units."""
-    assert size(count) == text
-
-
-def test_durations_and_tables() -> None:
-    """Short durations are in milliseconds; columns are as wide as their widest cell."""
-    assert (seconds(0.0123), seconds(4.56)) == ("12.3 ms", "4.56 s")
-    assert table(("a", "bb"), [("ccc", 1), ("d", 22)]) == "a    bb\nccc  1\nd    22"

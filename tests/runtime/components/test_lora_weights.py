@@ -1,4 +1,4 @@
-"""Weights of LoRAs and their memory; what puts them on (`lora_switching.py`) is tested with whole pipelines."""
+"""Weights of LoRAs: whose they are in a bundle, which can be exchanged, and memory that is used again."""
 
 from __future__ import annotations
 

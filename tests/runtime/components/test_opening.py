@@ -1,4 +1,4 @@
-"""Opening a bundle's engines, and those that a request needs first (`opened.py`): all of them, or none stays open."""
+"""Opening a bundle's engines, and those that are ``opened`` when a request needs them: all, or none stays open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families: what a manifest must say for one, and what a request may ask of it."""
+"""Families (``base``, ``stable_diffusion``, ``sdxl_refiner``): what manifests must say, and what requests may ask."""
 
 from __future__ import annotations
 

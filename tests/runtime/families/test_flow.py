@@ -1,4 +1,4 @@
-"""SD3 and FLUX: what requests may ask, shifts by size, text lengths; their pictures are in test_parity_families.py."""
+"""``sd3`` and ``flux``: requests, shifts by size, text lengths. Whole images are in test_parity_families.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracles: Pillow's reader, the PNG specification's chunk layout, and the operating system's own refusals."""
+"""PNG files, against Pillow's reader, the specification's chunk layout, and the operating system's own refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracles: Pillow's writers, numpy's arithmetic, and the PNG specification."""
+"""Images in every form are read alike, against Pillow's writers, numpy's arithmetic and the PNG specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base model and its refiner drawing one picture, and latents that a run begins with."""
+"""A base model and its refiner draw one image, and a run begins with ``latents`` that a caller gives."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.spatial import geometric_slerp
@@ -20,7 +19,6 @@ from scipy.spatial import geometric_slerp
 from latentrt.engines.errors import BundleError, EngineClosedError, InvalidRequestError
 from latentrt.runtime import Bundle, Pipeline
 from latentrt.runtime.abilities import abilities
-from latentrt.runtime.images.masks import region_of
 from latentrt.runtime.inputs.create import create_request
 from latentrt.runtime.inputs.starting_image import prepare, take_pictures
 from latentrt.runtime.samplers.noise import TorchGenerator, torch_randn, varied_noise
@@ -173,20 +171,6 @@ def test_the_region_around_a_mask_goes_back_into_its_place(pipe: Pipeline) -> No
     assert result.images.shape == (1, 70, 100, 3)
     np.testing.assert_array_equal(result.images[0][mask == 0], image[mask == 0])
     assert (result.images[0][mask > 0] != image[mask > 0]).any()
-
-
-def test_regions_are_those_of_diffusers() -> None:
-    """Wherever a mask lies, the region around it is the one that diffusers' pipelines draw."""
-    random = np.random.default_rng(5)
-    for _ in range(300):
-        height, width = random.integers(8, 90, 2)
-        mask = np.zeros((height, width), np.uint8)
-        top, left = random.integers(0, height), random.integers(0, width)
-        mask[top : top + random.integers(1, 40), left : left + random.integers(1, 40)] = 255
-        drawn, padding = random.integers(1, 9, 2) * 8, int(random.integers(0, 20))
-        expected = VaeImageProcessor.get_crop_region(Image.fromarray(mask), *map(int, drawn), pad=padding)
-        found = region_of(mask, *map(int, drawn), padding)
-        assert np.abs(np.subtract(found, expected)).max() <= 1, (mask.shape, drawn, padding)
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop"])

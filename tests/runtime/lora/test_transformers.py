@@ -1,4 +1,4 @@
-"""Original names of SD3's and FLUX's layers in LoRA files, against diffusers' conversions."""
+"""Original ``names`` of SD3's and FLUX's layers in LoRA files, against diffusers' conversions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every place that knows the options of a request has those that are declared, and says the same of each."""
+"""Options (``declaration``, ``kinds``) are the same in every place that knows them, as they are declared."""
 
 from __future__ import annotations
 

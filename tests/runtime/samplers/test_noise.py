@@ -1,4 +1,4 @@
-"""The oracle is torch itself."""
+"""Noise is that of PyTorch's generator, which is the oracle, bit for bit."""
 
 from __future__ import annotations
 

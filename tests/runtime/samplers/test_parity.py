@@ -1,4 +1,4 @@
-"""Parity of ddim.py, ddpm.py, deis.py, dpm_multistep.py, euler.py, lms.py, pndm.py, unipc.py and others.
+"""``ddim``, ``ddpm``, ``deis``, ``dpm_multistep``, ``edm``, ``euler``, ``flow`` and ``unipc`` agree with diffusers.
 
 Each sampler against the diffusers class that is its reference, over the config keys that change numbers.
 """

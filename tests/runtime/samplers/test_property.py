@@ -1,6 +1,6 @@
-"""Parity of consistency.py, edm.py, flow.py, lagrange.py, second_order.py, ve.py, vp.py and others, at random.
+"""``consistency``, ``second_order``, ``lms``, ``pndm``, ``ve`` and ``vp`` agree with diffusers over random configs.
 
-Parity over configs drawn at random, as users combine keys that nobody thought of together.
+Configs are drawn as users combine keys that nobody thought of together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Noise schedules, and the quantiles (beta.py) beneath them."""
+"""Noise schedules, and the ``beta`` quantiles beneath them, are those of diffusers and scipy."""
 
 from __future__ import annotations
 
