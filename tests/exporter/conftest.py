@@ -108,6 +108,19 @@ denoiser (float[batch, 4] latents, float[batch] time, float[batch, 3] text) => (
 """
 
 
+_HALF = """
+half (float16[n] x) => (float16[n] y, float16[n] big) {
+    constant = Constant <value = float16[1] {23728}> ()
+    large = Mul(x, constant)
+    big = Mul(large, large)
+    less = Div(big, big)
+    widened = Cast <to = 1> (less)
+    back = Cast <to = 10> (widened)
+    y = Add(back, x)
+}
+"""
+
+
 def parse_graph(text: str) -> ir.Graph:
     """A graph from its text, with shapes inferred."""
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {text}')
@@ -139,6 +152,19 @@ def parse() -> Callable[[str], ir.Graph]:
 def run() -> Run:
     """Run a graph in ONNX Runtime."""
     return run_graph
+
+
+@pytest.fixture
+def make_half() -> Callable[[], ir.Graph]:
+    """A function that makes a graph in half precision, whose ``big`` overflows; nodes are called as their outputs."""
+
+    def make() -> ir.Graph:
+        graph = parse_graph(_HALF)
+        for node in graph:
+            node.name = str(node.outputs[0].name)
+        return graph
+
+    return make
 
 
 @pytest.fixture

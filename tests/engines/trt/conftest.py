@@ -258,3 +258,10 @@ def write_graph(tmp_path: Path) -> WriteGraph:
 def graph(write_graph: WriteGraph) -> Path:
     """File of a small float32 graph with the dynamic input ``x[batch, 4, height, width]``."""
     return write_graph("graph.onnx")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where a build is to write its plan: in a folder with nothing else."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "unet.plan"

@@ -24,12 +24,6 @@ from latentrt.engines.trt.progress import TOTAL
 PROFILE = Profile({"x": ShapeRange((1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32))})
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "unet.plan"
-
-
 def test_plan_is_written(fake: Sdk, graph: Path, output: Path) -> None:
     """A build parses the file itself, in a strongly typed network, with the profile, and writes the plan."""
     build_plan(fake, graph, output, PROFILE)

@@ -42,12 +42,6 @@ def sdk() -> Sdk:
     return load_sdk("tensorrt-rtx")
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "graph.plan"
-
-
 def test_plan_is_the_sdks(sdk: Sdk, graph: Path, output: Path) -> None:
     """The plan is, byte for byte, what the SDK's own calls give for a strongly typed network without TF32."""
     build_plan(sdk, graph, output, PROFILE)

@@ -14,30 +14,11 @@ from latentrt.exporter.passes.widen import round_values, widen
 Parse = Callable[[str], ir.Graph]
 Run = Callable[[ir.Graph, Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 
-HALF = """
-half (float16[n] x) => (float16[n] y, float16[n] big) {
-    constant = Constant <value = float16[1] {23728}> ()
-    large = Mul(x, constant)
-    big = Mul(large, large)
-    less = Div(big, big)
-    widened = Cast <to = 1> (less)
-    back = Cast <to = 10> (widened)
-    y = Add(back, x)
-}
-"""
 
-
-def in_half(parse: Parse) -> ir.Graph:
-    graph = parse(HALF)
-    for node in graph:
-        node.name = str(node.outputs[0].name)
-    return graph
-
-
-def test_widened_graph_shows_what_half_precision_overflows_to(parse: Parse, run: Run) -> None:
+def test_widened_graph_shows_what_half_precision_overflows_to(run: Run, make_half: Callable[[], ir.Graph]) -> None:
     """In fp32 the values are as they would be; with roundings they are what fp16 holds, infinity among it."""
     x = np.array([1 / 3, 2.0], np.float32)
-    exact, rounded = in_half(parse), in_half(parse)
+    exact, rounded = make_half(), make_half()
     names = widen(exact)
     assert names == ["x", "constant", "large", "big", "less", "back", "y"]
     np.testing.assert_allclose(run(exact, {"x": x})["big"], (x * 300) ** 2, rtol=1e-6)
