@@ -66,3 +66,16 @@ def lora_pair(tiny: Any, lora_files: Any, tmp_path_factory: pytest.TempPathFacto
         lora_files.write(lora_files.peft(source), folder / "a.safetensors"),
         lora_files.write(lora_files.kohya(source, seed=2), folder / "b.safetensors"),
     )
+
+
+@pytest.fixture(scope="session")
+def sd1(tiny: Any) -> Path:
+    """The path of the tiny SD 1.x bundle, not to be changed."""
+    return Path(tiny.bundle("sd1"))
+
+
+@pytest.fixture
+def fresh(sd1: Path) -> Iterator[Pipeline]:
+    """A pipeline on ONNX Runtime that a test may change."""
+    with Pipeline.load(sd1, "onnxruntime") as opened:
+        yield opened

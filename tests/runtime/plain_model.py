@@ -32,6 +32,10 @@ def decode(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"sample": feeds["latent_sample"][:, :3].repeat(2, axis=2).repeat(2, axis=3)}
 
 
+FUNCTIONS: dict[str, Function] = {"text_encoder": encode, "unet": denoise, "vae_decoder": decode}
+"""The functions by component."""
+
+
 def fakes(text: Function = encode, unet: Function = denoise, vae: Function = decode) -> dict[str, FakeEngine]:
     states, latents = ("batch", "sequence", 32), ("batch", 4, "height", "width")
     return {

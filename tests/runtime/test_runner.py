@@ -100,11 +100,7 @@ def test_an_engine_that_fails_leaves_the_pipeline_usable(plain_model: Any, bundl
     expected = Pipeline(bundle, plain_model.fakes())("a red apple", steps=3, seed=1).images
     failure = EngineError(f"{component} failed: out of memory")
     fault = [failure]
-    functions: dict[str, Function] = {
-        "text_encoder": plain_model.encode,
-        "unet": plain_model.denoise,
-        "vae_decoder": plain_model.decode,
-    }
+    functions: dict[str, Function] = plain_model.FUNCTIONS
     working = functions[component]
 
     def fail_once(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -125,11 +121,7 @@ def test_values_that_are_not_finite_are_an_error(
     plain_model: Any, bundle: Bundle, component: str, value: float
 ) -> None:
     """One NaN or infinity names the engine that computed it, instead of ending in a black picture."""
-    functions: dict[str, Function] = {
-        "text_encoder": plain_model.encode,
-        "unet": plain_model.denoise,
-        "vae_decoder": plain_model.decode,
-    }
+    functions: dict[str, Function] = plain_model.FUNCTIONS
     sound = functions[component]
 
     def poison(feeds: Mapping[str, Array]) -> Mapping[str, Array]:

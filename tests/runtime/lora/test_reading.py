@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +29,19 @@ FORM = "opset20-fp32"
 OPTIONS: dict[str, Any] = {"steps": 2, "seed": 3, "width": 32, "height": 24, "sampler": "euler"}
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny: Any) -> Path:
-    """The tiny SD 1.x bundle, not to be changed."""
-    return Path(tiny.bundle("sd1"))
-
-
 @pytest.fixture
-def copied(bundle: Path, tmp_path: Path) -> Path:
+def copied(sd1: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may damage."""
-    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def pipe(bundle: Path) -> Iterator[Pipeline]:
-    """The bundle opened, as it is."""
-    with Pipeline.load(bundle, "onnxruntime") as opened:
-        yield opened
+    return Path(shutil.copytree(sd1, tmp_path / "bundle"))
 
 
 def draw(pipe: Pipeline, **options: Any) -> NDArray[np.uint8]:
     return pipe("a red apple", **{**OPTIONS, **options}).images
 
 
-def test_weights_are_those_that_are_fused_at_build(tiny: Any, bundle: Path, lora_pair: tuple[Path, Path]) -> None:
+def test_weights_are_those_that_are_fused_at_build(tiny: Any, sd1: Path, lora_pair: tuple[Path, Path]) -> None:
     """To rounding, for linear layers, which a graph holds transposed, and convolutions; no other weight is changed."""
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(sd1)
     loras = [LoraFile(lora_pair[0], 0.8), LoraFile(lora_pair[1], -0.5)]
     family = family_of(opened.manifest)
     graphs = {name: opened.graph(name, FORM) for name in ("text_encoder", "unet", "unet_prompt", "unet_step")}
@@ -81,11 +67,11 @@ def pair(down: int = 32, **others: Any) -> dict[str, Any]:
 
 
 def test_a_file_that_does_not_fit_changes_nothing(
-    pipe: Pipeline, lora_pair: tuple[Path, Path], lora_files: Any, tmp_path: Path
+    fresh: Pipeline, lora_pair: tuple[Path, Path], lora_files: Any, tmp_path: Path
 ) -> None:
     """Wrong shapes, NaN, other kinds, a truncated file, a huge header: one sentence, and the LoRAs stay as they are."""
-    pipe.set_loras([lora_pair[0]])
-    before = draw(pipe)
+    fresh.set_loras([lora_pair[0]])
+    before = draw(fresh)
     huge, cut = tmp_path / "huge.safetensors", tmp_path / "cut.safetensors"
     huge.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     cut.write_bytes(lora_pair[0].read_bytes()[:-8])
@@ -103,7 +89,7 @@ def test_a_file_that_does_not_fit_changes_nothing(
     cases += [(huge, "its header claims"), (cut, "is damaged"), (tmp_path / "none.safetensors", "does not exist")]
     for path, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
-            pipe.set_loras([(path, 100)])
+            fresh.set_loras([(path, 100)])
         assert "\n" not in str(caught.value)
     for loras, message in (
         ("a.safetensors", "loras is a str, expected a list"),
@@ -113,16 +99,16 @@ def test_a_file_that_does_not_fit_changes_nothing(
         ([lora_pair[0]] * 101, "101 entries"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
-            pipe.set_loras(loras)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(draw(pipe), before)
+            fresh.set_loras(loras)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(draw(fresh), before)
 
 
-def test_half_precision_of_the_brain_kind(pipe: Pipeline, tiny: Any, lora_files: Any, tmp_path: Path) -> None:
+def test_half_precision_of_the_brain_kind(fresh: Pipeline, tiny: Any, lora_files: Any, tmp_path: Path) -> None:
     """A file in bf16, which numpy does not have, counts with the numbers that torch reads."""
     rounded = {name: t.bfloat16() for name, t in lora_files.peft(open_source(tiny.source("sd1"))).items()}
     half = lora_files.write(rounded, tmp_path / "half.safetensors")
     full = lora_files.write({name: t.float() for name, t in rounded.items()}, tmp_path / "full.safetensors")
-    np.testing.assert_array_equal(draw(pipe, loras=[half]), draw(pipe, loras=[full]))
+    np.testing.assert_array_equal(draw(fresh, loras=[half]), draw(fresh, loras=[full]))
 
 
 def test_bundles_that_take_none(copied: Path, lora_pair: tuple[Path, Path]) -> None:
@@ -167,14 +153,14 @@ def test_layers_that_cannot_be_told_apart(copied: Path, lora_pair: tuple[Path, P
 
 
 def test_the_command_line_puts_them_on(
-    pipe: Pipeline, lora_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fresh: Pipeline, lora_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``--lora FILE:SCALE`` draws what the pipeline draws, and the picture and the report say with what."""
     shutil.copyfile(lora_pair[0], tmp_path / "style.safetensors")
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
     loras = ["--lora", f"{tmp_path / 'style.safetensors'}:0.8", "--lora", str(lora_pair[1])]
     output = tmp_path / "o.png"
-    asked = ["generate", str(pipe.bundle.path), "a red apple", f"--output={output}", "--engine=onnxruntime"]
+    asked = ["generate", str(fresh.bundle.path), "a red apple", f"--output={output}", "--engine=onnxruntime"]
     assert main([*asked, *options, *loras, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["request"]["loras"]
     assert [(Path(each["path"]).name, each["scale"]) for each in told] == [
