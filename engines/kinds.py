@@ -21,7 +21,7 @@ def kind_of(name: str) -> EngineKind:
     Raises:
         InvalidRequestError: listing the names that are known.
     """
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise InvalidRequestError(f"unknown engine {name!r}; known engines: {', '.join(KINDS)}, auto")
     return KINDS[name]
 

@@ -162,7 +162,7 @@ class ExchangedWeights(BaseEngine):
             check_feeds({name: known[name] for name in self._weights if name in known}, self._weights)
         except TensorMismatchError as error:
             raise TensorMismatchError(f"{self.label}: {error}") from None
-        self._shapeless = self.engine._shapeless
+        self._shapeless, self.loose_outputs = self.engine._shapeless, self.engine.loose_outputs
         return self.engine.inputs, self.engine.outputs
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:

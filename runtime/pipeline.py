@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.checks import check_choice, check_integer
+from latentrt.engines.checks import check_choice, check_flag, check_integer, show
 from latentrt.engines.errors import InvalidRequestError
 
 from .bundle.reader import Bundle
@@ -192,10 +192,14 @@ class Pipeline:
             SourceError: if a LoRA is damaged, or one for another model.
         """
         check_choice("loop", loop, LOOPS)
+        for name, flag in (("low_memory", low_memory), ("verify_hash", verify_hash), ("switchable", switchable)):
+            check_flag(name, flag)
         check_integer("prompt_cache", prompt_cache, 0, hint=" bytes, and 0 keeps nothing")
         if max_batch is not None:
             max_batch = check_integer("max_batch", max_batch, 1, hint=" images, or None for no limit")
         bundle = Bundle.open(Path(path), verify_hash=verify_hash)
+        if fixed_size is not None and (not isinstance(fixed_size, Sequence) or len(fixed_size) != 3):
+            raise InvalidRequestError(f"fixed_size is {show(fixed_size)}, expected width, height and number of images")
         size = None if fixed_size is None else fixed_size_of(bundle, *fixed_size)
         if size is not None and max_batch is not None and max_batch < size.images:
             raise InvalidRequestError(

@@ -338,7 +338,13 @@ class RunnerSwitch:
                 return known
         if self._loras is None:
             raise InvalidRequestError("the engines were opened elsewhere; load the bundle with Pipeline.load for LoRAs")
+        known_engines = {id(engine) for engine in self.current.engines.values()}
         engines, changed = self._loras.open(self.current.engines, loras, self.current.changed)
+        if self._closed.is_set():  # while they were opened
+            for engine in engines.values():
+                if id(engine) not in known_engines:
+                    engine.close()
+            self.require_open()
         return self._new(engines, loras, changed)
 
     def close(self) -> None:

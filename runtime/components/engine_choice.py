@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
+from latentrt.engines.base import BaseEngine
 from latentrt.engines.checks import check_choice
 from latentrt.engines.errors import BundleError, BundleIntegrityError, EngineUnavailableError, LatentRTError
 from latentrt.engines.kind import CPU, EngineArguments, EngineKind
@@ -358,7 +359,12 @@ def make_engine(bundle: Bundle, component: str, settings: EngineSettings, weight
     if settings.name == "auto":
         settings = dataclasses.replace(settings, name=choose_engine(bundle, [component], settings).name)
     check_precision(settings.name, settings.precision)
-    return kind_of(settings.name).make(engine_arguments(bundle, component, settings, weights))
+    engine = kind_of(settings.name).make(engine_arguments(bundle, component, settings, weights))
+    if isinstance(engine, BaseEngine):
+        graphs = bundle.manifest.components[component].graphs.values()
+        # A figure stands beside every graph that was compared with its source when the bundle was built.
+        engine.loose_outputs = not all(graph.file in bundle.manifest.quality for graph in graphs)
+    return engine
 
 
 def _component(bundle: Bundle, name: str) -> Component:

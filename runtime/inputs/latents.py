@@ -42,7 +42,7 @@ def take_latents(options: Mapping[str, Any], manifest: Manifest) -> tuple[dict[s
         raise InvalidRequestError("latents are given, and variation_strength, which turns a seed's noise; give one")
     try:
         latents = np.array(given, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequestError(f"latents are a {type(given).__name__}, expected an array of numbers") from None
     decided = family_of(manifest).options_of_latents(latents.shape)
     if 0 in latents.shape:

@@ -289,7 +289,7 @@ def _fitted(
     """Factors by part and path, for layers that the model has and whose shapes fit."""
     found: dict[str, dict[str, Factors]] = {}
     skeletons: dict[str, tuple[Layers, Shapes]] = {}
-    for layer, roles in tensors.items():
+    for layer, roles in sorted(tensors.items()):  # in one order, so that a message always names the same layer
         part, flat = split_part(layer, target.parts, target.denoiser)
         if part not in target.parts:
             raise SourceError(f"{name} changes {part}, which {target.name} does not have{_hint(tensors)}")

@@ -229,6 +229,13 @@ class Safety(Choice):
         return word
 
 
+def _is_listed(value: object) -> bool:
+    """Whether a value is a sequence, or an array of one dimension; texts are none."""
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 @dataclass(frozen=True)
 class Pair(Kind):
     """Two whole numbers: across and down, in pixels.
@@ -254,7 +261,7 @@ class Pair(Kind):
 
     def check(self, name: str, value: Any, limits: Limits) -> tuple[int, int]:
         """A tuple of two Python ``int``."""
-        if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray) or len(value) != 2:
+        if not _is_listed(value) or len(value) != 2:
             raise InvalidRequestError(f"{name} is {show(value)}, expected two whole numbers, across and down")
         across, down = (check_integer(name, each, self.least, self.most) for each in value)
         return across, down
@@ -283,7 +290,7 @@ class Levels(Kind):
 
     def check(self, name: str, value: Any, limits: Limits) -> tuple[float, ...]:
         """A tuple of Python ``float``."""
-        if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        if not _is_listed(value):
             raise InvalidRequestError(f"{name} is {show(value)}, expected a sequence of numbers")
         if not 1 <= len(value) <= self.most:
             raise InvalidRequestError(f"{name} has {len(value)} entries, expected 1 to {self.most}")
@@ -325,6 +332,8 @@ class Controls(Kind):
 
     def check(self, name: str, value: Any, limits: Limits) -> tuple[Control, ...]:
         """A tuple of the same."""
+        if not _is_listed(value) or not all(isinstance(each, Control) for each in value):
+            raise InvalidRequestError(f"{name} is {show(value)}, expected a list of Control")
         return tuple(value)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.engines import Engine
-from latentrt.engines.checks import show
+from latentrt.engines.checks import check_choice
 from latentrt.engines.errors import InvalidRequestError
 
 from ..bundle.manifest import TINY_DECODER, VAE_ENCODER, Latent, Manifest
@@ -113,10 +113,11 @@ def check_decoder(manifest: Manifest, decoder: str | None) -> str:
     Raises:
         InvalidRequestError: if there is no such decoder, or the bundle lacks it.
     """
-    if decoder not in (None, *DECODERS):
-        raise InvalidRequestError(f"decoder is {show(decoder)}, expected {' or '.join(DECODERS)}")
+    if decoder is None:
+        return "full"
+    check_choice("decoder", decoder, DECODERS)
     if decoder == "tiny" and TINY_DECODER not in manifest.components:
         raise InvalidRequestError(
             "decoder is 'tiny', but the bundle has no tiny decoder; build it again with --tiny-vae DIR"
         )
-    return decoder or "full"
+    return decoder

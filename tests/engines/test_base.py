@@ -267,6 +267,21 @@ def test_an_output_without_a_declared_shape_may_have_any() -> None:
         check_outputs(outputs, {"y": SAME}, {})
 
 
+def test_lengths_that_nobody_verified_are_not_held() -> None:
+    """Of a graph that others exported, names, element types and numbers of dimensions hold, and lengths do not."""
+    outputs = [TensorSpec("y", "float32", (7,))]
+    engine = FakeEngine([], outputs, lambda _: {"y": SAME})
+    with engine, pytest.raises(EngineError, match=r"has shape \(3,\), expected y: float32\[7\]"):
+        engine.run({})
+    engine.loose_outputs = True
+    with engine:
+        np.testing.assert_array_equal(engine.run({})["y"], SAME)
+    wrong = FakeEngine([], outputs, lambda _: {"y": SAME[None]})
+    wrong.loose_outputs = True
+    with wrong, pytest.raises(EngineError, match=r"has shape \(1, 3\)"):
+        wrong.run({})
+
+
 # --- opening and closing
 
 

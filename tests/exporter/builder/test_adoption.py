@@ -205,6 +205,23 @@ def fix_rows(model: Any) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
 
+def declare_one_row(model: Any) -> None:
+    """As traced with a batch of one, and declared so for the output alone; what is computed stays right."""
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+@pytest.mark.heavy
+def test_outputs_that_are_declared_wrongly_are_taken_as_they_come(
+    exports: Exports, graphs: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime only warns of a declared length that is not kept, and the images are those of the right graph."""
+    change(graphs / "unet" / "model.onnx", declare_one_row)
+    build_bundle(BuildRequest(graphs, tmp_path / "bundle"))
+    options: dict[str, Any] = {"steps": 2, "seed": 7, "width": 32, "height": 32}
+    with Pipeline.load(tmp_path / "bundle", "onnxruntime") as pipe, Pipeline.load(exports.bundle("sd1")) as right:
+        np.testing.assert_array_equal(pipe("a", **options).images, right("a", **options).images)
+
+
 def point_outside(model: Any) -> None:
     """A tensor in a file outside the directory."""
     weight = model.graph.initializer[0]

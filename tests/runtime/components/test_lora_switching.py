@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from latentrt.engines.errors import EngineClosedError, InvalidRequestError
 from latentrt.exporter.source.opening import open_source
 from latentrt.runtime import Pipeline, Result, StepInfo
+from latentrt.runtime.components import lora_switching
 from latentrt.runtime.lora.reading import Loras
 
 FORM = "opset20-fp32"
@@ -208,3 +209,25 @@ def test_only_what_changes_is_opened_anew(tiny: Any, fresh: Pipeline, lora_files
     fresh.close()
     with pytest.raises(EngineClosedError):
         next(stream)
+
+
+def test_engines_that_open_while_a_pipeline_closes_are_closed(
+    fresh: Pipeline, lora_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever puts a LoRA on meanwhile is told, and nothing stays open."""
+    opened: list[Any] = []
+    open_engines = lora_switching.open_engines
+
+    def closing(*arguments: Any, **options: Any) -> Any:
+        engines = open_engines(*arguments, **options)
+        opened.extend(engines.values())
+        fresh.close()
+        return engines
+
+    monkeypatch.setattr(lora_switching, "open_engines", closing)
+    with pytest.raises(EngineClosedError, match="the pipeline is closed"):
+        fresh.set_loras([lora_pair[0]])
+    assert opened
+    for engine in opened:
+        with pytest.raises(EngineClosedError):
+            _ = engine.inputs
