@@ -29,7 +29,7 @@ class GraphForm:
 
     Attributes:
         opset: ONNX operator set. From 21 on group normalisation, and from 23 on attention, are single operators.
-        unquantized: Precision of everything that is not quantised in a graph whose products are.
+        unquantized: In a quantised graph, the precision of the operators that are not quantised.
         native: Whether the engine takes attention and group normalisation as single operators, and chooses a kernel for
             each itself; otherwise it takes the operators that they are made of.
     """
@@ -116,7 +116,7 @@ class EngineKind(ABC):
         precisions: Precisions that it has kernels for, the highest first; of
             :data:`latentrt.runtime.bundle.manifest.PRECISIONS`.
         form: Form of the graphs that it takes.
-        rounds: Precisions that it computes from the graph of another, and which that is.
+        rounds: Precision asked for -> precision of the graph that the engine opens, and rounds itself.
         priority: Place among the engines that ``"auto"`` tries, the lowest first; ``None`` keeps it out.
         needs_plans: Whether it opens plans of the bundle's ``engines/`` that the exporter compiled, and no graphs.
         compiles: Whether it compiles a graph when it opens it, faster for fixed lengths, and can keep the result.

@@ -1,9 +1,9 @@
 """Compiled engines of a bundle: ``engines/<key>/``, one directory for each, named by all that decides it.
 
 A directory holds the compiled file (the plan) and ``engine.json``, its record. It appears under its key in one
-rename, complete, and neither is changed afterwards (a session may put a cache of its own beside them); so readers need
-no lock, and of two processes that build the same key one wins and the other uses the winner's. An engine built from
-anything else has another key, so a stale engine is not found rather than reused.
+rename, complete, and neither file is changed afterwards (a session may put a cache of its own beside them). So readers
+need no lock, and of two processes that build the same key one wins and the other uses the winner's. An engine built
+from anything else has another key, so a stale engine is not found rather than reused.
 """
 
 from __future__ import annotations

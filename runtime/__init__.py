@@ -1,4 +1,4 @@
-"""Latent diffusion without PyTorch: a bundle in, pictures out.
+"""Latent diffusion without PyTorch: a bundle in, images out.
 
 Example:
     >>> from latentrt.runtime import Pipeline                              # doctest: +SKIP

@@ -151,7 +151,7 @@ class ModelRunner:
         return found
 
     def _texts(self, prepared: PreparedRequests, extra: Conditioning) -> list[tuple[Text, Conditioning]]:
-        """Every text of every request, with the denoiser's other inputs for it, and those that all have in common."""
+        """Every prompt of every request with its own inputs of the denoiser, and the inputs that all prompts share."""
         prompted = self._encode_image_prompt(prepared.batch)
         found: list[tuple[Text, Conditioning]] = []
         for request, texts in zip(prepared.batch.requests, prepared.texts, strict=True):
@@ -222,7 +222,7 @@ class ModelRunner:
         return payload
 
     def _output(self, run: Run, latents: Floats, timings: Timings) -> tuple[NDArray[Any], tuple[bool, ...] | None]:
-        """The payload of all latents, as the request of a run wants it, and which entries are flagged."""
+        """Decode the latents of a run for its request's output, and say which entries are flagged."""
         kind, request = self._settings.kind, run.request
         begin = time.perf_counter()
         payload = kind.empty(self._family, request) if request.output == "latent" else self._decoded(run, latents)
@@ -234,7 +234,7 @@ class ModelRunner:
         return payload, flagged
 
     def _decoded(self, run: Run, latents: Floats) -> NDArray[Any]:
-        """Latents decoded as the request of a run wants it, and put into the image that it was given."""
+        """Decode the latents of a run with its request's decoder, and paste the result into the starting image."""
         payload = self.decode(latents, run.request.vae_tiling, run.request.decoder)
         paste = None if run.begun is None else run.begun.paste
         return payload if paste is None else paste.onto(payload)

@@ -205,9 +205,9 @@ def machine_text(report: Report) -> str:
 
 
 def weights_text(report: Report) -> str:
-    """The origin of the model's weights."""
+    """The origin of the model's weights; empty where the report does not know it."""
     trained = report["model"]["trained"]
-    return "weights of unknown origin" if trained is None else "trained weights" if trained else "random weights"
+    return "" if trained is None else "trained weights" if trained else "random weights"
 
 
 def noise_text(report: Report) -> str:

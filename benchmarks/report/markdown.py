@@ -129,7 +129,8 @@ def _introduction(report: Report) -> str:
     parameters = figures.count(sum(model["parameters"].values()))  # type: ignore[arg-type]
     lines = [
         f"- **Drawn:** {escape(figures.job_text(report))}; seed {job['seed']}, prompt {_quoted(job['prompt'])}",
-        f"- **Model:** {escape(model['name'])}, {parameters} parameters, {figures.weights_text(report)}",
+        "- **Model:** "
+        + ", ".join(filter(None, [escape(model["name"]), f"{parameters} parameters", figures.weights_text(report)])),
         f"- **Machine:** {escape(figures.machine_text(report))}",
         f"- **System:** {escape(report['machine']['system'])}; LatentRT {escape(report['machine']['latentrt'])}, "
         f"Python {escape(report['machine']['python'])}",

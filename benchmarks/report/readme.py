@@ -96,7 +96,7 @@ def table(report: Report, path: Path, chosen: Sequence[ContenderReport] | None =
         )
     rounds, percent = report["method"]["rounds_done"], f"{100 * report['method']['confidence']:g} %"
     medians = "one image each" if rounds == 1 else f"medians of {rounds} rounds with {percent} intervals"
-    what = f"{markdown.escape(figures.job_text(report))}; {figures.weights_text(report)}"
+    what = "; ".join(filter(None, [markdown.escape(figures.job_text(report)), figures.weights_text(report)]))
     lines = [
         f"**{markdown.escape(report['model']['name'])}**: {what}",
         markdown.table(header, rows),

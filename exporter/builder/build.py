@@ -262,7 +262,7 @@ def _carry_files(older: Bundle, directory: Path) -> None:
 
 
 def _carry_engines(older: Bundle, directory: Path) -> None:
-    """Copy an older bundle's compiled engines, which are still right for the graphs that stay."""
+    """Copy an older bundle's compiled engines; those of graphs that change have other keys and are not found."""
     store = EngineStore(older.engines_directory)
     for key in sorted(os.listdir(store.root)) if store.root.is_dir() else []:
         try:

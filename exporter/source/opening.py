@@ -93,7 +93,10 @@ def open_source(path: Path, reading: Reading | None = None) -> Source:
         reading.refuse("a model on a hub", "config", "tokenizer", "prediction")
         directory = hub.download(repository, hub.model_files, variant=reading.variant, revision=reading.revision)
         return _open_directory(directory, repository, reading.variant)
-    raise SourceError(f"source {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
+    fault = "is no regular file" if path.exists() else "does not exist"
+    raise SourceError(
+        f"source {str(path)!r} {fault}; expected a diffusers directory, a .safetensors file, or a model on a hub"
+    )
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class LoraEngines:
         return {**engines, **opened}, set(weights)
 
     def _opened(self, components: Sequence[str], weights: Mapping[str, Mapping[str, Array]]) -> dict[str, Engine]:
-        """Engines of components with these weights; an engine that is open anyway serves where it can."""
+        """Engines of components with these weights; an open engine is reused if it can exchange them."""
         found: dict[str, Engine] = {}
         for name in components:
             plain = self._plain.get(name)

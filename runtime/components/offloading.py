@@ -22,7 +22,7 @@ class Offloader:
         self._open: Engine | None = None
 
     def run(self, engine: Engine, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run an engine, which is opened unless it is the open one, and stays open for its next call.
+        """Run an engine. It is opened first if it is not open, and stays open for the next call.
 
         Args:
             engine: The engine.

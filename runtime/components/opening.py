@@ -131,7 +131,7 @@ def open_engines(
         components: The components.
         settings: How to open them; the name is that of an engine.
         offloader: Opens and closes them, if only one may be open at a time.
-        weights: By component weights in place of the graph's own, by name.
+        weights: Weights in place of the graph's own: by component, then by name.
 
     Returns:
         Opened engines by component.

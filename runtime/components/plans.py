@@ -20,7 +20,7 @@ from latentrt.engines.trt.sdk import load_sdk
 from ..bundle.manifest import PRECISIONS, Graph
 from ..bundle.reader import Bundle
 
-_logger = logging.getLogger("latentrt.runtime.plans")
+_logger = logging.getLogger("latentrt.runtime.components.plans")
 _logger.addHandler(logging.NullHandler())
 
 

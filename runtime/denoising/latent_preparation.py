@@ -31,10 +31,10 @@ def start_run(
         plan: Its sampler's plan.
         conditioning: The conditioning of its texts, the unconditional one first if the request is guided.
         shape: The shape of its latents, the images first, such as images, channels, height, width.
-        generator: The source of all its noise; ``None`` is a generator of its own, with the request's seed.
+        generator: The source of all its noise; ``None`` makes one from the request's seed.
         latents: Unit normal noise in place of the seed's; or, with ``denoising_start``, the latents that the run goes
             on from.
-        begun: The latents that it begins with instead of all that, if the request has an image.
+        begun: The prepared latents to begin with, if the request has an image; noise and ``latents`` are then not used.
     """
     generator = generator or TorchGenerator(request.seed)
     registers = np.zeros((shape[0], plan.registers, *shape[1:]), np.float32)

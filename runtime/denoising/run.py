@@ -64,8 +64,8 @@ class Run:
         controls: Its ControlNets.
         kept: Inputs that its steps have in common, once they were put together.
         loop: The loop that advances it, with the weights that were in place when it began.
-        flagged: Which of its images the safety checker takes for unsafe, once the run was finished; ``None`` where
-            nothing was checked.
+        flagged: For each image, whether the safety checker calls it unsafe, set when the run is finished; ``None``
+            where nothing was checked.
     """
 
     request: Request

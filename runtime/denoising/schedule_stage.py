@@ -19,10 +19,10 @@ TIMESTEPS_AT_ONCE = 64
 def schedule_table(schedule: Engine, run: Run) -> dict[str, Array]:
     """Run a schedule stage on all timesteps of a run.
 
-    A stage that takes vectors of the conditioning computes something else for each text.
+    A stage with vectors of the conditioning as inputs gives one result for each prompt, the unconditional one included.
 
     Returns:
-        By name ``[rows of the plan, 1 or texts, ...]``, on the host.
+        By name ``[rows of the plan, 1 or prompts, ...]``, on the host.
 
     Raises:
         EngineError: if the engine fails.

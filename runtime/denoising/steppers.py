@@ -50,7 +50,7 @@ class Stepper(ABC):
         return None
 
     def condition(self, request: Request, conditioning: Conditioning) -> Mapping[str, Array]:
-        """Further conditioning that its steps need of a text, a row a text; kept with that of the loop.
+        """Compute the stepper's own conditioning for one prompt, a row each; it is cached with the denoiser's.
 
         Args:
             request: The request.

@@ -1,4 +1,4 @@
-"""Masks: the region to paint, and the way back of the result into the image."""
+"""Masks: the region to paint, and pasting the result into the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Paste:
-    """The way of drawn images into the starting image.
+    """How drawn images are pasted into the starting image.
 
     Attributes:
         original: The starting image, uint8 ``[h, w, 3]``.

@@ -1,4 +1,4 @@
-"""Flagging images that a safety checker takes for unsafe, for bundles that have one and requests that ask for it."""
+"""Flagging images that a safety checker calls unsafe, for bundles that have one and requests that ask for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def verdicts(concepts: Floats, special: Floats) -> NDArray[np.bool_]:
 
 
 def flag_images(engine: Engine, images: NDArray[np.uint8]) -> tuple[bool, ...]:
-    """Which images a safety checker takes for unsafe.
+    """For each image, whether a safety checker calls it unsafe.
 
     Args:
         engine: The opened engine of the component.

@@ -136,4 +136,4 @@ def test_a_bundle_of_all_that_steers_is_whole(tiny: Any, capsys: pytest.CaptureF
     assert main(["inspect", str(path)]) == 0
     told = capsys.readouterr().out
     assert "ControlNets: depth edges" in told
-    assert "IP-Adapter: pictures may be part of prompts" in told
+    assert "IP-Adapter: images may be part of prompts" in told

@@ -230,4 +230,4 @@ def test_the_command_line_tells_what_was_flagged(
     told = json.loads(capsys.readouterr().out)
     assert (told["request"]["safety"], told["flagged"]) == ("mark", list(flagged))
     assert main(["inspect", bundle]) == 0
-    assert "safety checker: requests may have pictures checked" in capsys.readouterr().out
+    assert "safety checker: unsafe images can be marked, or made black" in capsys.readouterr().out
