@@ -1,36 +1,13 @@
-"""Parts that programs share, and modules such as ``checkpoint`` that keep a program's earlier name."""
+"""Parts that programs share."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
 
 from latentrt.benchmarks.program import at_least, make_parser, write_json
-
-MOVED = {
-    "against_torch": "studies.against_torch",
-    "build_sd15_unet": "studies.build_sd15_unet",
-    "checkpoint": "checkpoints.write",
-    "gpu_check": "studies.gpu_check",
-    "host_time": "studies.host_time",
-    "loadgen": "mlperf.loadgen",
-    "lora_switch": "studies.lora_switch",
-    "step_time": "studies.step_time",
-    "winograd": "studies.winograd",
-}
-
-
-@pytest.mark.parametrize("earlier", MOVED)
-def test_an_earlier_name_runs_the_program(earlier: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is the same function, and its help names the new module."""
-    main = importlib.import_module(f"latentrt.benchmarks.{earlier}").main
-    assert main is importlib.import_module(f"latentrt.benchmarks.{MOVED[earlier]}").main
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert capsys.readouterr().out.split()[:4] == ["usage:", "python", "-m", f"latentrt.benchmarks.{MOVED[earlier]}"]
 
 
 @pytest.mark.parametrize(
